@@ -1,0 +1,626 @@
+"""Trains a latent diffusion transformer with VAE representation alignment (VAE-REPA, arXiv 2601.17830).
+
+    accelerate launch train_vaerepa.py --config configs/quickstart.yaml
+
+Every checkpoint it writes is a stock diffusers pipeline. Read from `train` on: parse, check, build, loop, save.
+"""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    send_to_device,
+)
+from diffusers.optimization import get_scheduler
+from torch import nn
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from vaerepa import checkpoints, checks, latents, objectives, sampling, throughput
+from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, VAEAlignment
+from vaerepa.data import (
+    Batches,
+    DataError,
+    Preprocessing,
+    Source,
+    Sources,
+    TrainingDraws,
+    ValidationDraws,
+    build_loader,
+    open_sources,
+)
+from vaerepa.ema import EMA, share_of_start
+from vaerepa.evaluation import held_out_loss
+from vaerepa.families import dit
+from vaerepa.logs import MetricsFile, Window, plot_curves
+from vaerepa.options import OptionError, Options, as_plain, changed_options, parse_options, write_config
+
+logger = get_logger(__name__)
+
+NUM_MEASURED_LATENTS = 64
+MAX_NAMED_IMAGES = 5
+PIPELINE_FILE = Path(__file__).with_name("pipeline_vaerepa.py")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what is left."""
+
+
+@dataclass
+class Run:
+    """What a step, a validation and a checkpoint work on."""
+
+    options: Options
+    accelerator: Accelerator
+    output_dir: Path
+    sources: Sources
+    vae: nn.Module
+    latent_shape: tuple[int, int, int]
+    transformer: nn.Module
+    ema: EMA | None
+    max_train_steps: int
+    step: int
+    metrics: MetricsFile
+    window: Window = field(default_factory=Window)
+    latent_statistics: list[list[float]] = field(default_factory=list)  # mean and standard deviation per channel
+    alignments: list[Alignment] = field(default_factory=list)
+    model: nn.Module | None = None  # AlignedTransformer, as accelerate prepared it
+    optimizer: torch.optim.Optimizer | None = None
+    learning_rate: Callable[[int], float] | None = None
+    skipped_in_a_row: torch.Tensor | None = None  # steps, counted on the device
+    num_skipped_images: int = 0
+    validated_step: int | None = None
+
+    @property
+    def aligned_transformer(self) -> AlignedTransformer:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def exported_transformer(self) -> nn.Module:
+        return self.ema.exported if self.ema else self.transformer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the trainer; user errors become one sentence and an exit code."""
+    try:
+        train(parse_options(arguments))
+    except (OptionError, DataError, TrainingError, checkpoints.CheckpointError) as error:
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, OptionError):
+            print(f"\nerror: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return 2 if isinstance(error, OptionError) else 1
+    except KeyboardInterrupt:
+        print("\ninterrupted. Go on from the last checkpoint with --resume_from_checkpoint latest", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(options: Options) -> None:
+    """The story: check, build, loop, save."""
+    checks.check_options(options)
+    accelerator = build_accelerator(options)
+    options = checks.resolve_batch_sizes(options, accelerator.num_processes)
+    output_dir = Path(options.output_dir)
+    with checks.locked_output_dir(output_dir) if accelerator.is_main_process else nullcontext():
+        checkpoint = on_main_process(accelerator, lambda: checks.find_checkpoint(options, warn=logger.warning))
+        position = checkpoints.load_position(checkpoint) if checkpoint else {"step": 0}
+        if checkpoint:
+            checks.check_past(position["options"], options, checkpoint)
+        run = build_run(options, accelerator, position)
+        if checkpoint:
+            restore_weights(run, checkpoint)
+        prepare(run)
+        if checkpoint:
+            restore_optimizer(run, checkpoint, position)
+        begin(run, checkpoint, position)
+        with logging_redirect_tqdm():
+            loop(run)
+            finish(run)
+
+
+# --- build ------------------------------------------------------------------------------------------------------------
+
+
+def build_accelerator(options: Options) -> Accelerator:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    for chatty in ("httpx", "datasets", "fsspec"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=options.mixed_precision,
+            log_with=None if options.report_to == "none" else options.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=options.output_dir, logging_dir=str(Path(options.output_dir, options.logging_dir))
+            ),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+    except (ValueError, ImportError) as error:
+        raise OptionError(f"--mixed_precision or --report_to cannot be had here: {error}") from error
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
+    if accelerator.device.type == "cpu":
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # accelerate launch leaves one thread to each
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+    return accelerator
+
+
+def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run:
+    """Opens VAE and data, checks that they fit, and builds what is trained."""
+    size, patch_size = checks.transformer_size(options)
+    vae = latents.load_vae(
+        options.pretrained_vae_model_name_or_path, options.revision, options.variant, options.cache_dir
+    ).to(accelerator.device)
+    channels = latents.latent_channels(vae)
+    side = checks.check_geometry(options, latents.downsampling_factor(vae), patch_size)
+    with accelerator.main_process_first():
+        sources = open_sources(
+            options.dataset_name,
+            options.image_column,
+            options.label_column,
+            options.train_split,
+            options.validation_split,
+            options.dataset_config_name,
+            options.cache_dir,
+        )
+    transformer = dit.build_transformer(size, patch_size, channels, side, len(sources.id2label))
+    dit.initialize(transformer, options.seed)
+    transformer.to(accelerator.device)
+    run = Run(
+        options=options,
+        accelerator=accelerator,
+        output_dir=Path(options.output_dir),
+        sources=sources,
+        vae=vae,
+        latent_shape=(channels, side, side),
+        transformer=transformer,
+        ema=EMA(transformer, options.ema_decay) if options.use_ema else None,
+        max_train_steps=checks.steps_in(options, len(sources.train)),
+        step=position["step"],
+        metrics=MetricsFile(Path(options.output_dir, "metrics.jsonl")),
+    )
+    run.latent_statistics = position.get("latent_statistics") or measure_latents(run)
+    alignments = build_alignments(options, size, patch_size, run.latent_statistics)
+    run.alignments = [alignment for alignment in alignments if alignment.is_active(run.step)]
+    heads = {a.name: a.method.build_head(size.hidden_size, channels, options.seed) for a in run.alignments}
+    blocks = {a.name: a.block for a in run.alignments}
+    run.model = AlignedTransformer(transformer, dit.blocks(transformer), heads, blocks).to(accelerator.device)
+    if options.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return run
+
+
+def build_alignments(
+    options: Options, size: dit.Size, patch_size: int, latent_statistics: list[list[float]]
+) -> list[Alignment]:
+    if options.alignment == "none":
+        return []
+    method = VAEAlignment(
+        patch_size,
+        distance=options.alignment_loss,
+        beta=options.alignment_beta,
+        num_layers=options.alignment_layers,
+        width=options.alignment_width,
+        statistics=tuple(map(torch.tensor, latent_statistics)) if options.alignment_normalize else None,
+    )
+    return [
+        Alignment(
+            name="vae",
+            method=method,
+            block=options.alignment_block or dit.default_alignment_block(size.num_layers),
+            weight=options.alignment_weight,
+            weight_schedule=options.alignment_weight_schedule,
+            stop_step=options.alignment_stop_step,
+            t_range=options.alignment_t_range,
+        )
+    ]
+
+
+def measure_latents(run: Run) -> list[list[float]]:
+    """Mean and standard deviation per channel over the first images; a warning when they are far from unit scale."""
+    options, count = run.options, min(NUM_MEASURED_LATENTS, len(run.sources.train))
+    batches = build_batches(run, run.sources.train, training_draws(run), min(count, 16), 0, count, share=False)
+    samples = torch.cat([encode(run, send_to_device(batch, run.accelerator.device)) for batch in batches])
+    mean, std = latents.statistics(samples)
+    logger.info(
+        f"latents of the first {count} images: mean {samples.mean():.3f}, standard deviation {samples.std():.3f}"
+    )
+    if options.alignment == "vae" and not options.alignment_normalize and not 0.5 <= samples.std() <= 2.0:
+        logger.warning(
+            f"the latents' standard deviation {samples.std():.3f} is far from 1: the alignment loss may swamp the denoising "
+            "loss, or vanish beside it. --alignment_normalize normalises its target per channel."
+        )
+    return on_main_process(run.accelerator, lambda: [mean.tolist(), std.tolist()])
+
+
+def build_batches(
+    run: Run, source: Source, draws: Callable, batch_size: int, first: int, last: int, share: bool = True
+) -> Batches:
+    """Batches of the samples `first` to `last`; with `share` this process's part of them."""
+    options, held_out = run.options, isinstance(draws, ValidationDraws)
+    return Batches(
+        source,
+        Preprocessing(
+            options.resolution, options.center_crop or held_out, options.random_flip and not held_out, options.seed
+        ),
+        draws,
+        batch_size,
+        first,
+        last,
+        window=options.shuffle_buffer_size,
+        seed=0 if held_out else options.seed,
+        process=run.accelerator.process_index if share else 0,
+        num_processes=run.accelerator.num_processes if share else 1,
+    )
+
+
+def training_draws(run: Run) -> TrainingDraws:
+    options = run.options
+    return TrainingDraws(
+        options.seed,
+        run.latent_shape,
+        options.label_dropout,
+        options.timestep_sampling,
+        options.logit_mean,
+        options.logit_std,
+    )
+
+
+def prepare(run: Run) -> None:
+    """Builds the optimizer and hands it, with the model, to accelerate."""
+    options = run.options
+    learning_rate = options.learning_rate * (options.global_batch_size if options.scale_lr else 1)
+    groups = [run.transformer.parameters(), run.model.heads.parameters()]
+    optimizer = torch.optim.AdamW(
+        [{"params": group} for group in map(list, groups) if group],
+        lr=learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+        fused=True,
+    )
+    # a function of the step, not a prepared scheduler, which accelerate would step once per process
+    schedule = get_scheduler(
+        options.lr_scheduler,
+        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=learning_rate),
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=run.max_train_steps,
+        num_cycles=options.lr_num_cycles,
+        power=options.lr_power,
+    ).lr_lambdas[0]
+    run.learning_rate = lambda step: learning_rate * schedule(step)
+    run.skipped_in_a_row = torch.zeros((), device=run.accelerator.device)
+    run.model, run.optimizer = run.accelerator.prepare(run.model, optimizer)
+
+
+def restore_weights(run: Run, checkpoint: Path) -> None:
+    checkpoints.load_parameters(run.transformer, checkpoints.load_tensors(checkpoint, "transformer"))
+    for decay, average in run.ema.transformers.items() if run.ema else ():
+        checkpoints.load_parameters(average, checkpoints.load_tensors(checkpoint, f"ema_{decay}"))
+    if run.alignments:
+        heads = checkpoints.load_tensors(checkpoint, "heads")
+        if not heads:
+            raise OptionError(
+                "--alignment_stop_step cannot be raised: the alignment heads were dropped before this checkpoint."
+            )
+        checkpoints.load_parameters(run.model.heads, heads)
+
+
+def restore_optimizer(run: Run, checkpoint: Path, position: dict) -> None:
+    names = {parameter: name for name, parameter in run.aligned_transformer.named_parameters()}
+    checkpoints.load_optimizer(run.optimizer.optimizer, names, checkpoints.load_tensors(checkpoint, "optimizer"))
+    run.window = Window(position["window"])
+    run.skipped_in_a_row.fill_(position["skipped_in_a_row"])
+    if run.accelerator.scaler and position["scaler"]:
+        run.accelerator.scaler.load_state_dict(position["scaler"])
+
+
+def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
+    """Says what is about to happen, and writes what every checkpoint shares."""
+    options, accelerator = run.options, run.accelerator
+    for change in changed_options(position.get("options", {}), options, "schedule"):
+        logger.warning(f"{change}: from here on the restart is not exact")
+    size = sum(parameter.numel() for parameter in run.transformer.parameters()) / 1e6
+    head_size = sum(parameter.numel() for parameter in run.aligned_transformer.heads.parameters()) / 1e6
+    logger.info(
+        f"{options.model}: {size:.2f} M parameters, alignment head {head_size:.2f} M, {len(run.sources.id2label)} classes"
+    )
+    logger.info(
+        f"{len(run.sources.train)} images, {len(run.sources.validation or ())} held out; batch {options.global_batch_size} = "
+        f"{options.train_batch_size} x {accelerator.num_processes} processes x {options.gradient_accumulation_steps} accumulated"
+    )
+    for decay in run.ema.transformers if run.ema else ():
+        share = share_of_start(decay, run.max_train_steps)
+        level = logging.WARNING if share > 0.05 else logging.INFO
+        logger.log(
+            level,
+            f"after {run.max_train_steps} steps the EMA of decay {decay} holds {share:.1%} of the initial weights",
+        )
+    if not dit.works_in_stock_pipeline(len(run.sources.id2label)):
+        logger.warning(
+            "DiTPipeline guides up to 1000 classes only: load this model with the pipeline_vaerepa.py beside it"
+        )
+    if checkpoint:
+        logger.info(f"going on from {checkpoint}, step {run.step}")
+    if accelerator.is_main_process:
+        run.metrics.keep_until(run.step)
+        write_config(options, run.output_dir / "run_config.yaml")
+        shutil.copyfile(PIPELINE_FILE, run.output_dir / PIPELINE_FILE.name)
+        if not (run.output_dir / "vae").exists():
+            run.vae.save_pretrained(run.output_dir / ".vae.unfinished")
+            os.replace(run.output_dir / ".vae.unfinished", run.output_dir / "vae")
+    accelerator.init_trackers("vaerepa", {name: str(value) for name, value in as_plain(options).items()})
+
+
+# --- loop -------------------------------------------------------------------------------------------------------------
+
+
+def loop(run: Run) -> None:
+    """Trains to the last step; logs, saves and validates on the way."""
+    options, accelerator = run.options, run.accelerator
+    stopwatch = throughput.Stopwatch()
+    progress = tqdm(
+        total=run.max_train_steps, initial=run.step, desc="steps", disable=not accelerator.is_local_main_process
+    )
+    batches = stopwatch.waiting_for(training_batches(run))
+    while run.step < run.max_train_steps:
+        logs_now = (run.step + 1) % options.logging_steps == 0 or run.step + 1 == run.max_train_steps
+        train_step(run, batches, measure_gradients=logs_now)
+        progress.update()
+        if run.alignments and not all(alignment.is_active(run.step) for alignment in run.alignments):
+            drop_heads(run)
+        if logs_now:
+            log(run, stopwatch, progress)
+        if run.step % options.checkpointing_steps == 0 or run.step == run.max_train_steps:
+            save(run)
+        if options.validation_steps and run.step % options.validation_steps == 0:
+            validate(run)
+        if logs_now:
+            stopwatch.restart()
+    progress.close()
+
+
+def training_batches(run: Run) -> Iterator[dict]:
+    """This process's micro-batches, on its device, from the first sample that was not yet seen."""
+    options = run.options
+    batches = build_batches(
+        run,
+        run.sources.train,
+        training_draws(run),
+        options.train_batch_size,
+        first=run.step * options.global_batch_size,
+        last=run.max_train_steps * options.global_batch_size,
+    )
+    on_gpu = run.accelerator.device.type == "cuda"
+    for batch in build_loader(batches, options.dataloader_num_workers, pin_memory=on_gpu):
+        for line in batch["skipped"]:
+            run.num_skipped_images += 1
+            if run.num_skipped_images <= MAX_NAMED_IMAGES:
+                logger.warning(f"skipped an image that cannot be read: {line}", main_process_only=False)
+        yield send_to_device(batch, run.accelerator.device, non_blocking=on_gpu)
+
+
+def train_step(run: Run, batches: Iterator[dict], measure_gradients: bool) -> None:
+    """One step of the optimizer, over all its micro-batches."""
+    options, accelerator = run.options, run.accelerator
+    run.transformer.train()
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.learning_rate(run.step)
+    sums: dict[str, torch.Tensor] = {}
+    for index in range(options.gradient_accumulation_steps):
+        is_last = index == options.gradient_accumulation_steps - 1
+        run.aligned_transformer.measure_gradients = measure_gradients and is_last
+        with nullcontext() if is_last else accelerator.no_sync(run.model):
+            losses = compute_losses(run, next(batches))
+            accelerator.backward(losses["loss"] / options.gradient_accumulation_steps)
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss.detach() / options.gradient_accumulation_steps
+    gradient_norm = accelerator.clip_grad_norm_(run.model.parameters(), options.max_grad_norm or torch.inf)
+    skip_nonfinite_step(run, gradient_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.ema:
+        run.ema.update(run.transformer)
+    run.window.add(**sums, gradient_norm=gradient_norm)
+    run.step += 1
+
+
+def compute_losses(run: Run, batch: dict) -> dict[str, torch.Tensor]:
+    """Denoising loss, alignment losses and their weighted sum, of one micro-batch."""
+    clean, noise, t, noisy, velocity, inputs = corrupt(run, batch)
+    prediction, head_outputs = run.model(noisy, **inputs)
+    losses = {"denoising_loss": objectives.denoising_loss(prediction, velocity).mean()}
+    total = losses["denoising_loss"]
+    context = AlignmentContext(clean, noise, t)
+    for alignment in run.alignments:
+        loss = alignment.loss(head_outputs[alignment.name], context)
+        losses[f"alignment_loss_{alignment.name}"] = loss
+        total = total + alignment.weight_at(run.step) * loss
+    return {"loss": total, **losses}
+
+
+def corrupt(run: Run, batch: dict) -> tuple:
+    """Clean latents, noise, t, noisy latents x_t, velocity, and what the transformer is told beside x_t."""
+    draws = batch["draws"]
+    clean = encode(run, batch)
+    noise, t = draws["noise"].to(clean.dtype), draws["t"].to(clean.dtype)
+    noisy, velocity = objectives.corrupt(clean, noise, t)
+    return clean, noise, t, noisy, velocity, dit.model_inputs(run.transformer, t, batch["condition"], draws["drop"])
+
+
+def encode(run: Run, batch: dict) -> torch.Tensor:
+    return latents.encode(run.vae, batch["pixel_values"], batch["draws"]["posterior"])
+
+
+def skip_nonfinite_step(run: Run, gradient_norm: torch.Tensor) -> None:
+    """Lets AdamW skip a step with NaN or Inf in its gradients; decided on the device, alike on all processes."""
+    nonfinite = (~torch.isfinite(gradient_norm)).float()
+    run.skipped_in_a_row = (run.skipped_in_a_row + 1) * nonfinite
+    if run.accelerator.scaler is None:  # the fp16 scaler sets it itself
+        run.optimizer.optimizer.found_inf = nonfinite
+
+
+def drop_heads(run: Run) -> None:
+    """Alignment is over: the heads leave module, optimizer and wrapper."""
+    aligned = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+    aligned.drop_heads()
+    optimizer = run.optimizer.optimizer
+    for parameter in optimizer.param_groups.pop()["params"]:
+        optimizer.state.pop(parameter, None)
+    run.alignments, run.model, run.optimizer = [], None, None
+    run.accelerator.free_memory()  # the old DDP wrapper must be gone before its parameters are wrapped again
+    run.model, run.optimizer = run.accelerator.prepare(aligned, optimizer)
+    logger.info(f"step {run.step}: alignment is over, its head is dropped")
+
+
+# --- log, validate, save ----------------------------------------------------------------------------------------------
+
+
+def log(run: Run, stopwatch: throughput.Stopwatch, progress: tqdm) -> None:
+    """Means since the last log line, to metrics.jsonl, the trackers and the progress bar."""
+    options, accelerator = run.options, run.accelerator
+    steps = run.step % options.logging_steps or options.logging_steps
+    values = run.window.means(accelerator)
+    ratios = run.aligned_transformer.gradient_ratios()
+    values |= {f"alignment_gradient_ratio_{name}": ratio.item() for name, ratio in ratios.items()}
+    values |= {"learning_rate": run.learning_rate(run.step - 1)}
+    values |= {"epoch": run.step * options.global_batch_size / len(run.sources.train)}
+    values |= stopwatch.read(steps * options.global_batch_size)
+    values |= {"skipped_images": run.num_skipped_images}
+    write_metrics(run, {f"train/{name}": value for name, value in values.items()})
+    progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
+    if run.skipped_in_a_row >= options.max_skipped_steps:
+        kept = checkpoints.all_checkpoints(run.output_dir)
+        raise TrainingError(
+            f"the gradients were not finite in the last {int(run.skipped_in_a_row)} steps, up to step {run.step}; the weights "
+            f"were not touched by them. The last checkpoint is {kept[-1].name if kept else 'not there yet'}. "
+            "Try bf16 instead of fp16, a lower --learning_rate, or a lower --alignment_weight."
+        )
+
+
+def validate(run: Run) -> None:
+    """Held-out loss of every average, and a sample grid of the exported one."""
+    options, accelerator = run.options, run.accelerator
+    run.validated_step = run.step
+    averages = (
+        {f"ema_{d}": average for d, average in run.ema.transformers.items()} if run.ema else {"raw": run.transformer}
+    )
+    if run.sources.validation is not None and options.num_validation_samples:
+        for name, transformer in averages.items():
+            losses = held_out_loss(
+                accelerator, validation_batches(run), lambda b, m=transformer: validation_losses(run, m, b)
+            )
+            write_metrics(
+                run,
+                {
+                    f"validation/{name}/{key}" if len(averages) > 1 else f"validation/{key}": v
+                    for key, v in losses.items()
+                },
+            )
+            logger.info(f"step {run.step}: held-out loss {losses['loss']:.5f} ({name})")
+    if accelerator.is_main_process and options.num_validation_images:
+        pipeline = sampling.build_pipeline(run.exported_transformer.eval(), run.vae, run.sources.id2label)
+        with accelerator.autocast():
+            sampling.draw_grid(
+                pipeline,
+                sampling.grid_labels(options.num_validation_images, len(run.sources.id2label)),
+                options.validation_guidance_scale,
+                options.validation_num_inference_steps,
+                options.seed,
+                run.output_dir / "samples" / f"step-{run.step:07d}.png",
+            )
+    accelerator.wait_for_everyone()
+
+
+def validation_batches(run: Run) -> Iterator[dict]:
+    options, source = run.options, run.sources.validation
+    count = min(options.num_validation_samples, len(source))
+    batches = build_batches(run, source, ValidationDraws(run.latent_shape), options.train_batch_size, 0, count)
+    for batch in build_loader(batches, options.dataloader_num_workers, pin_memory=False):
+        yield send_to_device(batch, run.accelerator.device)
+
+
+def validation_losses(run: Run, transformer: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    _, _, t, noisy, velocity, inputs = corrupt(run, batch)
+    with run.accelerator.autocast():
+        prediction = transformer.eval()(noisy, **inputs).sample
+    return objectives.denoising_loss(prediction, velocity), t
+
+
+def write_metrics(run: Run, values: dict[str, float]) -> None:
+    if run.accelerator.is_main_process:
+        run.metrics.write(run.step, values)
+    run.accelerator.log({name: value for name, value in values.items() if value is not None}, step=run.step)
+
+
+def save(run: Run) -> None:
+    """Writes checkpoint-N from all processes' state, then removes what --checkpoints_total_limit does not allow."""
+    accelerator, aligned = run.accelerator, run.aligned_transformer
+    names = {parameter: name for name, parameter in aligned.named_parameters()}
+    position = {
+        "options": as_plain(run.options),
+        "latent_statistics": run.latent_statistics,
+        "window": run.window.reduce(accelerator),
+        "skipped_in_a_row": run.skipped_in_a_row.item(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+    }
+    tensors = {
+        "transformer": dict(run.transformer.named_parameters()),
+        "heads": dict(aligned.heads.named_parameters()),
+        "optimizer": checkpoints.optimizer_tensors(run.optimizer.optimizer, names),
+    }
+    for decay, average in run.ema.transformers.items() if run.ema else ():
+        tensors[f"ema_{decay}"] = dict(average.named_parameters())
+
+    def write_pipeline(folder: Path) -> None:
+        dit.write_stock_pipeline(folder, run.exported_transformer, run.vae, run.sources.id2label)
+        checkpoints.link_tree(run.output_dir / "vae", folder / "vae")
+        shutil.copyfile(PIPELINE_FILE, folder / PIPELINE_FILE.name)
+
+    def write() -> None:
+        checkpoints.save(run.output_dir, run.step, write_pipeline, tensors, position)
+        checkpoints.purge(run.output_dir, run.options.checkpoints_total_limit)
+
+    on_main_process(accelerator, write)
+
+
+def finish(run: Run) -> None:
+    """Puts the last checkpoint's pipeline at the root of the output folder, with the final pictures and curves."""
+    if run.validated_step != run.step:
+        validate(run)
+    if run.accelerator.is_main_process:
+        last = checkpoints.folder_of(run.output_dir, run.step)
+        for part in ("transformer", "scheduler"):
+            checkpoints.link_tree(last / part, run.output_dir / part)
+        shutil.copyfile(last / "model_index.json", run.output_dir / "model_index.json")
+        plot_curves(run.metrics.read(), run.output_dir / "training_curves.png")
+        logger.info(f"done: {run.output_dir} loads with DiffusionPipeline.from_pretrained")
+    run.accelerator.end_training()
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Runs `action` on the main process; its result, or its error, reaches all of them."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except (OptionError, checkpoints.CheckpointError) as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Checkpoints: each is a stock pipeline and, beside it in state/, all that an exact restart needs.
+
+A checkpoint is written into a hidden folder, its manifest last, and takes its name in one rename: a folder named
+checkpoint-N is whole, or was damaged later, which the manifest tells.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+STATE = "state"
+MANIFEST = "manifest.json"
+POSITION = "position.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says which and why."""
+
+
+def save(
+    output_dir: Path,
+    step: int,
+    write_pipeline: Callable[[Path], None],
+    tensors: dict[str, dict[str, torch.Tensor]],
+    position: dict[str, Any],
+) -> Path:
+    """Writes checkpoint-`step` and returns its folder.
+
+    Args:
+        write_pipeline: writes the stock pipeline into the folder that it is given.
+        tensors: named tensors per file of state/.
+        position: where training stands, as JSON can hold it.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk, say). No earlier checkpoint was touched.
+    """
+    final, unfinished = folder_of(output_dir, step), output_dir / f".checkpoint-{step}.unfinished"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        (unfinished / STATE).mkdir(parents=True)
+        write_pipeline(unfinished)
+        for name, named_tensors in tensors.items():
+            contiguous = {key: tensor.detach().contiguous() for key, tensor in named_tensors.items()}
+            save_file(contiguous, unfinished / STATE / f"{name}.safetensors")
+        _write_json(unfinished / STATE / POSITION, {"step": step, **position})
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        manifest = {str(path.relative_to(unfinished)): [path.stat().st_size, _checksum(path)] for path in files}
+        _write_json(unfinished / STATE / MANIFEST, manifest)
+        _replace(unfinished, final)
+    except Exception as error:  # safetensors and diffusers raise their own kinds for a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(f"{final} could not be saved: {error}. Earlier checkpoints are untouched.") from error
+    return final
+
+
+def purge(output_dir: Path, limit: int | None) -> None:
+    """Removes the oldest checkpoints until `limit` are left; one that cannot be removed is left."""
+    for folder in all_checkpoints(output_dir)[: -limit if limit else 0]:
+        # renamed first: a half-deleted folder must not look like a checkpoint
+        doomed = folder.with_name(f".{folder.name}.deleted")
+        try:
+            os.replace(folder, doomed)
+        except OSError:
+            continue
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def all_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders named checkpoint-N, oldest step first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.split("-")[-1])
+
+
+def folder_of(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: a sentence, or None when every file is as its manifest says."""
+    try:
+        manifest = json.loads((folder / STATE / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{folder} has no readable {STATE}/{MANIFEST}"
+    for name, (size, checksum) in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size or _checksum(path) != checksum:
+            return f"{path} is damaged"
+    return None
+
+
+def newest_valid(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole; `warn` is told of every newer one that is not."""
+    for folder in reversed(all_checkpoints(output_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        warn(f"{damage}: {folder.name} is not used")
+    return None
+
+
+def load_position(folder: Path) -> dict[str, Any]:
+    """Where training stood, as given to `save`."""
+    return json.loads((folder / STATE / POSITION).read_text(encoding="utf-8"))
+
+
+def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """Named tensors of one file of state/, on the CPU."""
+    return load_file(folder / STATE / f"{name}.safetensors")
+
+
+@torch.no_grad()
+def load_parameters(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copies tensors into the parameters of the same names, all of them."""
+    parameters = dict(module.named_parameters())
+    if parameters.keys() != tensors.keys():
+        difference = sorted(parameters.keys() ^ tensors.keys())
+        raise CheckpointError(f"the checkpoint holds another model; they differ in {', '.join(difference[:4])}")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:
+    """The optimizer's moments by the name of their parameter."""
+    state = optimizer.state
+    return {f"{names[p]}/{key}": value for p in state for key, value in state[p].items() if torch.is_tensor(value)}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Puts moments saved by `optimizer_tensors` back, on the device of each parameter."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    index_of = {names[p]: index for index, p in enumerate(parameters)}
+    for key, value in tensors.items():
+        name, moment = key.rsplit("/", 1)
+        state.setdefault(index_of[name], {})[moment] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Hard-links the files of a folder into another, copying where the file system has no links; each file atomically."""
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        destination = target / path.relative_to(source)
+        if destination.exists() and destination.samefile(path):
+            continue  # renaming one link over another of the same file would leave both
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = destination.with_name(f".{destination.name}.new")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copy2(path, temporary)
+        os.replace(temporary, destination)
+
+
+def _replace(unfinished: Path, final: Path) -> None:
+    if final.exists():  # damaged, or it would have been resumed from
+        replaced = final.with_name(f".{final.name}.deleted")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+        os.replace(unfinished, final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.replace(unfinished, final)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # what a manifest vouches for must have reached the disk
+        while chunk := file.read(1 << 22):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum

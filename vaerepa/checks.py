@@ -1,0 +1,240 @@
+"""What can be known to be wrong before anything expensive starts, in one clear sentence each."""
+
+import fcntl
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from vaerepa import checkpoints
+from vaerepa.families import dit
+from vaerepa.options import OptionError, Options, changed_options
+
+POSITIVE = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "patch_size",
+    "resolution",
+    "shuffle_buffer_size",
+    "alignment_block",
+    "alignment_beta",
+    "alignment_layers",
+    "alignment_width",
+    "alignment_stop_step",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "num_train_epochs",
+    "max_train_steps",
+    "learning_rate",
+    "lr_num_cycles",
+    "adam_epsilon",
+    "max_skipped_steps",
+    "logit_std",
+    "validation_steps",
+    "validation_num_inference_steps",
+    "logging_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+)
+NOT_NEGATIVE = (
+    "dataloader_num_workers",
+    "alignment_weight",
+    "lr_warmup_steps",
+    "adam_weight_decay",
+    "max_grad_norm",
+    "num_validation_images",
+    "num_validation_samples",
+    "validation_guidance_scale",
+)
+CUSTOM_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "patch_size")
+
+
+def check_options(options: Options) -> None:
+    """Checks what needs neither data nor model.
+
+    Raises:
+        OptionError: a value outside its range, or two that contradict each other.
+    """
+    for name in POSITIVE + NOT_NEGATIVE:
+        value, lowest = getattr(options, name), "above 0" if name in POSITIVE else "0 or more"
+        if value is not None and not (value > 0 or (value == 0 and name in NOT_NEGATIVE)):
+            raise OptionError(f"--{name} {value}: expected {lowest}.")
+    for name in ("adam_beta1", "adam_beta2", "label_dropout"):
+        if not 0 <= getattr(options, name) < 1:
+            raise OptionError(
+                f"--{name} {getattr(options, name)}: expected a number from 0 up to, but not including, 1."
+            )
+    if not all(0 <= decay < 1 for decay in options.ema_decay) or len(set(options.ema_decay)) < len(options.ema_decay):
+        raise OptionError(
+            f"--ema_decay {options.ema_decay}: expected different numbers from 0 up to, but not including, 1."
+        )
+    low, high = options.alignment_t_range
+    if not 0 <= low < high <= 1:
+        raise OptionError(f"--alignment_t_range {low} {high}: expected two rising numbers within 0 and 1.")
+    if options.alignment_weight_schedule != "constant" and options.alignment_stop_step is None:
+        raise OptionError(
+            f"--alignment_weight_schedule {options.alignment_weight_schedule} needs --alignment_stop_step, where it reaches 0."
+        )
+    if options.dataset_name is None:
+        raise OptionError("--dataset_name is missing: give a data set's Hub id, or a local folder in the Hub's layout.")
+    transformer_size(options)
+
+
+def transformer_size(options: Options) -> tuple[dit.Size, int]:
+    """Size and patch size of the model that is asked for.
+
+    Raises:
+        OptionError: no such preset; a custom model with a size missing; sizes that do not fit each other.
+    """
+    given = [name for name in CUSTOM_SIZE if getattr(options, name) is not None]
+    if options.model != "custom":
+        if given:
+            raise OptionError(f"--{given[0]} goes with --model custom; {options.model} has its own.")
+        try:
+            size, patch_size = dit.parse_model_name(options.model)
+        except ValueError as error:
+            raise OptionError(f"--model {options.model}: {error}, or custom.") from error
+    else:
+        missing = [f"--{name}" for name in CUSTOM_SIZE if name not in given]
+        if missing:
+            raise OptionError(f"--model custom needs {', '.join(missing)} too.")
+        size, patch_size = (
+            dit.Size(options.num_layers, options.hidden_size, options.num_attention_heads),
+            options.patch_size,
+        )
+        if size.hidden_size % size.num_attention_heads or size.hidden_size % 4:
+            raise OptionError(
+                f"--hidden_size {size.hidden_size} must divide by --num_attention_heads {size.num_attention_heads}, "
+                "and by 4 for the position embedding."
+            )
+    block = options.alignment_block
+    if options.alignment != "none" and block is not None and block > size.num_layers:
+        raise OptionError(f"--alignment_block {block} is beyond the model, which has {size.num_layers} blocks.")
+    if options.alignment != "none" and block is None and dit.default_alignment_block(size.num_layers) > size.num_layers:
+        raise OptionError(
+            f"--num_layers {size.num_layers}: give --alignment_block; the default, block 2, does not exist."
+        )
+    return size, patch_size
+
+
+def resolve_batch_sizes(options: Options, num_processes: int) -> Options:
+    """Fills in batch size per device, accumulation and global batch size, so that their product is right.
+
+    Raises:
+        OptionError: they contradict each other, or the global batch does not divide.
+    """
+    per_device, accumulation, total = (
+        options.train_batch_size,
+        options.gradient_accumulation_steps,
+        options.global_batch_size,
+    )
+    if total is None:
+        per_device, accumulation = per_device or 16, accumulation or 1
+        total = per_device * accumulation * num_processes
+    elif per_device is None:
+        accumulation = accumulation or 1
+        per_device = total // (accumulation * num_processes)
+    elif accumulation is None:
+        accumulation = total // (per_device * num_processes)
+    if not per_device or not accumulation or per_device * accumulation * num_processes != total:
+        raise OptionError(
+            f"--global_batch_size {total} is not a multiple of {num_processes} processes x batch size "
+            f"{options.train_batch_size or 1} x accumulation {options.gradient_accumulation_steps or 1}; change one of them."
+        )
+    return replace(
+        options, train_batch_size=per_device, gradient_accumulation_steps=accumulation, global_batch_size=total
+    )
+
+
+def check_geometry(options: Options, downsampling: int, patch_size: int) -> int:
+    """The side of the latents, in latent pixels.
+
+    Raises:
+        OptionError: resolution, VAE and patches do not fit.
+    """
+    step = downsampling * patch_size
+    if options.resolution % step:
+        nearest = max(step, round(options.resolution / step) * step)
+        raise OptionError(
+            f"--resolution {options.resolution} must be a multiple of {step} ({downsampling} pixels per latent x patches of "
+            f"{patch_size}); the nearest is {nearest}."
+        )
+    return options.resolution // downsampling
+
+
+def check_past(saved: dict, options: Options, folder: Path) -> None:
+    """Refuses to go on from a checkpoint with options that its past steps did not have.
+
+    Raises:
+        OptionError: names every such option.
+    """
+    changed = changed_options(saved, options, "fixed")
+    if changed:
+        raise OptionError(
+            f"{folder} cannot be continued with other data, model, batch or seed: {'; '.join(changed)}. "
+            "Give the same, or start a new run in another --output_dir."
+        )
+
+
+@contextmanager
+def locked_output_dir(output_dir: Path) -> Iterator[None]:
+    """Makes the folder and holds it for this run; the lock goes with the process, however it ends.
+
+    Raises:
+        OptionError: it cannot be written, or another process trains into it.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = (output_dir / ".lock").open("w")
+    except OSError as error:
+        raise OptionError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OptionError(f"--output_dir {output_dir} is in use by another run; choose another.") from error
+        yield
+
+
+def find_checkpoint(options: Options, warn: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, None for a new run.
+
+    Raises:
+        OptionError: the folder asked for is none or is damaged; a new run would mix with another in the output folder.
+    """
+    output_dir, wanted = Path(options.output_dir), options.resume_from_checkpoint
+    existing = checkpoints.all_checkpoints(output_dir)
+    if wanted is None:
+        if existing or (output_dir / "model_index.json").exists():
+            raise OptionError(
+                f"--output_dir {output_dir} holds another run. Continue it with --resume_from_checkpoint latest, or choose "
+                "another folder."
+            )
+        return None
+    if wanted == "latest":
+        newest = checkpoints.newest_valid(output_dir, warn)
+        if newest is None and existing:
+            raise OptionError(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole.")
+        return newest
+    folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+    if not folder.is_dir():
+        names = ", ".join(path.name for path in existing) or "none"
+        raise OptionError(f"--resume_from_checkpoint {wanted}: there is no such folder; {output_dir} holds {names}.")
+    damage = checkpoints.find_damage(folder)
+    if damage:
+        raise OptionError(f"--resume_from_checkpoint {wanted}: {damage}; it is no whole checkpoint of this trainer.")
+    newer = [path.name for path in existing if checkpoints.step_of(path) > checkpoints.load_position(folder)["step"]]
+    if newer:
+        raise OptionError(
+            f"--resume_from_checkpoint {wanted}: {output_dir} holds newer ones, which this run would overwrite "
+            f"({', '.join(newer)}). Move them away, or choose another --output_dir."
+        )
+    return folder
+
+
+def steps_in(options: Options, num_images: int) -> int:
+    """Number of training steps: --max_train_steps, or what --num_train_epochs make."""
+    return options.max_train_steps or math.ceil(options.num_train_epochs * num_images / options.global_batch_size)

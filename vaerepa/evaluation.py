@@ -1,0 +1,35 @@
+"""Held-out loss: the denoising loss on images that were not trained on, at fixed times and under fixed noise."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from accelerate import Accelerator
+
+
+@torch.no_grad()
+def held_out_loss(
+    accelerator: Accelerator, batches: Iterable[dict], loss_of: Callable[[dict], tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, float]:
+    """Mean loss, and the mean by noise level.
+
+    Args:
+        batches: this process's share of the held-out batches.
+        loss_of: from a batch to the loss and the time t of each sample, each (B,).
+
+    Returns:
+        `loss` (the mean over the levels, so that each counts the same) and `loss/t=0.05` and so on.
+    """
+    levels: dict[float, list[torch.Tensor]] = {}
+    for batch in batches:
+        losses, t = loss_of(batch)
+        for level, loss in zip(t.tolist(), losses.double().cpu(), strict=True):
+            levels.setdefault(round(level, 6), []).append(loss)
+    sums = {level: (torch.stack(losses).sum().item(), len(losses)) for level, losses in levels.items()}
+    gathered = accelerator.gather_for_metrics([sums], use_gather_object=True)
+    total: dict[float, tuple[float, int]] = {}
+    for share in gathered:
+        for level, (loss, count) in share.items():
+            before = total.get(level, (0.0, 0))
+            total[level] = (before[0] + loss, before[1] + count)
+    means = {level: loss / count for level, (loss, count) in sorted(total.items())}
+    return {"loss": sum(means.values()) / len(means), **{f"loss/t={level:.2f}": mean for level, mean in means.items()}}

@@ -1,0 +1,108 @@
+"""What a run tells: means over a window of steps, metrics.jsonl, the curves."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+
+class Window:
+    """Values of the steps since the last log line, left on the device until they are read.
+
+    Kept per step and reduced over processes element by element, so that a window which a restart cut in two gives the same
+    mean to the last bit.
+    """
+
+    def __init__(self, reduced: dict[str, list[float]] | None = None):
+        self._reduced = reduced or {}
+        self._pending: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, **values: torch.Tensor) -> None:
+        """Adds the scalars of one step."""
+        for name, value in values.items():
+            self._pending.setdefault(name, []).append(value.detach())
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, list[float]]:
+        """Values per step, averaged over all processes; every process must call it."""
+        for name, values in self._pending.items():
+            mean = accelerator.reduce(torch.stack(values).float(), reduction="mean")
+            self._reduced[name] = self._reduced.get(name, []) + mean.tolist()
+        self._pending = {}
+        return self._reduced
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean of each value, then starts anew; every process must call it."""
+        values = self.reduce(accelerator)
+        self._reduced = {}
+        return {name: math.fsum(v) / len(v) if all(map(math.isfinite, v)) else math.nan for name, v in values.items()}
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per line, each with its step."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line; numbers that are not finite become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def read(self) -> list[dict]:
+        """All lines; one that a kill cut short is left out."""
+        if not self.path.exists():
+            return []
+        lines = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+        return lines
+
+    def keep_until(self, step: int) -> None:
+        """Drops what was logged after `step`: those steps will be made again."""
+        kept = [line for line in self.read() if line["step"] <= step]
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def plot_curves(metrics: list[dict], path: Path) -> None:
+    """Draws training losses, held-out loss and alignment over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "training loss": [name for name in _names(metrics) if name.endswith("denoising_loss")],
+        "held-out loss": [
+            n for n in _names(metrics) if n.startswith("validation") and n.count("/") == 1 and "loss" in n
+        ],
+        "alignment loss": [name for name in _names(metrics) if name.startswith("train/alignment_loss")],
+    }
+    panels = {title: names for title, names in panels.items() if names}
+    if not panels:
+        return
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+            axis.plot(
+                *zip(*points, strict=True), marker="." if len(points) < 50 else None, label=name.split("/", 1)[-1]
+            )
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _names(metrics: list[dict]) -> list[str]:
+    return sorted({name for line in metrics for name, value in line.items() if value is not None})

@@ -1,0 +1,372 @@
+"""Every option once: a field is the flag, the YAML key, the line of run_config.yaml and the row of the README's table."""
+
+import argparse
+import difflib
+import types
+import typing
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vaerepa import families
+
+
+class OptionError(ValueError):
+    """What the user asked for cannot be done; the message says what was wrong, what was expected and what to do."""
+
+
+Resume = Literal["fixed", "schedule", "free"]
+
+
+def option(default: Any, help: str, *, resume: Resume = "free", group: str = "") -> Any:
+    """A dataclass field with its help text and with what a restart may do to it.
+
+    `resume` is "fixed" where another value would change the steps already taken (refused), "schedule" where it changes
+    the steps to come (allowed, and said), "free" where it changes no step at all.
+    """
+    return field(default=default, metadata={"help": help, "resume": resume, "group": group})
+
+
+@dataclass
+class Options:
+    # --- Model ---------------------------------------------------------------------------------------------------
+    model: str = option(
+        "SiT-B/2",
+        f"Transformer to train: {families.SIZES_HELP}, or `custom` with the four options below.",
+        resume="fixed",
+        group="Model",
+    )
+    num_layers: int | None = option(None, "Number of transformer blocks of a `custom` model.", resume="fixed")
+    hidden_size: int | None = option(None, "Width of a `custom` model.", resume="fixed")
+    num_attention_heads: int | None = option(None, "Number of attention heads of a `custom` model.", resume="fixed")
+    patch_size: int | None = option(None, "Patch size, in latent pixels, of a `custom` model.", resume="fixed")
+    pretrained_vae_model_name_or_path: str = option(
+        "stabilityai/sd-vae-ft-mse",
+        "Hub id or folder of the frozen VAE (AutoencoderKL or AutoencoderTiny); a pipeline's `vae` subfolder is found.",
+        resume="fixed",
+    )
+    revision: str | None = option(None, "Revision of the pretrained VAE on the Hub.", resume="fixed")
+    variant: str | None = option(None, "Variant of the pretrained VAE's files, for example fp16.", resume="fixed")
+
+    # --- Data ----------------------------------------------------------------------------------------------------
+    dataset_name: str | None = option(
+        None, "Data set: a Hub id, or a local folder in the Hub's layout. It is streamed.", resume="fixed", group="Data"
+    )
+    dataset_config_name: str | None = option(None, "Config of the data set, when it has several.", resume="fixed")
+    train_split: str = option("train", "Split to train on.", resume="fixed")
+    validation_split: str | None = option(
+        None,
+        "Held-out images: the name of a split, or a fraction such as 0.02 that is taken out of the training split. "
+        "Default: the data set's own validation or test split, if it has one.",
+        resume="fixed",
+    )
+    image_column: str = option("image", "Column with the images.", resume="fixed")
+    label_column: str = option("label", "Column with the class labels (ClassLabel or integers).", resume="fixed")
+    cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.")
+    resolution: int = option(256, "Images are resized and cropped to this many pixels square.", resume="fixed")
+    center_crop: bool = option(
+        True, "Crop the centre, as ADM, DiT and SiT do; otherwise a random square.", resume="fixed"
+    )
+    random_flip: bool = option(False, "Flip images horizontally at random. The paper does not.", resume="fixed")
+    shuffle_buffer_size: int = option(
+        1000, "Images are shuffled within windows of this many, over shuffled shards.", resume="fixed"
+    )
+    dataloader_num_workers: int = option(2, "Data worker processes per device; 0 loads in the main process.")
+
+    # --- Objective -----------------------------------------------------------------------------------------------
+    timestep_sampling: Literal["uniform", "logit_normal"] = option(
+        "uniform", "Density of the training timesteps t in [0, 1].", resume="fixed", group="Objective"
+    )
+    logit_mean: float = option(0.0, "Mean of the logit-normal density.", resume="fixed")
+    logit_std: float = option(1.0, "Standard deviation of the logit-normal density.", resume="fixed")
+    label_dropout: float = option(0.1, "Share of labels dropped for classifier-free guidance.", resume="fixed")
+
+    # --- Alignment -----------------------------------------------------------------------------------------------
+    alignment: Literal["none", "vae"] = option(
+        "vae",
+        "Representation alignment: `vae` is VAE-REPA, `none` the plain transformer.",
+        resume="fixed",
+        group="Alignment",
+    )
+    alignment_block: int | None = option(
+        None, "Block whose output is aligned, counted from 1. Default: 2 up to 12 blocks, 8 above.", resume="fixed"
+    )
+    alignment_weight: float = option(1.0, "Weight of the alignment loss (lambda).", resume="schedule")
+    alignment_loss: Literal["smooth_l1", "l1", "l2", "cosine"] = option(
+        "smooth_l1",
+        "Distance of head output and latents; cosine is taken over the values of a token.",
+        resume="schedule",
+    )
+    alignment_beta: float = option(0.05, "Where smooth_l1 turns from quadratic to linear.", resume="schedule")
+    alignment_layers: int = option(5, "Linear layers of the head.", resume="fixed")
+    alignment_width: int | None = option(
+        None, "Width of the head's inner layers. Default: twice the transformer's width.", resume="fixed"
+    )
+    alignment_t_range: tuple[float, float] = option(
+        (0.0, 1.0), "Only samples whose t lies in this range are aligned.", resume="schedule"
+    )
+    alignment_weight_schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "How the weight falls to 0 at --alignment_stop_step.", resume="schedule"
+    )
+    alignment_stop_step: int | None = option(
+        None, "After this step the head is dropped and training goes on without it. Default: never.", resume="schedule"
+    )
+    alignment_normalize: bool = option(
+        False,
+        "Normalise the target per channel, with statistics measured on the data. For VAEs whose latents are not near "
+        "unit scale.",
+        resume="fixed",
+    )
+
+    # --- Training ------------------------------------------------------------------------------------------------
+    seed: int = option(
+        0, "Everything random follows from it: weights, order, noise, timesteps.", resume="fixed", group="Training"
+    )
+    train_batch_size: int | None = option(
+        None, "Batch size per device. Default: 16, or what --global_batch_size asks of one device."
+    )
+    gradient_accumulation_steps: int | None = option(
+        None, "Number of micro-batches per step. Default: 1, or what --global_batch_size needs."
+    )
+    global_batch_size: int | None = option(
+        None, "Images per step over all devices. Default: batch size x devices x accumulation.", resume="fixed"
+    )
+    num_train_epochs: int = option(100, "Number of passes over the data, unless --max_train_steps is given.")
+    max_train_steps: int | None = option(None, "Total number of training steps; overrides --num_train_epochs.")
+    learning_rate: float = option(1e-4, "Learning rate after the warm-up.", resume="schedule")
+    scale_lr: bool = option(False, "Multiply the learning rate by the global batch size.", resume="schedule")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = option("constant", "Learning rate schedule.", resume="schedule")
+    lr_warmup_steps: int = option(
+        0, "Warm-up steps of the schedule. The paper uses none (diffusers' scripts: 500).", resume="schedule"
+    )
+    lr_num_cycles: int = option(1, "Number of restarts of cosine_with_restarts.", resume="schedule")
+    lr_power: float = option(1.0, "Power of the polynomial schedule.", resume="schedule")
+    adam_beta1: float = option(0.9, "AdamW's beta1.", resume="schedule")
+    adam_beta2: float = option(0.999, "AdamW's beta2.", resume="schedule")
+    adam_weight_decay: float = option(
+        0.0, "AdamW's weight decay. The paper uses none (diffusers' scripts: 1e-2).", resume="schedule"
+    )
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", resume="schedule")
+    max_grad_norm: float = option(
+        1.0, "Largest gradient norm; larger gradients are scaled down. 0: no limit.", resume="schedule"
+    )
+    max_skipped_steps: int = option(
+        20, "Stop after this many steps in a row whose gradients are not finite (each is skipped)."
+    )
+    use_ema: bool = option(True, "Keep an exponential moving average of the weights, and export it.", resume="fixed")
+    ema_decay: tuple[float, ...] = option(
+        (0.9999,),
+        "Decay of the average; with several values the first is exported, all are kept and validated.",
+        resume="fixed",
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "Precision of the forward pass. Default: what `accelerate config` says.", resume="schedule"
+    )
+    allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", resume="schedule")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+
+    # --- Validation ----------------------------------------------------------------------------------------------
+    validation_steps: int | None = option(
+        None, "Validate every so many steps. Default: at the end only.", group="Validation"
+    )
+    num_validation_images: int = option(16, "Pictures in a sample grid; 0 draws none.")
+    validation_guidance_scale: float = option(4.0, "Guidance scale of the sample grids.")
+    validation_num_inference_steps: int = option(50, "Sampling steps of the sample grids.")
+    num_validation_samples: int = option(512, "Held-out images of the validation loss.")
+
+    # --- Output --------------------------------------------------------------------------------------------------
+    output_dir: str = option(
+        "outputs/vaerepa", "Folder for checkpoints, pictures and the final pipeline.", group="Output"
+    )
+    logging_dir: str = option("logs", "Folder for the trackers' logs, inside the output folder.")
+    logging_steps: int = option(50, "Log the mean of the losses and the throughput every so many steps.")
+    report_to: str = option("tensorboard", "Tracker: tensorboard, any other that accelerate knows, or none.")
+    checkpointing_steps: int = option(500, "Save a checkpoint every so many steps.")
+    checkpoints_total_limit: int | None = option(None, "Keep at most this many checkpoints; the oldest go first.")
+    resume_from_checkpoint: str | None = option(
+        None, "Checkpoint to go on from: its folder, or `latest` (starts afresh when there is none)."
+    )
+
+
+FIELDS: dict[str, Field] = {f.name: f for f in fields(Options)}
+
+
+def parse_options(arguments: list[str] | None = None) -> Options:
+    """Reads the command line over the YAML file of --config over the defaults.
+
+    Raises:
+        OptionError: an unknown key or flag (the nearest one is named), or a value of the wrong type.
+        SystemExit: after --help.
+    """
+    parser = _build_parser()
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise OptionError(_unknown_message("argument", unknown[0], [f"--{name}" for name in FIELDS]))
+    given = vars(parsed)
+    config = given.pop("config")
+    values = read_config(config) if config else {}
+    values.update((name, convert(name, value)) for name, value in given.items())
+    return Options(**values)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Reads a YAML file of options; each value takes its field's type.
+
+    Raises:
+        OptionError: no such file, no mapping, an unknown key or a value of the wrong type.
+    """
+    if not Path(path).is_file():
+        raise OptionError(f"--config {path}: there is no such file.")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise OptionError(f"--config {path} must hold lines of the form `option: value`.")
+    for name in values:
+        if name not in FIELDS:
+            raise OptionError(f"--config {path}: {_unknown_message('option', str(name), list(FIELDS))}")
+    return {name: convert(name, value) for name, value in values.items()}
+
+
+def convert(name: str, value: Any) -> Any:
+    """Turns what YAML or the command line gave into the type of the option `name`.
+
+    Raises:
+        OptionError: it cannot be.
+    """
+    kind = FIELDS[name].type
+    try:
+        return _convert(kind, value)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"--{name}: expected {_describe(kind)}, got {value!r}.") from error
+
+
+def write_config(options: Options, path: Path) -> None:
+    """Writes the options as YAML that --config reads."""
+    path.write_text(yaml.safe_dump(as_plain(options), sort_keys=False), encoding="utf-8")
+
+
+def as_plain(options: Options) -> dict[str, Any]:
+    """The options as a dictionary that JSON and YAML can hold."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+
+
+def changed_options(before: dict[str, Any], now: Options, resume: Resume) -> list[str]:
+    """Names the options of one `resume` class that differ between a saved run and this one."""
+    current = as_plain(now)
+    return [
+        f"--{name} was {before[name]!r} and is {current[name]!r}"
+        for name, spec in FIELDS.items()
+        if spec.metadata["resume"] == resume and name in before and before[name] != current[name]
+    ]
+
+
+def options_table() -> str:
+    """The README's table of options, in Markdown."""
+    lines = []
+    for spec in FIELDS.values():
+        if spec.metadata["group"]:
+            lines += ["", f"**{spec.metadata['group']}**", "", "| option | default | meaning |", "|---|---|---|"]
+        flag = f"`--{spec.name}`" + (f", `--no_{spec.name}`" if spec.type is bool else "")
+        default = spec.default
+        if isinstance(default, tuple):
+            default = " ".join(map(str, default))
+        meaning = spec.metadata["help"] + _choices(spec.type)
+        lines.append(f"| {flag} | {'' if default is None else f'`{default}`'} | {meaning.replace('|', '/')} |")
+    return "\n".join(lines).strip()
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train_vaerepa.py",
+        description="Trains a latent diffusion transformer with VAE representation alignment.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", default=None, help="YAML file with options; the command line comes over it.")
+    group = parser
+    for spec in FIELDS.values():
+        if spec.metadata["group"]:
+            group = parser.add_argument_group(spec.metadata["group"])
+        default = "" if spec.default is None else f" (default: {spec.default})"
+        help_text = (spec.metadata["help"] + _choices(spec.type) + default).replace("%", "%%")
+        if spec.type is bool:
+            group.add_argument(f"--{spec.name}", action="store_true", help=help_text)
+            group.add_argument(f"--no_{spec.name}", dest=spec.name, action="store_false", help=argparse.SUPPRESS)
+        elif typing.get_origin(spec.type) is tuple:
+            group.add_argument(f"--{spec.name}", nargs="+", metavar="VALUE", help=help_text)
+        else:
+            group.add_argument(f"--{spec.name}", metavar="VALUE", help=help_text)
+    return parser
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return (
+        typing.get_args(kind)
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+        else (kind,)
+    )
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    kinds = _alternatives(kind)
+    if value is None or (type(None) in kinds and str(value).lower() in ("none", "null")):
+        if type(None) not in kinds:
+            raise ValueError
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    if typing.get_origin(kind) is Literal:
+        value = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value  # YAML reads `no`
+        if str(value) not in typing.get_args(kind):
+            raise ValueError
+        return str(value)
+    if typing.get_origin(kind) is tuple:
+        return _convert_tuple(typing.get_args(kind), value)
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    if isinstance(value, bool | list | dict):
+        raise ValueError
+    if kind is int and isinstance(value, float | str) and float(value) == int(float(value)):
+        return int(float(value))  # 4e5, which YAML and shells hand over as text
+    return kind(value)
+
+
+def _convert_tuple(kinds: tuple[Any, ...], value: Any) -> tuple:
+    values = value if isinstance(value, list | tuple) else str(value).split()
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(values)
+    if len(values) != len(kinds) or not values:
+        raise ValueError
+    return tuple(_convert(kind, item) for kind, item in zip(kinds, values, strict=True))
+
+
+def _describe(kind: Any) -> str:
+    names = []
+    for alternative in _alternatives(kind):
+        if typing.get_origin(alternative) is Literal:
+            names.append("one of " + ", ".join(typing.get_args(alternative)))
+        elif typing.get_origin(alternative) is tuple:
+            inner = typing.get_args(alternative)
+            count = "one or more" if inner[-1] is Ellipsis else str(len(inner))
+            names.append(f"{count} values of type {inner[0].__name__}")
+        elif alternative is not type(None):
+            names.append({bool: "true or false", int: "a whole number", float: "a number", str: "text"}[alternative])
+    return " or ".join(names)
+
+
+def _choices(kind: Any) -> str:
+    literals = [k for k in _alternatives(kind) if typing.get_origin(k) is Literal]
+    return f" One of {', '.join(typing.get_args(literals[0]))}." if literals else ""
+
+
+def _unknown_message(what: str, name: str, known: list[str]) -> str:
+    name = name.split("=")[0]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"there is no {what} `{name}`; did you mean `{nearest}`? `--help` lists them all."

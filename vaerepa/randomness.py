@@ -1,0 +1,41 @@
+"""Named draws: everything random about a sample follows from (seed, name of the draw, ordinal of the sample in the run).
+
+Never from rank, worker or micro-batch: so a restart needs no generator state to be exact, any number of processes sees
+the same steps, and two methods can be compared under the same noise. NVlabs/edm2 gets its exact resume the same way.
+"""
+
+import hashlib
+from statistics import NormalDist
+
+import torch
+
+
+def draw_seed(seed: int, name: str, *ordinals: int) -> int:
+    """A 64-bit integer that depends on all arguments and on nothing else."""
+    key = f"{seed}/{name}/{'/'.join(map(str, ordinals))}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def draw_uniform(seed: int, name: str, ordinal: int) -> float:
+    """One number, uniform on (0, 1)."""
+    return ((draw_seed(seed, name, ordinal) >> 11) + 0.5) * 2.0**-53
+
+
+def draw_normal(seed: int, name: str, ordinal: int) -> float:
+    """One standard normal number."""
+    return NormalDist().inv_cdf(draw_uniform(seed, name, ordinal))
+
+
+def draw_noise(seed: int, name: str, ordinal: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """A standard normal float32 tensor of `shape`, on the CPU."""
+    return torch.randn(shape, generator=generator(seed, name, ordinal), dtype=torch.float32)
+
+
+def draw_permutation(seed: int, name: str, size: int, *ordinals: int) -> torch.Tensor:
+    """A random order of `range(size)`, shape (size,)."""
+    return torch.randperm(size, generator=generator(seed, name, *ordinals))
+
+
+def generator(seed: int, name: str, *ordinals: int) -> torch.Generator:
+    """A CPU generator of its own for one named draw; also seeds weights (name "transformer" or "head")."""
+    return torch.Generator().manual_seed(draw_seed(seed, name, *ordinals) & (2**63 - 1))

@@ -1,0 +1,65 @@
+"""How fast a run is: images per second, time spent waiting for data, model FLOPs utilisation."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# dense bf16 peak without sparsity, FLOP/s, from NVIDIA's and AMD's data sheets; the first name found in the device's counts
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
+
+
+class Stopwatch:
+    """Measures the steps between two log lines."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+
+    def waiting_for(self, batches: Iterable) -> Iterator:
+        """The same batches; the time until each arrives counts as waiting."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - start
+            yield batch
+
+    def read(self, num_images: int) -> dict[str, float]:
+        """Images per second over all processes, and the share of the time that this process waited for data."""
+        seconds = time.perf_counter() - self._start
+        return {"images_per_second": num_images / seconds, "data_wait": self._waited / seconds}
+
+
+def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
+    """Half-precision peak of the device in FLOP/s; None when it is not known, or the run is not in half precision."""
+    if device.type != "cuda" or mixed_precision not in ("bf16", "fp16"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def forward_flops(forward: Callable[[], object]) -> int:
+    """FLOPs (two per multiply-add) of a forward pass; run it on the meta device, where it costs nothing."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        forward()
+    return counter.get_total_flops()
