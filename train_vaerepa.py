@@ -5,8 +5,11 @@
 Every checkpoint it writes is a stock diffusers pipeline. Read from `train` on: parse, check, build, loop, save.
 """
 
-import logging
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning CPU threads stall each step while a data worker runs
+
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -374,13 +377,15 @@ def loop(run: Run) -> None:
     )
     batches = stopwatch.waiting_for(training_batches(run))
     while run.step < run.max_train_steps:
-        logs_now = (run.step + 1) % options.logging_steps == 0 or run.step + 1 == run.max_train_steps
+        logs_now = (run.step + 1) % options.logging_steps == 0
         train_step(run, batches, measure_gradients=logs_now)
         progress.update()
         if run.alignments and not all(alignment.is_active(run.step) for alignment in run.alignments):
             drop_heads(run)
         if logs_now:
             log(run, stopwatch, progress)
+        if logs_now or run.step == run.max_train_steps:
+            check_skipped_steps(run)
         if run.step % options.checkpointing_steps == 0 or run.step == run.max_train_steps:
             save(run)
         if options.validation_steps and run.step % options.validation_steps == 0:
@@ -489,23 +494,27 @@ def drop_heads(run: Run) -> None:
 def log(run: Run, stopwatch: throughput.Stopwatch, progress: tqdm) -> None:
     """Means since the last log line, to metrics.jsonl, the trackers and the progress bar."""
     options, accelerator = run.options, run.accelerator
-    steps = run.step % options.logging_steps or options.logging_steps
     values = run.window.means(accelerator)
     ratios = run.aligned_transformer.gradient_ratios()
     values |= {f"alignment_gradient_ratio_{name}": ratio.item() for name, ratio in ratios.items()}
     values |= {"learning_rate": run.learning_rate(run.step - 1)}
     values |= {"epoch": run.step * options.global_batch_size / len(run.sources.train)}
-    values |= stopwatch.read(steps * options.global_batch_size)
+    values |= stopwatch.read(options.logging_steps * options.global_batch_size)
     values |= {"skipped_images": run.num_skipped_images}
     write_metrics(run, {f"train/{name}": value for name, value in values.items()})
     progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
-    if run.skipped_in_a_row >= options.max_skipped_steps:
-        kept = checkpoints.all_checkpoints(run.output_dir)
-        raise TrainingError(
-            f"the gradients were not finite in the last {int(run.skipped_in_a_row)} steps, up to step {run.step}; the weights "
-            f"were not touched by them. The last checkpoint is {kept[-1].name if kept else 'not there yet'}. "
-            "Try bf16 instead of fp16, a lower --learning_rate, or a lower --alignment_weight."
-        )
+
+
+def check_skipped_steps(run: Run) -> None:
+    """Stops a run that has diverged; its last checkpoint is from before."""
+    if run.skipped_in_a_row < run.options.max_skipped_steps:
+        return
+    kept = checkpoints.all_checkpoints(run.output_dir)
+    raise TrainingError(
+        f"the gradients were not finite in the last {int(run.skipped_in_a_row)} steps, up to step {run.step}; the weights "
+        f"were not touched by them. The last checkpoint is {kept[-1].name if kept else 'not there yet'}. "
+        "Try bf16 instead of fp16, a lower --learning_rate, or a lower --alignment_weight."
+    )
 
 
 def validate(run: Run) -> None:

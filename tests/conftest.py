@@ -1,0 +1,141 @@
+"""Tiny data, VAE and runs that the tests share; all made here, nothing is downloaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is imported, as train_vaerepa.py does
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from datasets import ClassLabel, Dataset, Features, Image
+from diffusers import AutoencoderKL
+
+import train_vaerepa
+
+ROOT = Path(train_vaerepa.__file__).parent
+NUM_CLASSES = 3
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A data set of 40 + 12 random pictures in three classes, in the Hub's layout: three training shards of unequal size."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "data").mkdir()
+    random = np.random.default_rng(0)
+    features = Features({"image": Image(), "label": ClassLabel(names=["ash", "birch, white birch", "cedar"])})
+
+    def write(name: str, count: int) -> None:
+        pixels = random.integers(0, 256, (count, 20, 24, 3), dtype=np.uint8)
+        rows = {"image": list(pixels), "label": [int(i) for i in random.integers(0, NUM_CLASSES, count)]}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{name}.parquet")
+
+    for shard, count in enumerate((18, 9, 13)):
+        write(f"train-{shard:05d}-of-00003", count)
+    write("validation-00000-of-00001", 12)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    """An untrained AutoencoderKL: 16 pixels to 8 latents, four channels near unit scale."""
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(data, vae, tmp_path):
+    """Builds the command line of a tiny run from options given by name; True stands for a flag alone."""
+
+    def build(**options) -> list[str]:
+        tiny = {
+            "dataset_name": data,
+            "pretrained_vae_model_name_or_path": vae,
+            "resolution": 16,
+            "model": "custom",
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "patch_size": 2,
+            "shuffle_buffer_size": 16,
+            "global_batch_size": 8,
+            "max_train_steps": 4,
+            "learning_rate": 1e-3,
+            "ema_decay": 0.9,
+            "logging_steps": 1,
+            "checkpointing_steps": 100,
+            "num_validation_images": 0,
+            "num_validation_samples": 0,
+            "validation_num_inference_steps": 2,
+            "dataloader_num_workers": 0,
+            "report_to": "none",
+            "output_dir": tmp_path / "run",
+        } | options
+        line = []
+        for name, value in tiny.items():
+            if value is None:
+                continue
+            line.append(f"--{name}")
+            if value is not True:
+                line += map(str, value) if isinstance(value, list | tuple) else [str(value)]
+        return line
+
+    return build
+
+
+@pytest.fixture
+def train(arguments, tmp_path):
+    """Trains in this process and returns the output folder; `code` is the exit code that is expected."""
+
+    def run(code: int = 0, **options) -> Path:
+        AcceleratorState._reset_state(True)
+        torch.manual_seed(torch.seed())  # no result may depend on the global generator
+        assert train_vaerepa.main(arguments(**options)) == code
+        return Path(options.get("output_dir", tmp_path / "run"))
+
+    return run
+
+
+@pytest.fixture
+def launch(arguments, tmp_path):
+    """Trains in `processes` processes through accelerate launch and returns the output folder."""
+
+    def run(processes: int, script: str = "train_vaerepa.py", **options) -> Path:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
+        command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+        result = subprocess.run(
+            [*command, str(script), *arguments(**options)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return Path(options.get("output_dir", tmp_path / "run"))
+
+    return run
+
+
+def read_metrics(output_dir: Path, *names: str) -> list[dict]:
+    """The lines of metrics.jsonl that hold `names`, with the step and these alone."""
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in ("step", *names)} for line in lines if all(name in line for name in names)]

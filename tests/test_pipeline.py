@@ -1,0 +1,502 @@
+"""Our own pipeline: loads beside a stock checkpoint, integrates the flow, guides, decodes, refuses what is wrong."""
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+)
+from PIL import Image
+from torch import nn
+
+from pipeline_vaerepa import VAEREPAPipeline
+
+PIPELINE_FILE = Path(__file__).parent.parent / "pipeline_vaerepa.py"
+ID2LABEL = {0: "tench, Tinca tinca", 1: "goldfish", 2: "great white shark, white shark"}
+NULL = 1000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only wait for each other's threads when other tests share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build_transformer(num_embeds=1000, out_channels=4):
+    torch.manual_seed(0)
+    size = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "patch_size": 2}
+    transformer = DiTTransformer2DModel(
+        in_channels=4, out_channels=out_channels, num_embeds_ada_norm=num_embeds, **size
+    )
+    # in train mode every block would drop labels at random
+    return transformer.eval()
+
+
+def build_vae(**kwargs):
+    torch.manual_seed(1)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4, **blocks, **kwargs).eval()
+
+
+def build_tiny_vae():
+    torch.manual_seed(2)
+    widths = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
+    return AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), scaling_factor=0.5, **widths).eval()
+
+
+def build_scheduler():
+    return DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0)
+
+
+def build_pipeline(transformer=None, vae=None, id2label=ID2LABEL, scheduler=None):
+    pipe = VAEREPAPipeline(
+        transformer=transformer or build_transformer(),
+        vae=vae or build_vae(),
+        scheduler=scheduler or build_scheduler(),
+        id2label=id2label,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe():
+    return build_pipeline()
+
+
+@pytest.fixture
+def noise():
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def sample_latents(pipe, labels, latents, **kwargs):
+    kwargs = {"num_inference_steps": 5, "output_type": "latent", **kwargs}
+    return pipe(labels, latents=latents, **kwargs).images
+
+
+@torch.no_grad()
+def reference_euler(transformer, latents, labels, scale=1.0, interval=(0.0, 1.0), steps=5, null=NULL):
+    """x <- x - v / steps, written out; null and conditional halves in forwards of their own."""
+    x, labels = latents.float(), torch.tensor(labels)
+    for step in range(steps):
+        t = 1 - step / steps
+        timestep = torch.full((len(x),), 1000 * t)
+        velocity = transformer(x.to(transformer.dtype), timestep, labels).sample[:, :4].float()
+        if scale > 1 and interval[0] - 1e-9 <= t <= interval[1] + 1e-9:
+            nulls = torch.full_like(labels, null)
+            null_velocity = transformer(x.to(transformer.dtype), timestep, nulls).sample[:, :4].float()
+            velocity = null_velocity + scale * (velocity - null_velocity)
+        x = x - velocity / steps
+    return x
+
+
+class GaussianField(nn.Module):
+    """Exact v(x, t) when the data of class k is N(3 k + 1, spread^2), each latent number for itself."""
+
+    def __init__(self, spread):
+        super().__init__()
+        self.spread = spread
+        self.config = SimpleNamespace(in_channels=4, out_channels=4, sample_size=16, num_embeds_ada_norm=1000)
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+
+    def forward(self, hidden_states, timestep, class_labels):
+        t = (timestep / 1000).view(-1, 1, 1, 1)
+        mean = (3 * class_labels + 1).view(-1, 1, 1, 1)
+        variance = ((1 - t) * self.spread) ** 2 + t**2
+        # E[eps - z | x_t = x], by regression of the jointly normal eps - z on x_t
+        slope = (t - (1 - t) * self.spread**2) / variance
+        return SimpleNamespace(sample=-mean + slope * (hidden_states - (1 - t) * mean))
+
+
+class CountingTransformer(nn.Module):
+    """Records batch size, timestep and labels of every forward of the transformer inside."""
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.inner, self.config = transformer, transformer.config
+        self.dtype, self.device = transformer.dtype, transformer.device
+        self.calls = []
+
+    def forward(self, hidden_states, timestep, class_labels):
+        self.calls.append((timestep.tolist(), class_labels.tolist()))
+        return self.inner(hidden_states, timestep, class_labels)
+
+
+# ---- loading
+
+
+@pytest.fixture
+def stock_folder(tmp_path, monkeypatch):
+    """A checkpoint as the trainer writes it, and a modules cache of its own for diffusers."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "checkpoint"
+    stock = DiTPipeline(build_transformer(), build_vae(), build_scheduler())
+    stock.register_to_config(id2label={str(class_id): name for class_id, name in ID2LABEL.items()})
+    stock.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("custom_pipeline", ["name", "file", "folder"])
+def test_loads_beside_a_stock_checkpoint(stock_folder, noise, custom_pipeline):
+    shutil.copy(PIPELINE_FILE, stock_folder)
+    # diffusers looks for no other name in a folder
+    shutil.copy(PIPELINE_FILE, stock_folder / "pipeline.py")
+    where = {
+        "name": "pipeline_vaerepa",
+        "file": str(stock_folder / "pipeline_vaerepa.py"),
+        "folder": str(stock_folder),
+    }[custom_pipeline]
+
+    loaded = DiffusionPipeline.from_pretrained(stock_folder, custom_pipeline=where, trust_remote_code=True)
+    loaded.set_progress_bar_config(disable=True)
+
+    assert type(loaded).__name__ == "VAEREPAPipeline"
+    assert loaded.labels["white shark"] == 2
+    expected = reference_euler(build_transformer(), noise, [2, 0], scale=4.0)
+    torch.testing.assert_close(sample_latents(loaded, ["white shark", "tench"], noise), expected)
+
+
+def test_checkpoint_stays_stock(stock_folder):
+    shutil.copy(PIPELINE_FILE, stock_folder)
+    stock = DiffusionPipeline.from_pretrained(stock_folder)
+    assert type(stock) is DiTPipeline
+    assert stock.labels["Tinca tinca"] == 0
+
+
+def test_own_save_keeps_the_labels(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = VAEREPAPipeline.from_pretrained(tmp_path)
+    assert again.labels == pipe.labels
+    assert again.config.id2label == {"0": ID2LABEL[0], "1": ID2LABEL[1], "2": ID2LABEL[2]}
+
+
+def test_modules_of_a_stock_pipeline_are_enough(noise):
+    stock = DiTPipeline(build_transformer(), build_vae(), build_scheduler(), id2label=ID2LABEL)
+    own = build_pipeline(**{**stock.components, "id2label": None})
+    torch.testing.assert_close(
+        sample_latents(own, [1, 2], noise), reference_euler(stock.transformer, noise, [1, 2], scale=4.0)
+    )
+
+
+# ---- labels
+
+
+def test_label_names_and_numbers(pipe):
+    assert pipe.get_label_ids("goldfish") == [1]
+    assert pipe.get_label_ids(2) == [2]
+    assert pipe.get_label_ids(["Tinca tinca", 1, "tench", "great white shark"]) == [0, 1, 0, 2]
+    assert pipe.get_label_ids(torch.tensor([2, 0])) == [2, 0]
+    assert pipe.get_label_ids(np.array([1])) == [1]
+
+
+@pytest.mark.parametrize("id2label", [{"10": "ten", "2": "two, deux"}, {10: "ten", 2: "two, deux"}])
+def test_label_keys_may_be_strings(id2label):
+    pipe = build_pipeline(id2label=id2label)
+    assert pipe.get_label_ids(["deux", "ten"]) == [2, 10]
+    assert pipe.num_classes == 11
+
+
+def test_names_give_the_same_images_as_numbers(pipe, noise):
+    assert torch.equal(sample_latents(pipe, ["goldfish", "tench"], noise), sample_latents(pipe, [1, 0], noise))
+
+
+def test_unknown_name_is_refused_with_the_nearest(pipe):
+    with pytest.raises(ValueError, match="no class `gold fish`; the nearest names are `goldfish`"):
+        pipe("gold fish")
+
+
+def test_name_without_id2label_is_refused():
+    with pytest.raises(ValueError, match="no id2label"):
+        build_pipeline(id2label=None)("goldfish")
+
+
+@pytest.mark.parametrize("label", [-1, 3, NULL])
+def test_number_out_of_range_is_refused(pipe, label):
+    with pytest.raises(ValueError, match=rf"class label {label} is not in \[0, 3\)"):
+        pipe([0, label])
+
+
+def test_range_without_id2label_is_the_table():
+    pipe = build_pipeline(id2label=None)
+    assert pipe.get_label_ids([0, 999]) == [0, 999]
+    with pytest.raises(ValueError, match=r"1000 is not in \[0, 1000\)"):
+        pipe(1000)
+
+
+def test_more_than_1000_classes(noise):
+    transformer = build_transformer(num_embeds=1200)
+    pipe = build_pipeline(transformer, id2label={class_id: f"class {class_id}" for class_id in range(1200)})
+    latents = sample_latents(pipe, ["class 1199", 1000], noise, guidance_scale=3.0)
+    expected = reference_euler(transformer, noise, [1199, 1000], scale=3.0, null=1200)
+    torch.testing.assert_close(latents, expected)
+    with pytest.raises(ValueError, match=r"1200 is not in \[0, 1200\)"):
+        pipe(1200)
+
+
+# ---- the flow
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
+def test_samples_of_an_exact_gaussian_field(spread):
+    pipe = build_pipeline(GaussianField(spread))
+    generator = torch.Generator().manual_seed(4)
+    labels = [0] * 32 + [2] * 32
+    latents = pipe(
+        labels, guidance_scale=1.0, num_inference_steps=200, generator=generator, output_type="latent"
+    ).images
+    for samples, mean in ((latents[:32], 1.0), (latents[32:], 7.0)):
+        assert samples.mean().item() == pytest.approx(mean, abs=0.02 * max(spread, 1.0))
+        assert samples.std().item() == pytest.approx(spread, rel=0.02)
+
+
+def test_error_falls_linearly_with_the_number_of_steps():
+    pipe, spread = build_pipeline(GaussianField(0.5)), 0.5
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    exact = 1.0 + spread * noise
+    errors = [
+        (sample_latents(pipe, 0, noise, guidance_scale=1.0, num_inference_steps=steps) - exact).abs().max().item()
+        for steps in (100, 200)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.1)
+
+
+def test_training_form_with_a_shared_embedder():
+    transformer = build_transformer()
+    shared = transformer.transformer_blocks[0].norm1.emb
+    for block in transformer.transformer_blocks:
+        block.norm1.emb = shared
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(6))
+    samples = sample_latents(build_pipeline(transformer), [0, 1], latents)
+    torch.testing.assert_close(samples, reference_euler(transformer, latents, [0, 1], scale=4.0))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 4.0])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.7), (0.3, 0.6), (0.55, 0.55)])
+def test_guidance_matches_the_reference_loop(pipe, noise, scale, interval):
+    latents = sample_latents(
+        pipe, [2, 1], noise, guidance_scale=scale, guidance_interval=interval, num_inference_steps=10
+    )
+    expected = reference_euler(pipe.transformer, noise, [2, 1], scale=scale, interval=interval, steps=10)
+    torch.testing.assert_close(latents, expected)
+
+
+def test_null_half_is_computed_inside_the_interval_only(noise):
+    transformer = CountingTransformer(build_transformer())
+    pipe = build_pipeline(transformer)
+    sample_latents(pipe, [2, 1], noise, num_inference_steps=10, guidance_interval=(0.3, 0.7))
+    times = [timestep[0] for timestep, _ in transformer.calls]
+    assert times == pytest.approx([1000, 900, 800, 700, 600, 500, 400, 300, 200, 100])
+    guided = [labels == [2, 1, NULL, NULL] for _, labels in transformer.calls]
+    assert guided == [False] * 3 + [True] * 5 + [False] * 2
+    assert all(labels == [2, 1] for (_, labels), both in zip(transformer.calls, guided, strict=True) if not both)
+    assert all(len(set(timestep)) == 1 and len(timestep) == len(labels) for timestep, labels in transformer.calls)
+
+
+def test_learned_sigma_takes_the_first_half(noise):
+    transformer = build_transformer(out_channels=8)
+    latents = sample_latents(build_pipeline(transformer), [0, 2], noise, guidance_scale=2.0)
+    assert latents.shape == noise.shape
+    torch.testing.assert_close(latents, reference_euler(transformer, noise, [0, 2], scale=2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_state_stays_float32(noise, dtype):
+    pipe = build_pipeline(build_transformer().to(dtype))
+    states = []
+
+    def keep(pipe, step, timestep, tensors):
+        states.append(tensors["latents"])
+        return tensors
+
+    latents = sample_latents(pipe, [0, 1], noise, guidance_scale=1.0, callback_on_step_end=keep)
+    assert all(state.dtype == torch.float32 for state in [*states, latents])
+    assert not torch.equal(latents, latents.to(dtype).float())
+    torch.testing.assert_close(latents, reference_euler(pipe.transformer, noise, [0, 1]))
+
+
+def test_one_step_is_the_whole_way(pipe, noise):
+    latents = sample_latents(pipe, [0, 1], noise, num_inference_steps=1, guidance_scale=1.0)
+    torch.testing.assert_close(latents, reference_euler(pipe.transformer, noise, [0, 1], steps=1))
+
+
+# ---- noise and callbacks
+
+
+def test_generator_decides_the_images(pipe):
+    def images(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return pipe([0, 1], generator=generator, num_inference_steps=2, output_type="pt").images
+
+    assert torch.equal(images(0), images(0))
+    assert not torch.equal(images(0), images(1))
+
+
+def test_image_with_its_own_generator_does_not_depend_on_the_batch(pipe):
+    def images(labels, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(labels, generator=generators, num_inference_steps=4, output_type="pt").images
+
+    batch = images([2, 0, 1], [7, 8, 9])
+    for index, (label, seed) in enumerate([(2, 7), (0, 8), (1, 9)]):
+        torch.testing.assert_close(images([label], [seed])[0], batch[index], rtol=0, atol=1e-5)
+
+
+def test_initial_latents_are_neither_scaled_nor_changed(pipe, noise):
+    given = noise.clone()
+    latents = sample_latents(pipe, [0, 1], given.double())
+    torch.testing.assert_close(latents, sample_latents(pipe, [0, 1], given))
+    assert torch.equal(given, noise)
+
+
+def test_callback_sees_every_step_and_replaces_the_latents(pipe, noise):
+    seen = []
+
+    def replace(called_pipe, step, timestep, tensors):
+        assert called_pipe is pipe
+        seen.append((step, timestep))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 1 else {}
+
+    latents = sample_latents(pipe, [0, 1], noise, num_inference_steps=4, callback_on_step_end=replace)
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    assert [timestep for _, timestep in seen] == pytest.approx([1000, 750, 500, 250])
+    # after the zeros at t = 0.5 the initial noise no longer matters
+    other = sample_latents(pipe, [0, 1], noise + 1, num_inference_steps=4, callback_on_step_end=replace)
+    assert torch.equal(latents, other)
+    assert not torch.equal(latents, torch.zeros_like(latents))
+
+
+def test_callback_gets_only_the_tensors_it_asks_for(pipe, noise):
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(sorted(tensors))
+        return tensors
+
+    for names in (["latents"], []):
+        callback = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": names}
+        sample_latents(pipe, [0, 1], noise, num_inference_steps=1, **callback)
+    assert seen == [["latents"], []]
+
+
+def test_progress_bar_counts_the_steps(pipe, capsys):
+    pipe.set_progress_bar_config(disable=False)
+    pipe(0, num_inference_steps=3, output_type="latent")
+    assert "3/3" in capsys.readouterr().err
+
+
+# ---- decoding
+
+
+def test_output_types(pipe, noise):
+    def images(output_type):
+        return pipe([0, 1], latents=noise, num_inference_steps=2, output_type=output_type).images
+
+    pixels = images("pt")
+    assert pixels.shape == (2, 3, 16, 16)
+    assert pixels.dtype == torch.float32
+    assert 0 <= pixels.min() < pixels.max() <= 1
+    array = images("np")
+    assert array.shape == (2, 16, 16, 3)
+    np.testing.assert_allclose(array, pixels.permute(0, 2, 3, 1).numpy())
+    pictures = images("pil")
+    assert all(isinstance(picture, Image.Image) and picture.size == (16, 16) for picture in pictures)
+    np.testing.assert_allclose(np.stack([np.asarray(picture) for picture in pictures]), array * 255, atol=0.51)
+    assert images("latent").shape == (2, 4, 8, 8)
+
+
+def test_return_dict(pipe, noise):
+    kwargs = {"latents": noise, "num_inference_steps": 2, "output_type": "pt"}
+    result = pipe([0, 1], return_dict=False, **kwargs)
+    assert isinstance(result, tuple)
+    assert len(result) == 1
+    assert torch.equal(result[0], pipe([0, 1], **kwargs).images)
+
+
+def test_one_label_gives_one_image(pipe):
+    assert pipe("tench", num_inference_steps=1, output_type="pt").images.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("vae", "shift"),
+    [
+        (build_vae(), 0.0),
+        (build_vae(scaling_factor=0.5, shift_factor=0.7), 0.7),
+        (build_vae(scaling_factor=2.0, shift_factor=None), 0.0),
+        (build_tiny_vae(), 0.0),
+    ],
+    ids=["kl", "kl-shift", "kl-no-shift", "tiny"],
+)
+def test_latents_are_brought_to_the_scale_of_the_vae(noise, vae, shift):
+    pipe = build_pipeline(vae=vae)
+    latents = sample_latents(pipe, [0, 1], noise)
+    images = sample_latents(pipe, [0, 1], noise, output_type="pt")
+    with torch.no_grad():
+        decoded = vae.decode(latents / vae.config.scaling_factor + shift).sample
+    torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vae_keeps_its_own_dtype_under_autocast(dtype):
+    pipe = build_pipeline(GaussianField(1.0), vae=build_vae().to(dtype))
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(10))
+    plain = sample_latents(pipe, 0, noise, output_type="pt")
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = sample_latents(pipe, 0, noise, output_type="pt")
+    assert plain.dtype == torch.float32
+    assert torch.equal(plain, autocast)
+    assert sample_latents(pipe, 0, noise, output_type="np").dtype == np.float32
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    "interval", [(0.7, 0.2), (-0.1, 0.5), (0.0, 1.1), (0.5,), (0.1, 0.2, 0.3), 0.7, None, (float("nan"), 1.0)]
+)
+def test_wrong_guidance_interval_is_refused(pipe, interval):
+    with pytest.raises(ValueError, match="guidance_interval must be"):
+        pipe(0, guidance_interval=interval)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"output_type": "numpy"}, "output_type must be one of pil, np, pt, latent, got numpy"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"num_inference_steps": -3}, "num_inference_steps must be at least 1, got -3"),
+        ({"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}, "there is no prompt_embeds"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"shape \(2, 4, 8, 8\), got \(1, 4, 8, 8\)"),
+        ({"latents": torch.zeros(2, 4, 8, 9)}, r"shape \(2, 4, 8, 8\), got \(2, 4, 8, 9\)"),
+        ({"generator": [torch.Generator()]}, "a list of 1 for 2 images"),
+        ({"generator": [torch.Generator()] * 3}, "a list of 3 for 2 images"),
+    ],
+)
+def test_wrong_argument_is_refused(pipe, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        pipe([0, 1], **kwargs)
+
+
+def test_empty_batch_is_refused(pipe):
+    with pytest.raises(ValueError, match="class_labels is empty"):
+        pipe([])
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), DPMSolverMultistepScheduler()])
+def test_epsilon_model_is_refused(scheduler):
+    with pytest.raises(ValueError, match=r"prediction_type is epsilon.*use the stock DiTPipeline"):
+        build_pipeline(scheduler=scheduler)(0)
