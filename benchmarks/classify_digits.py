@@ -1,0 +1,75 @@
+"""How many sampled digits are what was asked for, by a classifier fitted on the real ones.
+
+python -m benchmarks.classify_digits outputs/quickstart
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+
+from vaerepa.data import open_sources
+from vaerepa.data.images import decode_image
+
+GREY_LEVELS = 16  # of scikit-learn's digits
+
+
+def fit_classifier() -> tuple[SVC, float]:
+    """A support vector machine on the training digits (8x8 values), and its accuracy on the held-out ones."""
+    sources = open_sources("configs/quickstart/digits")
+    train, held_out = (read_digits(source) for source in (sources.train, sources.validation))
+    assert len(train[0]) + len(held_out[0]) == len(load_digits().data)
+    classifier = SVC(gamma=0.001, C=10).fit(*train)
+    return classifier, classifier.score(*held_out)
+
+
+def read_digits(source) -> tuple[np.ndarray, np.ndarray]:
+    """Values (N, 64) in [0, 16] and labels (N,) of a split."""
+    rows = [row for block in range(source.num_blocks) for row in source.read_block(block)]
+    return to_values([decode_image(row.image["bytes"]) for row in rows]), np.array([row.label for row in rows])
+
+
+def to_values(images: list[Image.Image]) -> np.ndarray:
+    """Pictures of any size as 8x8 grey values, shape (N, 64)."""
+    small = [image.convert("L").resize((8, 8), Image.Resampling.BOX) for image in images]
+    return np.stack([np.asarray(image, dtype=np.float64).ravel() for image in small]) * GREY_LEVELS / 255
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", help="Folder or Hub id of a pipeline trained on the digits.")
+    parser.add_argument("--num_samples", type=int, default=500)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=100)
+    args = parser.parse_args()
+
+    classifier, held_out_accuracy = fit_classifier()
+    pipeline = DiffusionPipeline.from_pretrained(args.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    labels = np.arange(args.num_samples) % 10
+    generator = torch.Generator().manual_seed(args.seed)
+    images = []
+    for batch in np.array_split(labels, -(-args.num_samples // args.batch_size)):
+        images += pipeline(
+            class_labels=batch.tolist(),
+            guidance_scale=args.guidance_scale,
+            num_inference_steps=args.num_inference_steps,
+            generator=generator,
+        ).images
+    correct = classifier.predict(to_values(images)) == labels
+    print(f"classifier on held-out real digits: {held_out_accuracy:.1%}")
+    print(
+        f"{type(pipeline).__name__}, scale {args.guidance_scale}, {args.num_inference_steps} steps, seed {args.seed}: "
+        f"{correct.mean():.1%} of {len(labels)} samples are the digit asked for"
+    )
+    print("by digit: " + ", ".join(f"{digit}: {correct[labels == digit].mean():.0%}" for digit in range(10)))
+
+
+if __name__ == "__main__":
+    main()
