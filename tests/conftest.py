@@ -94,7 +94,7 @@ def arguments(data, vae, tmp_path):
             if value is None:
                 continue
             line.append(f"--{name}")
-            if value is not True:
+            if value is not True:  # else a flag alone
                 line += map(str, value) if isinstance(value, list | tuple) else [str(value)]
         return line
 

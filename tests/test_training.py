@@ -1,0 +1,176 @@
+"""The loop: the same start for all methods, the heads' end, steps that are skipped, what a step computes."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+import train_vaerepa
+from tests.conftest import read_metrics
+from vaerepa import latents
+from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
+from vaerepa.families import dit
+
+
+def test_the_first_step_computes_the_papers_loss(train, data, vae):
+    run = train(max_train_steps=1, seed=3)
+    logged = read_metrics(run, "train/loss", "train/denoising_loss", "train/alignment_loss_vae")[0]
+    source = open_sources(str(data)).train
+    batch = next(iter(Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 16, 3)))
+    draws, t = batch["draws"], batch["draws"]["t"].float().view(-1, 1, 1, 1)
+    transformer = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
+    dit.initialize(transformer, 3)
+    head = train_vaerepa.VAEAlignment(2).build_head(32, 4, 3)
+    tokens = []
+    transformer.transformer_blocks[1].register_forward_hook(lambda module, args, output: tokens.append(output))
+    with torch.no_grad():
+        posterior = AutoencoderKL.from_pretrained(vae).encode(batch["pixel_values"] / 127.5 - 1).latent_dist
+        z = posterior.mean + posterior.std * draws["posterior"]
+        labels = torch.where(draws["drop"], 1000, batch["condition"])
+        velocity = transformer(
+            (1 - t) * z + t * draws["noise"], timestep=1000 * t.flatten(), class_labels=labels
+        ).sample
+        denoising = (velocity - (draws["noise"] - z)).square().mean()
+        aligned = torch.einsum("nhwpqc->nchpwq", head(tokens[0]).view(8, 4, 4, 2, 2, 4)).reshape(8, 4, 8, 8)
+        alignment = torch.nn.functional.smooth_l1_loss(aligned, z, beta=0.05)
+    assert logged["train/denoising_loss"] == pytest.approx(denoising.item(), rel=1e-5)
+    assert logged["train/alignment_loss_vae"] == pytest.approx(alignment.item(), rel=1e-5)
+    assert logged["train/loss"] == pytest.approx((denoising + alignment).item(), rel=1e-5)
+
+
+def test_none_and_vae_start_alike_and_see_the_same(train, tmp_path):
+    """At weight 0 the head changes nothing: same weights, same batches, same noise."""
+    vae = train(alignment_weight=0.0, output_dir=tmp_path / "vae")
+    none = train(alignment="none", output_dir=tmp_path / "none")
+    one, other = (load_file(run / "checkpoint-4/state/transformer.safetensors") for run in (vae, none))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not load_file(none / "checkpoint-4/state/heads.safetensors")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_head_leaves_when_alignment_stops(train, launch, tmp_path, processes):
+    options = {"alignment_stop_step": 2, "max_train_steps": 5, "checkpointing_steps": 1, "output_dir": tmp_path / "run"}
+    run = train(**options) if processes == 1 else launch(processes, **options)
+    for step in range(1, 6):
+        state = run / f"checkpoint-{step}/state"
+        heads, optimizer = load_file(state / "heads.safetensors"), load_file(state / "optimizer.safetensors")
+        assert bool(heads) == any(name.startswith("heads.") for name in optimizer) == (step < 2)
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert ["train/alignment_loss_vae" in line for line in losses if "train/loss" in line] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_a_restart_after_alignment_stopped_is_exact(train, tmp_path):
+    options = {"alignment_stop_step": 3, "alignment_weight_schedule": "cosine", "max_train_steps": 6}
+    whole = train(**options, output_dir=tmp_path / "whole")
+    for steps in (3, 5, 6):
+        pieces = train(
+            **(options | {"max_train_steps": steps}), output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
+        )
+    for name in ("transformer", "optimizer", "ema_0.9"):
+        one, other = (load_file(run / f"checkpoint-6/state/{name}.safetensors") for run in (whole, pieces))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_step_with_nan_is_skipped(train, monkeypatch):
+    encode, calls = latents.encode, []
+
+    def sometimes_nan(*args):
+        calls.append(0)
+        return encode(*args) * (float("nan") if len(calls) == 5 else 1.0)  # three calls measure, so the second step
+
+    monkeypatch.setattr(latents, "encode", sometimes_nan)
+    run = train(max_train_steps=4, checkpointing_steps=1, num_validation_samples=0)
+    weights = [load_file(run / f"checkpoint-{step}/state/transformer.safetensors") for step in (1, 2, 3, 4)]
+    same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(weights)]
+    assert same == [True, False, False]
+    assert all(value.isfinite().all() for value in weights[-1].values())
+    assert None in [line["train/loss"] for line in read_metrics(run, "train/loss")]
+
+
+def test_many_bad_steps_in_a_row_stop_the_run(train, monkeypatch, capfd):
+    encode, calls = latents.encode, []
+
+    def nan_from_the_fifth(*args):
+        calls.append(0)
+        return encode(*args) * (float("nan") if len(calls) > 5 else 1.0)
+
+    monkeypatch.setattr(latents, "encode", nan_from_the_fifth)
+    run = train(code=1, max_train_steps=50, max_skipped_steps=3, checkpointing_steps=2)
+    assert "the gradients were not finite in the last 3 steps" in capfd.readouterr().err
+    newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert all(value.isfinite().all() for value in load_file(newest / "state/transformer.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixed_precision": "bf16"},
+        {"gradient_checkpointing": True},
+        {"timestep_sampling": "logit_normal", "no_center_crop": True, "random_flip": True},
+        {
+            "alignment_loss": "cosine",
+            "alignment_t_range": [0.4, 0.7],
+            "alignment_normalize": True,
+            "alignment_layers": 2,
+        },
+        {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "scale_lr": True, "max_grad_norm": 0},
+        {"train_batch_size": 2, "gradient_accumulation_steps": 2, "global_batch_size": None, "num_train_epochs": 1},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_switches(train, options):
+    run = train(**({"max_train_steps": None if "num_train_epochs" in options else 2} | options))
+    losses = [line["train/loss"] for line in read_metrics(run, "train/loss")]
+    assert len(losses) == (10 if "num_train_epochs" in options else 2)  # 40 images, 4 a step
+    assert all(losses)
+
+
+def test_gradient_checkpointing_changes_nothing(train, tmp_path):
+    runs = [train(output_dir=tmp_path / "plain"), train(output_dir=tmp_path / "saving", gradient_checkpointing=True)]
+    one, other = (load_file(run / "checkpoint-4/state/transformer.safetensors") for run in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+DOUBLE = """
+import sys, torch
+torch.set_default_dtype(torch.float64)
+import train_vaerepa
+from vaerepa.families import dit
+
+def initialize(transformer, seed):  # no zero layers: every parameter gets a gradient from the first step on
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+dit.initialize = initialize
+sys.exit(train_vaerepa.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_one_and_two_processes_make_the_same_steps(launch, tmp_path, accumulation):
+    script = tmp_path / "double.py"
+    script.write_text(DOUBLE)
+    options = {"max_train_steps": 10, "label_dropout": 0.5, "ema_decay": 0.9}
+    ends = []
+    for processes in (1, 2):
+        run = launch(
+            processes,
+            script,
+            **options,
+            gradient_accumulation_steps=accumulation,
+            output_dir=tmp_path / f"run-{processes}",
+        )
+        ends.append(load_file(run / "checkpoint-10/state/transformer.safetensors"))
+    assert next(iter(ends[0].values())).dtype == torch.float64
+    assert max((ends[0][name] - ends[1][name]).abs().max().item() for name in ends[0]) < 1e-10
