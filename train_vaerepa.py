@@ -151,6 +151,8 @@ def build_accelerator(options: Options) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise OptionError(f"--mixed_precision or --report_to cannot be had here: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise OptionError("--mixed_precision fp16 needs a GPU; on the CPU take bf16, or no.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     if accelerator.device.type == "cpu":
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # accelerate launch leaves one thread to each

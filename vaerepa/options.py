@@ -333,7 +333,9 @@ def _convert(kind: Any, value: Any) -> Any:
         return value
     if isinstance(value, bool | list | dict):
         raise ValueError
-    if kind is int and isinstance(value, float | str) and float(value) == int(float(value)):
+    if kind is int and not isinstance(value, int):
+        if not float(value).is_integer():
+            raise ValueError
         return int(float(value))  # 4e5, which YAML and shells hand over as text
     return kind(value)
 

@@ -2,16 +2,33 @@
 
 from io import BytesIO
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad bytes
+
+
+def read_image(image: dict | None) -> Image.Image:
+    """Decodes what an HF Image column holds: the encoded bytes, or the path of a file of its own.
+
+    Raises:
+        UNREADABLE: there is no image, or it is damaged or far too large.
+    """
+    if image is None:
+        raise ValueError("the row holds no image")
+    if image["bytes"] is not None:
+        return decode_image(image["bytes"])
+    with fsspec.open(image["path"], "rb") as file:
+        return decode_image(file.read())
 
 
 def decode_image(encoded: bytes) -> Image.Image:
     """Decodes a whole image to RGB: EXIF rotation applied, transparency laid on white, 16-bit grey scaled to 8 bit.
 
     Raises:
-        OSError, ValueError, SyntaxError: the bytes are no image, or an incomplete one.
+        UNREADABLE: the bytes are no image, an incomplete one, or a far too large one.
     """
     image = Image.open(BytesIO(encoded))
     image.load()

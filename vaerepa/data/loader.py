@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import fsspec
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
@@ -29,7 +28,7 @@ class Preprocessing:
 
     def __call__(self, row: Row, ordinal: int) -> torch.Tensor:
         """The row's image as uint8 pixels, shape (3, resolution, resolution)."""
-        image = images.resize_shorter_side(images.decode_image(_encoded(row.image)), self.resolution)
+        image = images.resize_shorter_side(images.read_image(row.image), self.resolution)
         if self.center_crop:
             image = images.crop_square(image, self.resolution)
         else:
@@ -129,8 +128,9 @@ class Batches(IterableDataset):
         for row in reader.rows_from(ordinal):
             try:
                 pixels = self.preprocessing(row, ordinal)
-            except (OSError, ValueError, SyntaxError) as error:
-                skipped.append(f"row {row.index} ({row.image.get('path') or 'embedded image'}): {error}")
+            except images.UNREADABLE as error:
+                path = (row.image or {}).get("path")
+                skipped.append(f"row {row.index} ({path or 'embedded image'}): {error}")
                 continue
             return {"pixel_values": pixels, "condition": row.label, "ordinal": ordinal, "draws": self.draws(ordinal)}
         raise DataError(f"none of {self.window} images in a row can be decoded; the last: {skipped[-1]}")
@@ -139,10 +139,3 @@ class Batches(IterableDataset):
 def build_loader(batches: Batches, num_workers: int, pin_memory: bool) -> DataLoader:
     """Runs the batches in worker processes."""
     return DataLoader(batches, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
-
-
-def _encoded(image: dict) -> bytes:
-    if image["bytes"] is not None:
-        return image["bytes"]
-    with fsspec.open(image["path"], "rb") as file:
-        return file.read()

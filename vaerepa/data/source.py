@@ -22,7 +22,7 @@ class Row:
     """One row as stored: its place in the source, the encoded image, the label."""
 
     index: int
-    image: dict
+    image: dict | None
     label: int
 
 

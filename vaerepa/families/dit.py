@@ -2,6 +2,7 @@
 
 import re
 import types
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,5 +175,6 @@ def _keep_residual_stream_float32(transformer: DiTTransformer2DModel) -> None:
 
 
 def _forward_without_autocast(patch_embed: PatchEmbed, latents: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(latents.device.type, enabled=False):
+    kind = latents.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():  # not on meta
         return PatchEmbed.forward(patch_embed, latents.to(patch_embed.proj.weight.dtype))

@@ -1,0 +1,633 @@
+"""Every image once per epoch, in an order that no number of processes or workers changes; images of all kinds; bad ones."""
+
+import io
+import re
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
+import vaerepa.data.source
+from vaerepa.data import (
+    Batches,
+    DataError,
+    Preprocessing,
+    TrainingDraws,
+    ValidationDraws,
+    build_loader,
+    open_sources,
+)
+from vaerepa.options import OptionError
+
+RESOLUTION = 16
+SHARDS = (18, 9, 13)
+NUM_ROWS = sum(SHARDS)
+EPOCHS = 3
+WINDOW = 7  # divides neither the rows of an epoch nor those of a shard
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+NUMBERED = Features({"image": Image(), "label": Value("int64")})  # the label is the number of the row
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small only wait for each other's threads when other tests share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def encode(image: PIL.Image.Image, file_format: str = "PNG", **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **kwargs)
+    return buffer.getvalue()
+
+
+def picture(index: int, size=(20, 24)) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def rows(labels, bad: dict[int, bytes | None] | None = None) -> dict:
+    """Columns of numbered pictures; `bad` gives other bytes, or no image, to some of them."""
+    encoded = {label: encode(picture(label)) for label in set(labels)} | (bad or {})
+    images = [{"bytes": encoded[label], "path": None} if encoded[label] is not None else None for label in labels]
+    return {"image": images, "label": list(labels)}
+
+
+def write_split(folder: Path, columns: dict, split: str = "train", features=NUMBERED, shards=None, **kwargs) -> Path:
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    shards, start = shards or [len(columns["label"])], 0
+    for shard, size in enumerate(shards):
+        part = {name: values[start : start + size] for name, values in columns.items()}
+        path = folder / "data" / f"{split}-{shard:05d}-of-{len(shards):05d}.parquet"
+        Dataset.from_dict(part, features=features).to_parquet(path, **kwargs)
+        start += size
+    return folder
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory) -> Path:
+    """Forty numbered pictures in three parquet files of unequal size, each of several row groups."""
+    return write_split(tmp_path_factory.mktemp("numbered"), rows(range(NUM_ROWS)), shards=SHARDS, batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def source(numbered):
+    return open_sources(str(numbered)).train
+
+
+def batches_of(source, first=0, last=NUM_ROWS, batch_size=5, preprocessing=None, draws=None, **kwargs) -> Batches:
+    preprocessing = preprocessing or Preprocessing(RESOLUTION, center_crop=False, random_flip=True)
+    draws = draws or TrainingDraws(0, (4, 2, 2), 0.5)
+    return Batches(source, preprocessing, draws, batch_size, first, last, **{"window": WINDOW, "seed": 0, **kwargs})
+
+
+def samples_of(batches, num_workers=0) -> dict[int, dict]:
+    """What a loader gives, by ordinal."""
+    samples = {}
+    for batch in build_loader(batches, num_workers, pin_memory=False):
+        for i, ordinal in enumerate(batch["ordinal"].tolist()):
+            assert ordinal not in samples
+            draws = {f"draws/{name}": values[i] for name, values in batch["draws"].items()}
+            samples[ordinal] = {name: batch[name][i] for name in ("pixel_values", "condition")} | draws
+    return samples
+
+
+def conditions_of(batches) -> list[int]:
+    return [label for batch in batches for label in batch["condition"].tolist()]
+
+
+def assert_same_samples(first: dict[int, dict], second: dict[int, dict]) -> None:
+    assert first.keys() == second.keys()
+    for ordinal, sample in first.items():
+        assert sample.keys() == second[ordinal].keys()
+        assert all(torch.equal(value, second[ordinal][name]) for name, value in sample.items()), ordinal
+
+
+@pytest.fixture(scope="module")
+def three_epochs(source):
+    """The samples that one process with no workers sees."""
+    return samples_of(batches_of(source, last=EPOCHS * NUM_ROWS))
+
+
+# ---- order
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_and_workers_change_no_sample(source, three_epochs, processes, num_workers):
+    together = {}
+    for process in range(processes):
+        batches = batches_of(
+            source, last=EPOCHS * NUM_ROWS, batch_size=12 // processes, process=process, num_processes=processes
+        )
+        own = samples_of(batches, num_workers)
+        assert len(own) == EPOCHS * NUM_ROWS // processes
+        assert not together.keys() & own.keys()
+        together |= own
+    assert_same_samples(three_epochs, together)
+    for epoch in range(EPOCHS):
+        ordinals = range(epoch * NUM_ROWS, (epoch + 1) * NUM_ROWS)
+        assert sorted(int(together[ordinal]["condition"]) for ordinal in ordinals) == list(range(NUM_ROWS))
+
+
+def test_pixels_belong_to_their_label(source):
+    samples = samples_of(batches_of(source, preprocessing=Preprocessing(20)))
+    for sample in samples.values():
+        expected = np.array(picture(int(sample["condition"])))[:, 2:22]
+        assert torch.equal(sample["pixel_values"], torch.from_numpy(expected).permute(2, 0, 1))
+
+
+def test_a_stream_from_any_ordinal_is_the_tail_of_the_whole(source, three_epochs):
+    for first in range(EPOCHS * NUM_ROWS - 2):
+        last = min(first + 9, EPOCHS * NUM_ROWS)
+        tail = {ordinal: three_epochs[ordinal] for ordinal in range(first, last)}
+        assert_same_samples(samples_of(batches_of(source, first, last)), tail)
+
+
+@pytest.mark.parametrize("window", [1, 7, 40, 1000])
+def test_every_row_comes_once_per_epoch_whatever_the_window(source, window):
+    labels = conditions_of(batches_of(source, last=2 * NUM_ROWS, window=window))
+    assert sorted(labels[:NUM_ROWS]) == sorted(labels[NUM_ROWS:]) == list(range(NUM_ROWS))
+    assert labels[:NUM_ROWS] != labels[NUM_ROWS:]
+
+
+def test_rows_come_once_when_blocks_hold_several_shards(numbered, monkeypatch):
+    monkeypatch.setattr(vaerepa.data.source, "MAX_BLOCKS", 4)
+    source = open_sources(str(numbered)).train
+    assert len(source.block_sizes) == 4
+    assert sorted(conditions_of(batches_of(source))) == list(range(NUM_ROWS))
+
+
+def test_an_empty_shard_shifts_nothing(tmp_path):
+    write_split(tmp_path, rows(range(9)), shards=[5, 0, 4])
+    assert sorted(conditions_of(batches_of(open_sources(str(tmp_path)).train, last=9))) == list(range(9))
+
+
+def test_order_differs_between_epochs_and_seeds(source):
+    epochs = [conditions_of(batches_of(source, i * NUM_ROWS, (i + 1) * NUM_ROWS)) for i in range(EPOCHS)]
+    seeds = [conditions_of(batches_of(source, seed=seed)) for seed in (1, 2)]
+    orders = {tuple(order) for order in (*epochs, *seeds, range(NUM_ROWS))}
+    assert len(orders) == EPOCHS + 3
+
+
+def test_the_order_does_not_depend_on_the_draws(source, three_epochs):
+    other_draws = batches_of(source, draws=TrainingDraws(5, (4, 2, 2), 0.0), preprocessing=Preprocessing(8, seed=5))
+    assert conditions_of(other_draws) == [int(three_epochs[i]["condition"]) for i in range(NUM_ROWS)]
+
+
+def test_the_last_batch_may_be_smaller_or_empty(source):
+    parts = [
+        samples_of(batches_of(source, last=11, batch_size=4, process=process, num_processes=2)) for process in (0, 1)
+    ]
+    assert [sorted(part) for part in parts] == [[0, 1, 2, 3, 8, 9, 10], [4, 5, 6, 7]]
+
+
+# ---- splits
+
+
+def split_labels(sources, part: str, seed=0) -> list[int]:
+    source = getattr(sources, part)
+    return conditions_of(batches_of(source, last=len(source), seed=seed))
+
+
+def test_a_held_out_fraction_is_disjoint_complete_and_the_same_for_every_seed(numbered):
+    kept = open_sources(str(numbered), validation_split="0.25")
+    again = open_sources(str(numbered), validation_split="0.25")
+    train, validation = split_labels(kept, "train"), split_labels(kept, "validation")
+    assert 0 < len(validation) < NUM_ROWS / 2
+    assert (len(kept.train), len(kept.validation)) == (len(train), len(validation))
+    assert sorted(train + validation) == list(range(NUM_ROWS))
+    for seed in (1, 2):
+        assert set(split_labels(again, "train", seed)) == set(train)
+        assert set(split_labels(again, "validation", seed)) == set(validation)
+
+
+def test_held_out_rows_stay_held_out_in_every_epoch(numbered):
+    sources = open_sources(str(numbered), validation_split="0.25")
+    size = len(sources.train)
+    labels = conditions_of(batches_of(sources.train, last=2 * size))
+    assert sorted(labels[:size]) == sorted(labels[size:])
+    assert not set(labels) & set(split_labels(sources, "validation"))
+
+
+def test_a_larger_fraction_holds_out_more(numbered):
+    small, large = (
+        split_labels(open_sources(str(numbered), validation_split=fraction), "validation")
+        for fraction in ("0.2", "0.6")
+    )
+    assert set(small) < set(large)
+
+
+@pytest.mark.parametrize(
+    ("splits", "asked", "expected"),
+    [
+        ({"validation": 2, "test": 3, "extra": 4}, "extra", 4),
+        ({"validation": 2, "test": 3, "extra": 4}, "test", 3),
+        ({"validation": 2, "test": 3}, None, 2),
+        ({"test": 3}, None, 3),
+        ({"extra": 3}, None, None),
+    ],
+)
+def test_named_and_default_splits(tmp_path, splits, asked, expected):
+    write_split(tmp_path, rows(range(6)))
+    for name, size in splits.items():
+        write_split(tmp_path, rows(range(size)), split=name)
+    sources = open_sources(str(tmp_path), validation_split=asked)
+    assert sorted(split_labels(sources, "train")) == list(range(6))
+    assert (sources.validation and sorted(split_labels(sources, "validation"))) == (expected and list(range(expected)))
+
+
+def test_another_split_can_be_trained_on(tmp_path):
+    write_split(tmp_path, rows(range(6)))
+    write_split(tmp_path, rows(range(4)), split="extra")
+    sources = open_sources(str(tmp_path), train_split="extra")
+    assert sorted(split_labels(sources, "train")) == list(range(4))
+
+
+def test_validation_draws_cover_the_noise_levels_alike_for_every_seed(source):
+    first, second = (
+        samples_of(batches_of(source, last=20, draws=ValidationDraws((4, 2, 2)), num_processes=1)) for _ in range(2)
+    )
+    assert_same_samples(first, second)
+    times = [float(first[ordinal]["draws/t"]) for ordinal in range(20)]
+    assert times == pytest.approx([(i % 10 + 0.5) / 10 for i in range(20)])
+    assert not any(sample["draws/drop"] for sample in first.values())
+
+
+# ---- crop and flip
+
+
+def gradient(width=48, height=RESOLUTION) -> PIL.Image.Image:
+    """Red tells the column, green the row."""
+    red, green = np.meshgrid(np.arange(width), np.arange(height))
+    return PIL.Image.fromarray(np.stack([red, green, 0 * red], -1).astype(np.uint8))
+
+
+def preprocess(image: PIL.Image.Image | bytes, ordinal=0, **kwargs) -> torch.Tensor:
+    encoded = image if isinstance(image, bytes) else encode(image)
+    row = vaerepa.data.source.Row(0, {"bytes": encoded, "path": None}, 0)
+    return Preprocessing(**{"resolution": RESOLUTION, **kwargs})(row, ordinal)
+
+
+def test_a_random_crop_is_a_draw_of_the_ordinal():
+    wide, tall = gradient(48, 16), gradient(16, 48)
+    columns = [int(preprocess(wide, ordinal, center_crop=False)[0].min()) for ordinal in range(200)]
+    assert columns == [int(preprocess(wide, ordinal, center_crop=False)[0].min()) for ordinal in range(200)]
+    assert min(columns) < 3
+    assert max(columns) > 28
+    assert columns != [int(preprocess(wide, ordinal, center_crop=False, seed=1)[0].min()) for ordinal in range(200)]
+    lines = [int(preprocess(tall, ordinal, center_crop=False)[1].min()) for ordinal in range(200)]
+    assert min(lines) < 3
+    assert max(lines) > 28
+    assert lines != columns
+
+
+def test_a_random_flip_is_a_draw_of_the_ordinal():
+    plain = preprocess(gradient())
+    flips = []
+    for ordinal in range(200):
+        pixels = preprocess(gradient(), ordinal, random_flip=True)
+        assert torch.equal(pixels, preprocess(gradient(), ordinal, random_flip=True))
+        flips.append(torch.equal(pixels, plain.flip(2)))
+        assert flips[-1] or torch.equal(pixels, plain)
+    assert 60 < sum(flips) < 140
+    assert flips != [
+        torch.equal(preprocess(gradient(), i, random_flip=True, seed=1), plain.flip(2)) for i in range(200)
+    ]
+
+
+def test_a_centre_crop_is_the_same_for_every_ordinal_and_seed():
+    pixels = [preprocess(gradient(), ordinal, seed=ordinal) for ordinal in range(20)]
+    assert all(torch.equal(pixels[0], other) for other in pixels)
+    assert pixels[0][0, 0].tolist() == list(range(16, 32))
+
+
+# ---- images
+
+
+def center_crop_arr(image: PIL.Image.Image, image_size: int) -> np.ndarray:
+    """As openai/guided-diffusion has it."""
+    while min(*image.size) >= 2 * image_size:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=PIL.Image.Resampling.BOX)
+    scale = image_size / min(*image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=PIL.Image.Resampling.BICUBIC)
+    array = np.array(image)
+    crop_y = (array.shape[0] - image_size) // 2
+    crop_x = (array.shape[1] - image_size) // 2
+    return array[crop_y : crop_y + image_size, crop_x : crop_x + image_size]
+
+
+@pytest.mark.parametrize(
+    "size", [(16, 16), (37, 53), (53, 37), (100, 33), (15, 64), (129, 130), (64, 65), (5, 9), (31, 32), (16, 17)]
+)
+def test_centre_crop_equals_adm(size):
+    image = picture(1, size=size)
+    assert np.array_equal(preprocess(image).permute(1, 2, 0).numpy(), center_crop_arr(image, RESOLUTION))
+
+
+ORANGE, WHITE = (230, 120, 40), (255, 255, 255)
+
+
+def solid(mode: str, colour, size=(24, 20)) -> PIL.Image.Image:
+    return PIL.Image.new(mode, size, colour)
+
+
+def palette_image(**kwargs) -> bytes:
+    image = solid("P", 1)
+    image.putpalette([0, 0, 0, *ORANGE])
+    return encode(image, **kwargs)
+
+
+def grey_16_bit(value: int) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.full((20, 24), value, dtype=np.uint16))
+
+
+IMAGES = {
+    "rgb": (encode(solid("RGB", ORANGE)), ORANGE),
+    "rgb jpeg": (encode(solid("RGB", ORANGE), "JPEG", quality=95), ORANGE),
+    "rgb webp": (encode(solid("RGB", ORANGE), "WEBP", quality=95), ORANGE),
+    "rgba opaque": (encode(solid("RGBA", (*ORANGE, 255))), ORANGE),
+    "rgba half transparent": (encode(solid("RGBA", (*ORANGE, 128))), (242, 187, 147)),
+    "rgba transparent": (encode(solid("RGBA", (*ORANGE, 0))), WHITE),
+    "rgb with a transparent colour": (encode(solid("RGB", ORANGE), transparency=ORANGE), WHITE),
+    "palette": (palette_image(), ORANGE),
+    "palette, this entry transparent": (palette_image(transparency=1), WHITE),
+    "palette, another entry transparent": (palette_image(transparency=0), ORANGE),
+    "palette with an alpha table": (palette_image(transparency=bytes([255, 128])), (242, 187, 147)),
+    "gif": (palette_image(file_format="GIF"), ORANGE),
+    "cmyk jpeg": (encode(solid("RGB", ORANGE).convert("CMYK"), "JPEG", quality=95), ORANGE),
+    "cmyk tiff": (encode(solid("RGB", ORANGE).convert("CMYK"), "TIFF"), ORANGE),
+    "grey": (encode(solid("L", 77)), (77, 77, 77)),
+    "grey with alpha": (encode(solid("LA", (77, 0))), WHITE),
+    "grey jpeg": (encode(solid("L", 77), "JPEG", quality=95), (77, 77, 77)),
+    "one bit": (encode(solid("1", 1)), WHITE),
+    "16-bit grey": (encode(grey_16_bit(77 * 257)), (77, 77, 77)),
+    "16-bit grey, white": (encode(grey_16_bit(65535)), WHITE),
+    "16-bit grey tiff": (encode(grey_16_bit(77 * 257), "TIFF"), (77, 77, 77)),
+    "tiny": (encode(solid("RGB", ORANGE, (1, 1))), ORANGE),
+    "wide": (encode(solid("RGB", ORANGE, (5000, 20))), ORANGE),
+    "tall": (encode(solid("RGB", ORANGE, (20, 5000))), ORANGE),
+}
+
+
+@pytest.mark.parametrize("center_crop", [True, False])
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_of_all_kinds(name, center_crop):
+    encoded, colour = IMAGES[name]
+    pixels = preprocess(encoded, center_crop=center_crop)
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (3, RESOLUTION, RESOLUTION)
+    difference = pixels.int() - torch.tensor(colour).view(3, 1, 1)
+    assert difference.abs().max() <= 3
+
+
+def quadrants() -> PIL.Image.Image:
+    colours = np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 0)]], dtype=np.uint8)
+    return PIL.Image.fromarray(colours.repeat(16, axis=0).repeat(16, axis=1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_exif_rotation_is_applied(orientation, file_format):
+    stored = {  # how a camera stores what it sees, EXIF 2.3, table 6
+        1: quadrants(),
+        2: quadrants().transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT),
+        3: quadrants().transpose(PIL.Image.Transpose.ROTATE_180),
+        4: quadrants().transpose(PIL.Image.Transpose.FLIP_TOP_BOTTOM),
+        5: quadrants().transpose(PIL.Image.Transpose.TRANSPOSE),
+        6: quadrants().transpose(PIL.Image.Transpose.ROTATE_90),
+        7: quadrants().transpose(PIL.Image.Transpose.TRANSVERSE),
+        8: quadrants().transpose(PIL.Image.Transpose.ROTATE_270),
+    }[orientation]
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    pixels = preprocess(encode(stored, file_format, exif=exif)).int()
+    for row, column, colour in (
+        (3, 3, (255, 0, 0)),
+        (3, 12, (0, 255, 0)),
+        (12, 3, (0, 0, 255)),
+        (12, 12, (255, 255, 0)),
+    ):
+        assert (pixels[:, row, column] - torch.tensor(colour)).abs().max() < 30
+
+
+# ---- images that cannot be read
+
+
+def png_that_claims_to_be_huge() -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+BAD_IMAGES = {
+    "truncated jpeg": encode(picture(0, (64, 64)), "JPEG")[:1500],
+    "truncated png": encode(picture(0))[:900],
+    "text": b"<html>404 not found</html>",
+    "nothing": b"",
+    "decompression bomb": png_that_claims_to_be_huge(),
+    "no image": None,
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_an_image_that_cannot_be_read_is_skipped_and_named(tmp_path, name):
+    source = open_sources(str(write_split(tmp_path, rows(range(8), {5: BAD_IMAGES[name]})))).train
+    batch = next(iter(batches_of(source, last=8, batch_size=8)))
+    assert 5 not in batch["condition"].tolist()
+    assert len(batch["skipped"]) == 1
+    assert batch["skipped"][0].startswith("row 5 (embedded image): ")
+
+
+def test_the_next_of_the_window_stands_in_and_all_processes_agree(tmp_path, source):
+    bad = {3: BAD_IMAGES["truncated jpeg"], 7: BAD_IMAGES["text"], 8: BAD_IMAGES["nothing"], 30: BAD_IMAGES["text"]}
+    folder = write_split(tmp_path, rows(range(NUM_ROWS), bad), shards=SHARDS, batch_size=5)
+    damaged = open_sources(str(folder)).train
+    order, last = conditions_of(batches_of(source, last=2 * NUM_ROWS)), 2 * NUM_ROWS
+    expected, lost = [], []
+    for ordinal in range(last):
+        epoch, place = divmod(ordinal, NUM_ROWS)
+        start = epoch * NUM_ROWS + place // WINDOW * WINDOW
+        window = order[start : min(start + WINDOW, (epoch + 1) * NUM_ROWS)]
+        turned = window[ordinal - start :] + window[: ordinal - start]
+        good = next(i for i, label in enumerate(turned) if label not in bad)
+        expected.append(turned[good])
+        lost += turned[:good]
+    whole = batches_of(damaged, last=last)
+    assert conditions_of(whole) == expected
+    skipped = [line for batch in whole for line in batch["skipped"]]
+    assert [int(line.split()[1]) for line in skipped] == lost
+    for num_workers in (0, 2):
+        parts = [
+            samples_of(batches_of(damaged, last=last, process=process, num_processes=2), num_workers)
+            for process in (0, 1)
+        ]
+        assert_same_samples(samples_of(whole), parts[0] | parts[1])
+
+
+def test_a_sample_with_a_stand_in_keeps_its_draws(tmp_path, three_epochs):
+    folder = write_split(tmp_path, rows(range(NUM_ROWS), {3: b"", 7: b"", 30: b""}), shards=SHARDS, batch_size=5)
+    damaged = samples_of(batches_of(open_sources(str(folder)).train))
+    for ordinal, sample in damaged.items():
+        for name in sample:
+            if name.startswith("draws/"):
+                assert torch.equal(sample[name], three_epochs[ordinal][name])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_window_without_an_image_is_an_error(tmp_path, num_workers):
+    folder = write_split(tmp_path, rows(range(9), dict.fromkeys(range(9), b"no image")))
+    loader = build_loader(batches_of(open_sources(str(folder)).train, last=9), num_workers, pin_memory=False)
+    message = "no error"
+    try:
+        list(loader)
+    except DataError as error:
+        message = str(error)
+        error.with_traceback(None)  # it would hold the loader's worker, which takes seconds to stop as garbage
+    assert re.search(r"none of \d+ images in a row can be decoded; the last: row \d", message)
+
+
+# ---- image folders
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Four cats and three dogs in folders of their own; red tells which."""
+    for name, reds in (("cat", (10, 20, 30, 40)), ("dog", (110, 120, 130))):
+        (tmp_path / name).mkdir()
+        for red in reds:
+            solid("RGB", (red, 0, 0)).save(tmp_path / name / f"{red}.png")
+    return tmp_path
+
+
+def test_an_image_folder_takes_its_classes_from_folder_names(image_folder):
+    sources = open_sources(str(image_folder))
+    assert sources.id2label == {0: "cat", 1: "dog"}
+    assert sources.validation is None
+    samples = samples_of(batches_of(sources.train, last=7), num_workers=2).values()
+    seen = sorted((int(sample["pixel_values"][0, 0, 0]), int(sample["condition"])) for sample in samples)
+    assert seen == [(10, 0), (20, 0), (30, 0), (40, 0), (110, 1), (120, 1), (130, 1)]
+
+
+def test_images_of_a_folder_stay_on_disk_until_they_are_needed(image_folder):
+    sources = open_sources(str(image_folder))
+    images = [row.image for block in range(sources.train.num_blocks) for row in sources.train.read_block(block)]
+    assert all(image["bytes"] is None and Path(image["path"]).is_file() for image in images)
+    missing = image_folder / "cat" / "20.png"
+    missing.unlink()
+    batch = next(iter(batches_of(sources.train, last=7, batch_size=7)))
+    assert len(batch["skipped"]) == 1
+    assert str(missing) in batch["skipped"][0]
+
+
+def test_an_image_folder_with_splits(image_folder):
+    for split in ("train", "validation"):
+        for name in ("cat", "dog"):
+            shutil.copytree(image_folder / name, image_folder / "sorted" / split / name)
+    (image_folder / "sorted" / "validation" / "cat" / "10.png").unlink()
+    sources = open_sources(str(image_folder / "sorted"))
+    assert (len(sources.train), len(sources.validation)) == (7, 6)
+    assert sources.id2label == {0: "cat", 1: "dog"}
+
+
+# ---- data sets that do not fit
+
+
+def test_integers_serve_as_labels(tmp_path):
+    sources = open_sources(str(write_split(tmp_path, rows([0, 3, 1, 3]))))
+    assert sources.id2label == {0: "0", 1: "1", 2: "2", 3: "3"}
+
+
+def test_class_names_come_from_the_data(tmp_path):
+    named = Features({"image": Image(), "label": ClassLabel(names=["ash", "birch, white birch", "cedar"])})
+    sources = open_sources(str(write_split(tmp_path, rows([0, 1]), features=named)))
+    assert sources.id2label == {0: "ash", 1: "birch, white birch", 2: "cedar"}
+
+
+def test_columns_may_have_other_names_and_neighbours(tmp_path):
+    features = Features(
+        {"caption": Value("string"), "kind": Value("int32"), "picture": Image(), "label": Value("int8")}
+    )
+    columns = rows([0, 0, 0])
+    columns |= {"picture": columns.pop("image"), "kind": [2, 0, 1], "caption": ["a", "b", None]}
+    write_split(tmp_path, columns, features=features)
+    sources = open_sources(str(tmp_path), image_column="picture", label_column="kind")
+    assert sorted(split_labels(sources, "train")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0, -1, 1], "labels of the split `train` run from -1 to 1; expected 0 to 1"),
+        ([-1, -1], "run from -1 to -1"),
+        ([0, None, 1], "labels of the split `train` run from -1 to 1"),
+    ],
+)
+def test_labels_must_not_be_missing(tmp_path, labels, words):
+    write_split(tmp_path, {"image": [encode(picture(0))] * len(labels), "label": labels})
+    with pytest.raises(OptionError, match=words):
+        open_sources(str(tmp_path))
+
+
+def test_held_out_labels_must_be_known(tmp_path):
+    write_split(tmp_path, rows([0, 1]))
+    write_split(tmp_path, rows([0, 2]), split="validation")
+    with pytest.raises(OptionError, match="labels of the split `validation` run from 0 to 2; expected 0 to 1"):
+        open_sources(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image_column": "img"}, "--image_column img: the data set has the columns image, label, text"),
+        ({"label_column": "class"}, "--label_column class: the data set has the columns image, label, text"),
+        ({"image_column": "text"}, "--image_column text holds .*; expected an Image feature"),
+        ({"label_column": "text"}, "--label_column text holds .*; expected ClassLabel or integers"),
+        ({"label_column": "image"}, "--label_column image holds .*; expected ClassLabel or integers"),
+        ({"train_split": "training"}, "--train_split training: .* has the splits train, test"),
+        ({"validation_split": "val"}, "--validation_split val: .* has the splits train, test"),
+        ({"validation_split": "train"}, "--validation_split train is the training split"),
+        ({"validation_split": "1.5"}, "--validation_split 1.5: a fraction must lie between 0 and 1"),
+        ({"validation_split": "0"}, "--validation_split 0: a fraction must lie between 0 and 1"),
+        ({"validation_split": "0.00001"}, "--validation_split 1e-05 holds out 0 of 4 images"),
+        ({"validation_split": "0.99999"}, "--validation_split 0.99999 holds out 4 of 4 images"),
+        ({"config_name": "large"}, "--dataset_name .* cannot be opened: .*large"),
+    ],
+)
+def test_what_the_data_set_does_not_have_is_refused_by_name(tmp_path, options, words):
+    features = Features({**NUMBERED, "text": Value("string")})
+    for split in ("train", "test"):
+        write_split(tmp_path, rows(range(4)) | {"text": list("abcd")}, split=split, features=features)
+    with pytest.raises(OptionError, match=words):
+        open_sources(str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("empty", ["train", "validation"])
+def test_an_empty_split_is_refused(tmp_path, empty):
+    for split in ("train", "validation"):
+        write_split(tmp_path, rows([] if split == empty else [0, 1]), split=split)
+    with pytest.raises(OptionError, match=f"the split `{empty}` has no rows"):
+        open_sources(str(tmp_path))
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
+    for name in ("missing", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(OptionError, match=rf"--dataset_name .*{name} cannot be opened"):
+            open_sources(str(tmp_path / name))
+
+
+def test_an_image_folder_without_classes_is_refused(tmp_path):
+    for red in (10, 20):
+        solid("RGB", (red, 0, 0)).save(tmp_path / f"{red}.png")
+    with pytest.raises(OptionError, match="--label_column label: the data set has the columns image"):
+        open_sources(str(tmp_path))

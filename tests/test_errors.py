@@ -1,0 +1,116 @@
+"""What cannot be done ends in one sentence and an exit code, before anything is written."""
+
+import fcntl
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from datasets import Dataset, Features, Image, Value
+from diffusers import AutoencoderKL, DiTTransformer2DModel
+
+PRESET = dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "patch_size"))  # not given
+FEATURES = Features({"image": Image(), "label": Value("int64"), "text": Value("string")})
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory, vae) -> Path:
+    """Models, data and files that do not fit what they are given for."""
+    folder = tmp_path_factory.mktemp("materials")
+    (folder / "file").write_text("not a folder")
+    (folder / "empty").mkdir()
+    (folder / "typo.yaml").write_text("learning_rate: 1e-4\nmax_train_step: 3\n")
+    DiTTransformer2DModel(1, 8, out_channels=4, num_layers=1, sample_size=4).save_pretrained(folder / "transformer")
+    config = dict(AutoencoderKL.load_config(vae))
+    AutoencoderKL.from_config(config | {"shift_factor": 0.1}).save_pretrained(folder / "shifted")
+    write_data(folder / "unlabelled", [0, -1, 1])
+    write_data(folder / "no_rows", [])
+    write_data(folder / "unreadable", [0, 1, 0, 1], image=b"no image")
+    return folder
+
+
+def write_data(folder: Path, labels: list[int], image: bytes | None = None) -> None:
+    if image is None:
+        file = io.BytesIO()
+        PIL.Image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8)).save(file, "PNG")
+        image = file.getvalue()
+    rows = {"image": [{"bytes": image, "path": None}] * len(labels), "label": labels, "text": ["x"] * len(labels)}
+    (folder / "data").mkdir(parents=True)
+    Dataset.from_dict(rows, features=FEATURES).to_parquet(folder / "data/train-00000-of-00001.parquet")
+
+
+def message_of(capfd) -> str:
+    """The one line that starts with `error:`."""
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"config": "{}/typo.yaml"}, ["max_train_step", "did you mean `max_train_steps`"]),
+        ({"config": "{}/missing.yaml"}, ["--config", "no such file"]),
+        ({"learning_rate": "fast"}, ["--learning_rate", "a number", "'fast'"]),
+        ({"learning_rate": 0}, ["--learning_rate 0", "above 0"]),
+        ({"num_validation_images": -1}, ["--num_validation_images -1", "0 or more"]),
+        ({"label_dropout": 1.0}, ["--label_dropout 1.0", "not including, 1"]),
+        ({"ema_decay": [0.9, 0.9]}, ["--ema_decay", "different"]),
+        ({"alignment_t_range": [0.7, 0.4]}, ["--alignment_t_range 0.7 0.4", "rising"]),
+        ({"alignment_weight_schedule": "linear"}, ["--alignment_stop_step"]),
+        ({"alignment_block": 5}, ["--alignment_block 5", "4 blocks"]),
+        ({"num_layers": 1}, ["--num_layers 1", "--alignment_block"]),
+        ({"num_layers": None}, ["--model custom needs --num_layers"]),
+        ({"model": "SiT-B/2"}, ["--num_layers goes with --model custom"]),
+        ({"model": "SiT-M/3"} | PRESET, ["SiT-M/3", "presets are", "custom"]),
+        ({"hidden_size": 30}, ["--hidden_size 30", "4"]),
+        ({"resolution": 18}, ["--resolution 18", "multiple of 4", "nearest is 16"]),
+        ({"train_batch_size": 3}, ["--global_batch_size 8 is not a multiple"]),
+        ({"dataset_name": None}, ["--dataset_name is missing"]),
+        ({"dataset_name": "{}/nowhere"}, ["--dataset_name", "nowhere"]),
+        ({"dataset_name": "{}/empty"}, ["--dataset_name", "empty"]),
+        ({"dataset_name": "{}/unlabelled"}, ["run from -1 to 1", "expected 0 to"]),
+        ({"dataset_name": "{}/no_rows"}, ["`train` has no rows"]),
+        ({"image_column": "picture"}, ["--image_column picture", "image, label"]),
+        ({"label_column": "image"}, ["--label_column image", "ClassLabel or integers"]),
+        ({"train_split": "all"}, ["--train_split all", "train, validation"]),
+        ({"validation_split": "train"}, ["--validation_split train", "is the training split"]),
+        ({"pretrained_vae_model_name_or_path": "{}/nowhere"}, ["no VAE there"]),
+        ({"pretrained_vae_model_name_or_path": "{}/transformer"}, ["DiTTransformer2DModel", "AutoencoderKL"]),
+        ({"pretrained_vae_model_name_or_path": "{}/shifted"}, ["shift_factor"]),
+        ({"report_to": "carrier_pigeon"}, ["--report_to"]),
+        ({"mixed_precision": "fp16"}, ["fp16"]),
+        ({"resume_from_checkpoint": "checkpoint-7"}, ["checkpoint-7", "no such folder"]),
+        ({"resume_from_checkpoint": "{}/empty"}, ["no readable state/manifest.json"]),
+        ({"output_dir": "{}/file/run"}, ["--output_dir", "cannot be written"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_one_sentence_and_nothing_written(train, materials, tmp_path, capfd, options, words):
+    options = {k: v.format(materials) if isinstance(v, str) else v for k, v in options.items()}
+    train(code=2, **options)
+    message = message_of(capfd)
+    assert all(word in message for word in words), message
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] in ([], [".lock"])
+
+
+def test_an_output_folder_in_use_is_refused(train, tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        train(code=2)
+    assert "in use by another run" in message_of(capfd)
+
+
+def test_an_output_folder_with_another_run_is_refused(train, capfd):
+    run = train(max_train_steps=1)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    train(code=2, max_train_steps=1)
+    assert "holds another run" in message_of(capfd)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+
+
+def test_data_without_a_readable_image_end_the_run(train, materials, capfd):
+    train(code=1, dataset_name=materials / "unreadable")
+    assert "image" in message_of(capfd)

@@ -1,0 +1,296 @@
+"""One field is flag, YAML key, line of run_config.yaml and row of the table; what cannot be read is named."""
+
+import json
+import re
+import types
+import typing
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from vaerepa.options import (
+    FIELDS,
+    OptionError,
+    Options,
+    as_plain,
+    changed_options,
+    options_table,
+    parse_options,
+    read_config,
+    write_config,
+)
+
+RESUME_CLASSES = ("fixed", "schedule", "free")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def parse_yaml(config, text: str, *arguments: str) -> Options:
+    return parse_options(["--config", config(text), *arguments])
+
+
+def other_value(name: str):
+    """A value of the option's type that is not its default; the texts are such as YAML could take for something else."""
+    spec = FIELDS[name]
+    is_union = typing.get_origin(spec.type) in (types.UnionType, typing.Union)
+    kind = typing.get_args(spec.type)[0] if is_union else spec.type
+    if kind is bool:
+        return not spec.default
+    if typing.get_origin(kind) is tuple:
+        return (0.25, 0.75)
+    if typing.get_origin(kind) is typing.Literal:
+        return next(choice for choice in typing.get_args(kind) if choice != spec.default)
+    return {int: 12345, float: 1.5e-7, str: f"no: #{name} 'Ä' 1e-4"}[kind]
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "'1e-4'"])
+def test_yaml_numbers_become_floats(config, text):
+    learning_rate = parse_yaml(config, f"learning_rate: {text}").learning_rate
+    assert type(learning_rate) is float
+    assert learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("text", ["4e5", "4.0e+5", "400000", "400_000"])
+def test_yaml_numbers_become_ints(config, text):
+    steps = parse_yaml(config, f"max_train_steps: {text}").max_train_steps
+    assert type(steps) is int
+    assert steps == 400_000
+
+
+def test_whole_numbers_become_floats_where_a_float_is_asked_for(config):
+    weight = parse_yaml(config, "alignment_weight: 2").alignment_weight
+    assert type(weight) is float
+    assert weight == 2.0
+
+
+def test_the_command_line_takes_scientific_notation():
+    options = parse_options(["--max_train_steps", "4e5", "--learning_rate=1e-4", "--logit_mean", "-0.5"])
+    assert (options.max_train_steps, options.learning_rate, options.logit_mean) == (400_000, 1e-4, -0.5)
+
+
+def test_the_command_line_wins_over_yaml_over_the_defaults(config):
+    text = "learning_rate: 2e-4\nseed: 3\nrandom_flip: true\nema_decay: [0.9, 0.5]\n"
+    options = parse_yaml(config, text, "--seed", "4", "--no_random_flip", "--ema_decay", "0.99")
+    assert options == replace(Options(), learning_rate=2e-4, seed=4, random_flip=False, ema_decay=(0.99,))
+
+
+def test_flags_turn_on_and_off():
+    options = parse_options(["--random_flip", "--no_use_ema", "--no_center_crop"])
+    assert (options.random_flip, options.use_ema, options.center_crop) == (True, False, False)
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("no", False), ("on", True), ("False", False)])
+def test_bool_from_yaml(config, text, value):
+    assert parse_yaml(config, f"random_flip: {text}\ncenter_crop: {text}").random_flip is value
+    assert parse_yaml(config, f"random_flip: {text}\ncenter_crop: {text}").center_crop is value
+
+
+@pytest.mark.parametrize("text", ["[0.9999, 0.5]", "0.9999 0.5", "\n- 9999e-4\n- 5e-1"])
+def test_tuples_from_yaml(config, text):
+    assert parse_yaml(config, f"ema_decay: {text}").ema_decay == (0.9999, 0.5)
+
+
+def test_a_tuple_of_one_needs_no_brackets(config):
+    assert parse_yaml(config, "ema_decay: 0.99").ema_decay == (0.99,)
+
+
+def test_tuples_on_the_command_line():
+    options = parse_options(["--ema_decay", "0.9", "0.5", "0.1", "--alignment_t_range", "0", "5e-1"])
+    assert options.ema_decay == (0.9, 0.5, 0.1)
+    assert options.alignment_t_range == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(("text", "value"), [("no", "no"), ("'no'", "no"), ("bf16", "bf16"), ("null", None)])
+def test_mixed_precision_from_yaml(config, text, value):
+    assert parse_yaml(config, f"mixed_precision: {text}").mixed_precision == value
+
+
+def test_none_unsets_an_option_on_the_command_line(config):
+    options = parse_yaml(config, "validation_split: test\nvalidation_steps: 5", "--validation_split", "none")
+    assert (options.validation_split, options.validation_steps) == (None, 5)
+    assert parse_options(["--alignment", "none"]).alignment == "none"
+
+
+def test_an_empty_yaml_file_leaves_the_defaults(config):
+    assert parse_yaml(config, "# nothing\n") == parse_options([]) == Options()
+
+
+# ---- what cannot be read
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("learning_rte", "learning_rate"), ("max_train_step", "max_train_steps"), ("Resolution", "resolution")],
+)
+def test_an_unknown_yaml_key_names_the_nearest(config, key, nearest):
+    message = f"config.yaml: there is no option `{key}`; did you mean `{nearest}`?"
+    with pytest.raises(OptionError, match=re.escape(message)):
+        parse_yaml(config, f"seed: 1\n{key}: 1")
+
+
+@pytest.mark.parametrize("key", ["7", "true", "null"])
+def test_a_yaml_key_that_is_no_text_is_unknown(config, key):
+    with pytest.raises(OptionError, match=f"there is no option `{yaml.safe_load(key)}`"):
+        parse_yaml(config, f"{key}: 1")
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("--learning_rte", "learning_rate"),
+        ("--learning-rate", "learning_rate"),
+        ("--learning_rte=1", "learning_rate"),
+        ("--ema_decays", "ema_decay"),
+        ("--max_train_step", "max_train_steps"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(argument, nearest):
+    with pytest.raises(OptionError) as error:
+        parse_options(["--seed", "1", argument, "1"])
+    assert f"there is no argument `{argument.split('=')[0]}`; did you mean `--{nearest}`?" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("learning_rate", "fast", "a number"),
+        ("learning_rate", "true", "a number"),
+        ("learning_rate", "[1, 2]", "a number"),
+        ("alignment_weight", "null", "a number"),
+        ("max_train_steps", "many", "a whole number"),
+        ("max_train_steps", "2.5", "a whole number"),
+        ("max_train_steps", "'2.5'", "a whole number"),
+        ("max_train_steps", ".inf", "a whole number"),
+        ("max_train_steps", ".nan", "a whole number"),
+        ("seed", "{a: 1}", "a whole number"),
+        ("random_flip", "perhaps", "true or false"),
+        ("random_flip", "1", "true or false"),
+        ("output_dir", "[a, b]", "text"),
+        ("mixed_precision", "fp8", "one of no, fp16, bf16"),
+        ("alignment", "repa", "one of none, vae"),
+        ("alignment_loss", "true", "one of smooth_l1, l1, l2, cosine"),
+        ("alignment_t_range", "0.5", "2 values of type float"),
+        ("alignment_t_range", "[0, 0.5, 1]", "2 values of type float"),
+        ("alignment_t_range", "[0, half]", "2 values of type float"),
+        ("ema_decay", "[]", "one or more values of type float"),
+        ("ema_decay", "[[0.9]]", "one or more values of type float"),
+    ],
+)
+def test_a_wrong_type_says_option_expectation_and_value(config, name, text, expected):
+    with pytest.raises(OptionError) as error:
+        parse_yaml(config, f"{name}: {text}")
+    assert str(error.value) == f"--{name}: expected {expected}, got {yaml.safe_load(text)!r}."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rate", "fast"], "--learning_rate: expected a number, got 'fast'."),
+        (["--seed", "1.5"], "--seed: expected a whole number, got '1.5'."),
+        (["--max_train_steps", "inf"], "--max_train_steps: expected a whole number, got 'inf'."),
+        (["--ema_decay", "0.9", "x"], "--ema_decay: expected one or more values of type float, got ['0.9', 'x']."),
+        (["--mixed_precision", "fp8"], "--mixed_precision: expected one of no, fp16, bf16, got 'fp8'."),
+    ],
+)
+def test_a_wrong_type_on_the_command_line(arguments, message):
+    with pytest.raises(OptionError, match=re.escape(message)):
+        parse_options(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("- seed\n- 1", "option: value"), ("just text", "option: value"), ("seed: [1", "not valid YAML")],
+)
+def test_a_file_that_is_no_mapping_is_refused(config, text, words):
+    with pytest.raises(OptionError, match=words):
+        parse_yaml(config, text)
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    with pytest.raises(OptionError, match=r"--config .*nothing\.yaml: there is no such file"):
+        parse_options(["--config", str(tmp_path / "nothing.yaml")])
+
+
+# ---- saved runs and the README
+
+
+def test_all_options_survive_a_saved_config(tmp_path):
+    others = {name: other_value(name) for name in FIELDS}
+    assert all(others[name] != spec.default for name, spec in FIELDS.items())
+    for options in (Options(), Options(**others)):
+        write_config(options, tmp_path / "run_config.yaml")
+        assert Options(**read_config(tmp_path / "run_config.yaml")) == options
+        assert parse_options(["--config", str(tmp_path / "run_config.yaml")]) == options
+
+
+@pytest.mark.parametrize(
+    "text", ["no", "1e-4", "0123", "~", "null ", "", "#1", "a: b", "*", "@x", "äöü 你好", "12:30:00"]
+)
+def test_any_text_survives_a_saved_config(tmp_path, text):
+    write_config(replace(Options(), dataset_name=text, output_dir=text), tmp_path / "run_config.yaml")
+    values = read_config(tmp_path / "run_config.yaml")
+    assert (values["dataset_name"], values["output_dir"]) == (text, text)
+
+
+@pytest.mark.parametrize("resume", RESUME_CLASSES)
+def test_changed_options_name_one_class(resume):
+    saved = json.loads(json.dumps(as_plain(Options())))
+    changed = Options(**{name: other_value(name) for name in FIELDS})
+    names = [name for name, spec in FIELDS.items() if spec.metadata["resume"] == resume]
+    lines = changed_options(saved, changed, resume)
+    assert [line.split()[0] for line in lines] == [f"--{name}" for name in names]
+    assert lines == [f"--{n} was {saved[n]!r} and is {as_plain(changed)[n]!r}" for n in names]
+
+
+def test_every_option_has_a_class():
+    assert {spec.metadata["resume"] for spec in FIELDS.values()} == set(RESUME_CLASSES)
+
+
+@pytest.mark.parametrize("resume", RESUME_CLASSES)
+def test_nothing_has_changed_in_the_same_run(resume):
+    options = Options(**{name: other_value(name) for name in FIELDS})
+    assert changed_options(json.loads(json.dumps(as_plain(options))), options, resume) == []
+
+
+def test_an_option_that_the_saved_run_did_not_know_is_no_change():
+    saved = as_plain(Options())
+    del saved["seed"]
+    assert changed_options(saved, replace(Options(), seed=5, resolution=64), "fixed") == [
+        "--resolution was 256 and is 64"
+    ]
+
+
+def test_the_table_has_a_row_for_each_option():
+    rows = [line for line in options_table().splitlines() if line.startswith("| `--")]
+    assert [re.match(r"\| `--(\w+)`", row)[1] for row in rows] == list(FIELDS)
+    for row, (name, spec) in zip(rows, FIELDS.items(), strict=True):
+        _, flag, default, meaning, _ = row.split("|")  # a stray pipe would make another column
+        assert (f"`--no_{name}`" in flag) == (spec.type is bool)
+        assert spec.metadata["help"] in meaning
+        assert default.strip() == ("" if spec.default is None else f"`{plain_text(spec.default)}`")
+
+
+def plain_text(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def test_the_help_lists_every_option_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_options(["--help"])
+    assert stop.value.code == 0
+    text = "".join(capsys.readouterr().out.split())  # argparse breaks lines anywhere
+    for name, spec in FIELDS.items():
+        assert f"--{name}" in text
+        assert "".join(spec.metadata["help"].split()) in text
