@@ -27,12 +27,11 @@ from accelerate.utils import (
     broadcast_object_list,
     send_to_device,
 )
-from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vaerepa import checkpoints, checks, latents, objectives, sampling, throughput
+from vaerepa import checkpoints, checks, latents, objectives, optimization, sampling, throughput
 from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, VAEAlignment
 from vaerepa.data import (
     Batches,
@@ -283,27 +282,8 @@ def training_draws(run: Run) -> TrainingDraws:
 
 def prepare(run: Run) -> None:
     """Builds the optimizer and hands it, with the model, to accelerate."""
-    options = run.options
-    learning_rate = options.learning_rate * (options.global_batch_size if options.scale_lr else 1)
-    groups = [run.transformer.parameters(), run.model.heads.parameters()]
-    optimizer = torch.optim.AdamW(
-        [{"params": group} for group in map(list, groups) if group],
-        lr=learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-        fused=True,
-    )
-    # a function of the step, not a prepared scheduler, which accelerate would step once per process
-    schedule = get_scheduler(
-        options.lr_scheduler,
-        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=learning_rate),
-        num_warmup_steps=options.lr_warmup_steps,
-        num_training_steps=run.max_train_steps,
-        num_cycles=options.lr_num_cycles,
-        power=options.lr_power,
-    ).lr_lambdas[0]
-    run.learning_rate = lambda step: learning_rate * schedule(step)
+    optimizer = optimization.build_optimizer([run.transformer.parameters(), run.model.heads.parameters()], run.options)
+    run.learning_rate = optimization.learning_rate_schedule(run.options, run.max_train_steps)
     run.skipped_in_a_row = torch.zeros((), device=run.accelerator.device)
     run.model, run.optimizer = run.accelerator.prepare(run.model, optimizer)
 
@@ -482,8 +462,7 @@ def drop_heads(run: Run) -> None:
     aligned = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     aligned.drop_heads()
     optimizer = run.optimizer.optimizer
-    for parameter in optimizer.param_groups.pop()["params"]:
-        optimizer.state.pop(parameter, None)
+    optimization.drop_last_group(optimizer)
     run.alignments, run.model, run.optimizer = [], None, None
     run.accelerator.free_memory()  # the old DDP wrapper must be gone before its parameters are wrapped again
     run.model, run.optimizer = run.accelerator.prepare(aligned, optimizer)
@@ -502,9 +481,22 @@ def log(run: Run, stopwatch: throughput.Stopwatch, progress: tqdm) -> None:
     values |= {"learning_rate": run.learning_rate(run.step - 1)}
     values |= {"epoch": run.step * options.global_batch_size / len(run.sources.train)}
     values |= stopwatch.read(options.logging_steps * options.global_batch_size)
+    peak = throughput.peak_flops(accelerator.device, accelerator.mixed_precision)
+    if peak:  # the backward pass costs two forward passes
+        flops_per_second = 3 * flops_per_image(run) * values["images_per_second"]
+        values |= {"mfu": flops_per_second / (peak * accelerator.num_processes)}
     values |= {"skipped_images": run.num_skipped_images}
     write_metrics(run, {f"train/{name}": value for name, value in values.items()})
     progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
+
+
+def flops_per_image(run: Run) -> int:
+    """FLOPs of one image's way forward through the transformer and its heads."""
+    device = run.accelerator.device
+    t, label, drop = torch.zeros(3, 1, device=device).unbind()
+    inputs = dit.model_inputs(run.transformer, t, label.long(), drop.bool())
+    noise = torch.zeros(1, *run.latent_shape, device=device)
+    return throughput.forward_flops(lambda: run.aligned_transformer(noise, **inputs))
 
 
 def check_skipped_steps(run: Run) -> None:

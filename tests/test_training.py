@@ -174,3 +174,17 @@ def test_one_and_two_processes_make_the_same_steps(launch, tmp_path, accumulatio
         ends.append(load_file(run / "checkpoint-10/state/transformer.safetensors"))
     assert next(iter(ends[0].values())).dtype == torch.float64
     assert max((ends[0][name] - ends[1][name]).abs().max().item() for name in ends[0]) < 1e-10
+
+
+def test_utilisation_is_logged_where_the_peak_is_known(train, monkeypatch):
+    monkeypatch.setattr(train_vaerepa.throughput, "peak_flops", lambda device, precision: 1e12)
+    run = train(max_train_steps=2)
+    transformer = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
+    head = train_vaerepa.VAEAlignment(2).build_head(32, 4)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        transformer(torch.zeros(1, 4, 8, 8), timestep=torch.zeros(1), class_labels=torch.zeros(1).long())
+        head(torch.zeros(1, 16, 32))
+    for line in read_metrics(run, "train/mfu", "train/images_per_second"):
+        assert line["train/mfu"] == pytest.approx(
+            3 * counter.get_total_flops() * line["train/images_per_second"] / 1e12
+        )

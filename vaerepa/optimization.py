@@ -1,0 +1,44 @@
+"""AdamW and its learning rate."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from vaerepa.options import Options
+
+
+def build_optimizer(groups: Iterable[Iterable[nn.Parameter]], options: Options) -> torch.optim.Optimizer:
+    """Fused AdamW over one group per module that trains; modules without parameters get none."""
+    return torch.optim.AdamW(
+        [{"params": group} for group in map(list, groups) if group],
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+        fused=True,
+    )
+
+
+def learning_rate_schedule(options: Options, num_training_steps: int) -> Callable[[int], float]:
+    """The learning rate as a function of the number of finished steps.
+
+    Not a prepared scheduler, which accelerate would step once per process.
+    """
+    base = options.learning_rate * (options.global_batch_size if options.scale_lr else 1)
+    factor = get_scheduler(
+        options.lr_scheduler,
+        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=base),
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=num_training_steps,
+        num_cycles=options.lr_num_cycles,
+        power=options.lr_power,
+    ).lr_lambdas[0]
+    return lambda step: base * factor(step)
+
+
+def drop_last_group(optimizer: torch.optim.Optimizer) -> None:
+    """Forgets the last group's parameters and their state."""
+    for parameter in optimizer.param_groups.pop()["params"]:
+        optimizer.state.pop(parameter, None)
