@@ -45,14 +45,16 @@ from vaerepa.data import (
     open_sources,
 )
 from vaerepa.ema import EMA, share_of_start
+from vaerepa.errors import OptionError
 from vaerepa.evaluation import held_out_loss
 from vaerepa.families import dit
 from vaerepa.logs import MetricsFile, Window, plot_curves
-from vaerepa.options import OptionError, Options, as_plain, changed_options, parse_options, write_config
+from vaerepa.options import Options, as_plain, changed_options, parse_options, write_config
 
 logger = get_logger(__name__)
 
 NUM_MEASURED_LATENTS = 64
+DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # the paper's
 MAX_NAMED_IMAGES = 5
 PIPELINE_FILE = Path(__file__).with_name("pipeline_vaerepa.py")
 
@@ -71,6 +73,7 @@ class Run:
     sources: Sources
     vae: nn.Module
     latent_shape: tuple[int, int, int]
+    objective: objectives.Objective
     transformer: nn.Module
     ema: EMA | None
     max_train_steps: int
@@ -160,13 +163,12 @@ def build_accelerator(options: Options) -> Accelerator:
 
 
 def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run:
-    """Opens VAE and data, checks that they fit, and builds what is trained."""
-    size, patch_size = checks.transformer_size(options)
-    vae = latents.load_vae(
-        options.pretrained_vae_model_name_or_path, options.revision, options.variant, options.cache_dir
-    ).to(accelerator.device)
+    """Opens VAE, data and what is fine-tuned, checks that they fit, and builds what is trained."""
+    pretrained, where = None, {"revision": options.revision, "variant": options.variant, "cache_dir": options.cache_dir}
+    if options.pretrained_model_name_or_path:
+        pretrained = dit.load_pipeline(options.pretrained_model_name_or_path, **where)
+    vae = load_vae(options, where).to(accelerator.device)
     channels = latents.latent_channels(vae)
-    side = checks.check_geometry(options, latents.downsampling_factor(vae), patch_size)
     with accelerator.main_process_first():
         sources = open_sources(
             options.dataset_name,
@@ -177,8 +179,14 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
             options.dataset_config_name,
             options.cache_dir,
         )
-    transformer = dit.build_transformer(size, patch_size, channels, side, len(sources.id2label))
-    dit.initialize(transformer, options.seed)
+    objective = build_objective(options, pretrained, len(sources.id2label))
+    if pretrained:
+        transformer = adopt_transformer(options, pretrained, vae, sources.id2label)
+    else:
+        size, patch_size = checks.transformer_size(options)
+        side = checks.check_geometry(options, latents.downsampling_factor(vae), patch_size)
+        transformer = dit.build_transformer(size, patch_size, channels, side, len(sources.id2label))
+        dit.initialize(transformer, options.seed)
     transformer.to(accelerator.device)
     run = Run(
         options=options,
@@ -186,7 +194,8 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         output_dir=Path(options.output_dir),
         sources=sources,
         vae=vae,
-        latent_shape=(channels, side, side),
+        latent_shape=(channels, transformer.config.sample_size, transformer.config.sample_size),
+        objective=objective,
         transformer=transformer,
         ema=EMA(transformer, options.ema_decay) if options.use_ema else None,
         max_train_steps=checks.steps_in(options, len(sources.train)),
@@ -194,23 +203,76 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         metrics=MetricsFile(Path(options.output_dir, "metrics.jsonl")),
     )
     run.latent_statistics = position.get("latent_statistics") or measure_latents(run)
-    alignments = build_alignments(options, size, patch_size, run.latent_statistics)
+    alignments = build_alignments(options, transformer, run.latent_statistics)
     run.alignments = [alignment for alignment in alignments if alignment.is_active(run.step)]
-    heads = {a.name: a.method.build_head(size.hidden_size, channels, options.seed) for a in run.alignments}
-    blocks = {a.name: a.block for a in run.alignments}
-    run.model = AlignedTransformer(transformer, dit.blocks(transformer), heads, blocks).to(accelerator.device)
+    width = dit.inner_width(transformer)
+    heads = {a.name: a.method.build_head(width, channels, options.seed) for a in run.alignments}
+    block_of = {a.name: a.block for a in run.alignments}
+    run.model = AlignedTransformer(transformer, dit.blocks(transformer), heads, block_of).to(accelerator.device)
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return run
 
 
-def build_alignments(
-    options: Options, size: dit.Size, patch_size: int, latent_statistics: list[list[float]]
-) -> list[Alignment]:
+def load_vae(options: Options, where: dict[str, str | None]) -> nn.Module:
+    """The VAE that is asked for, the fine-tuned pipeline's own, or the paper's."""
+    name = options.pretrained_vae_model_name_or_path or options.pretrained_model_name_or_path or DEFAULT_VAE
+    if options.pretrained_vae_model_name_or_path and options.pretrained_model_name_or_path:
+        where = {"cache_dir": options.cache_dir}  # revision and variant are the pipeline's
+    return latents.load_vae(name, **where)
+
+
+def build_objective(
+    options: Options, pretrained: dit.PretrainedPipeline | None, num_classes: int
+) -> objectives.Objective:
+    """The objective that is asked for, or the fine-tuned pipeline's own."""
+    own = objectives.name_of(pretrained.scheduler) if pretrained else "flow_matching"
+    name = options.objective or own
+    if name is None:
+        raise OptionError(
+            f"--pretrained_model_name_or_path {options.pretrained_model_name_or_path} predicts neither noise nor velocity; "
+            "--objective starts from its weights with another prediction."
+        )
+    if name == "flow_matching":
+        if options.snr_gamma is not None:
+            raise OptionError("--snr_gamma weights the ddpm objective; for flow matching see --timestep_sampling.")
+        return objectives.FlowMatching()
+    if not dit.works_in_stock_pipeline(num_classes):
+        raise OptionError(
+            f"--objective ddpm is sampled by DiTPipeline, up to 1000 classes; the data set has {num_classes}."
+        )
+    return objectives.NoisePrediction(pretrained.scheduler if pretrained and own == "ddpm" else None, options.snr_gamma)
+
+
+def adopt_transformer(
+    options: Options, pretrained: dit.PretrainedPipeline, vae: nn.Module, id2label: dict[int, str]
+) -> nn.Module:
+    """Fits a pretrained transformer to VAE and classes, and says what becomes of its parts."""
+    transformer = pretrained.transformer
+    config = transformer.config
+    checks.check_geometry(options, latents.downsampling_factor(vae), config.patch_size, config.sample_size)
+    if latents.latent_channels(vae) != config.in_channels:
+        raise OptionError(
+            f"the VAE has {latents.latent_channels(vae)} latent channels, the pretrained transformer {config.in_channels}."
+        )
+    checks.check_alignment_block(options, config.num_layers)
+    if not pretrained.shares_embedder:
+        logger.info("its blocks have different timestep and label embedders: they are left apart")
+    if pretrained.has_learned_sigma:
+        logger.info("its learned variance is kept as it is, and is no longer calibrated after training")
+    if pretrained.id2label == id2label:
+        logger.info("its classes are the data set's: their embeddings are kept")
+    else:
+        logger.info("its classes are not the data set's: their embeddings are drawn anew, the null class' is kept")
+        dit.draw_new_labels(transformer, len(id2label), options.seed)
+    return transformer
+
+
+def build_alignments(options: Options, transformer: nn.Module, latent_statistics: list[list[float]]) -> list[Alignment]:
     if options.alignment == "none":
         return []
     method = VAEAlignment(
-        patch_size,
+        transformer.config.patch_size,
         distance=options.alignment_loss,
         beta=options.alignment_beta,
         num_layers=options.alignment_layers,
@@ -221,7 +283,7 @@ def build_alignments(
         Alignment(
             name="vae",
             method=method,
-            block=options.alignment_block or dit.default_alignment_block(size.num_layers),
+            block=options.alignment_block or dit.default_alignment_block(transformer.config.num_layers),
             weight=options.alignment_weight,
             weight_schedule=options.alignment_weight_schedule,
             stop_step=options.alignment_stop_step,
@@ -277,6 +339,7 @@ def training_draws(run: Run) -> TrainingDraws:
         options.timestep_sampling,
         options.logit_mean,
         options.logit_std,
+        options.mode_scale,
     )
 
 
@@ -318,7 +381,8 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
     size = sum(parameter.numel() for parameter in run.transformer.parameters()) / 1e6
     head_size = sum(parameter.numel() for parameter in run.aligned_transformer.heads.parameters()) / 1e6
     logger.info(
-        f"{options.model}: {size:.2f} M parameters, alignment head {head_size:.2f} M, {len(run.sources.id2label)} classes"
+        f"{options.pretrained_model_name_or_path or options.model}: {size:.2f} M parameters, "
+        f"alignment head {head_size:.2f} M, {len(run.sources.id2label)} classes"
     )
     logger.info(
         f"{len(run.sources.train)} images, {len(run.sources.validation or ())} held out; batch {options.global_batch_size} = "
@@ -424,9 +488,9 @@ def train_step(run: Run, batches: Iterator[dict], measure_gradients: bool) -> No
 
 def compute_losses(run: Run, batch: dict) -> dict[str, torch.Tensor]:
     """Denoising loss, alignment losses and their weighted sum, of one micro-batch."""
-    clean, noise, t, noisy, velocity, inputs = corrupt(run, batch)
+    clean, noise, t, noisy, target, inputs = corrupt(run, batch)
     prediction, head_outputs = run.model(noisy, **inputs)
-    losses = {"denoising_loss": objectives.denoising_loss(prediction, velocity).mean()}
+    losses = {"denoising_loss": run.objective.loss(prediction, target, t).mean()}
     total = losses["denoising_loss"]
     context = AlignmentContext(clean, noise, t)
     for alignment in run.alignments:
@@ -437,12 +501,20 @@ def compute_losses(run: Run, batch: dict) -> dict[str, torch.Tensor]:
 
 
 def corrupt(run: Run, batch: dict) -> tuple:
-    """Clean latents, noise, t, noisy latents x_t, velocity, and what the transformer is told beside x_t."""
+    """Clean latents, noise, t, noisy latents x_t, target, and what the transformer is told beside x_t."""
     draws = batch["draws"]
     clean = encode(run, batch)
     noise, t = draws["noise"].to(clean.dtype), draws["t"].to(clean.dtype)
-    noisy, velocity = objectives.corrupt(clean, noise, t)
-    return clean, noise, t, noisy, velocity, dit.model_inputs(run.transformer, t, batch["condition"], draws["drop"])
+    noisy, target = run.objective.corrupt(clean, noise, t)
+    timesteps = run.objective.timesteps(t)
+    return (
+        clean,
+        noise,
+        t,
+        noisy,
+        target,
+        dit.model_inputs(run.transformer, timesteps, batch["condition"], draws["drop"]),
+    )
 
 
 def encode(run: Run, batch: dict) -> torch.Tensor:
@@ -532,7 +604,9 @@ def validate(run: Run) -> None:
             )
             logger.info(f"step {run.step}: held-out loss {losses['loss']:.5f} ({name})")
     if accelerator.is_main_process and options.num_validation_images:
-        pipeline = sampling.build_pipeline(run.exported_transformer.eval(), run.vae, run.sources.id2label)
+        pipeline = sampling.build_pipeline(
+            run.exported_transformer.eval(), run.vae, run.objective.scheduler, run.sources.id2label
+        )
         with accelerator.autocast():
             sampling.draw_grid(
                 pipeline,
@@ -554,10 +628,10 @@ def validation_batches(run: Run) -> Iterator[dict]:
 
 
 def validation_losses(run: Run, transformer: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    _, _, t, noisy, velocity, inputs = corrupt(run, batch)
+    _, _, t, noisy, target, inputs = corrupt(run, batch)
     with run.accelerator.autocast():
         prediction = transformer.eval()(noisy, **inputs).sample
-    return objectives.denoising_loss(prediction, velocity), t
+    return run.objective.loss(prediction, target, t), t
 
 
 def write_metrics(run: Run, values: dict[str, float]) -> None:
@@ -586,7 +660,10 @@ def save(run: Run) -> None:
         tensors[f"ema_{decay}"] = dict(average.named_parameters())
 
     def write_pipeline(folder: Path) -> None:
-        dit.write_stock_pipeline(folder, run.exported_transformer, run.vae, run.sources.id2label)
+        pipeline = dit.build_stock_pipeline(
+            run.exported_transformer, run.vae, run.objective.scheduler, run.sources.id2label
+        )
+        dit.write_stock_pipeline(folder, pipeline)
         checkpoints.link_tree(run.output_dir / "vae", folder / "vae")
         shutil.copyfile(PIPELINE_FILE, folder / PIPELINE_FILE.name)
 

@@ -14,10 +14,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from vaerepa import objectives, throughput
+from vaerepa import throughput
 from vaerepa.alignment import AlignedTransformer, AlignmentContext, VAEAlignment
 from vaerepa.ema import EMA
 from vaerepa.families import dit
+from vaerepa.objectives import FlowMatching
 
 LATENT_SHAPE = (4, 32, 32)  # 256-pixel images through an f8 VAE
 
@@ -47,6 +48,7 @@ def build_step(model: str, with_head: bool, batch_size: int, device: str, precis
     aligned, method = build(model, with_head)
     dit.initialize(aligned.transformer, 0)
     aligned.to(device).train()
+    objective = FlowMatching()
     ema = EMA(aligned.transformer, (0.9999,))
     optimizer = torch.optim.AdamW(aligned.parameters(), lr=1e-4, fused=True)
     latents, noise = torch.randn(2, batch_size, *LATENT_SHAPE, device=device)
@@ -54,10 +56,12 @@ def build_step(model: str, with_head: bool, batch_size: int, device: str, precis
 
     def step() -> None:
         t = torch.rand(batch_size, device=device)
-        noisy, velocity = objectives.corrupt(latents, noise, t)
+        noisy, velocity = objective.corrupt(latents, noise, t)
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            prediction, heads = aligned(noisy, **dit.model_inputs(aligned.transformer, t, labels, drop))
-        loss = objectives.denoising_loss(prediction, velocity).mean()
+            prediction, heads = aligned(
+                noisy, **dit.model_inputs(aligned.transformer, objective.timesteps(t), labels, drop)
+            )
+        loss = objective.loss(prediction, velocity, t).mean()
         for output in heads.values():
             loss = loss + method.loss(output, method.target(AlignmentContext(latents, noise, t))).mean()
         loss.backward()

@@ -23,7 +23,7 @@ from vaerepa.data import (
     build_loader,
     open_sources,
 )
-from vaerepa.options import OptionError
+from vaerepa.errors import OptionError
 
 RESOLUTION = 16
 SHARDS = (18, 9, 13)

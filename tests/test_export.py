@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pipeline_vaerepa import VAEREPAPipeline
 from tests.conftest import ROOT
 from vaerepa.families import dit
+from vaerepa.objectives import NUM_TIMESTEPS, FlowMatching
 
 STOCK = """
 import sys, numpy
@@ -81,18 +82,18 @@ def test_more_than_1000_classes_work_in_our_pipeline(vae):
     transformer = dit.build_transformer(dit.Size(2, 32, 2), 2, 4, 8, num_classes=1100)
     assert transformer.config.num_embeds_ada_norm == 1100
     assert not dit.works_in_stock_pipeline(1100)
-    pipeline = VAEREPAPipeline(transformer.eval(), AutoencoderKL.from_pretrained(vae), dit.build_scheduler())
+    pipeline = VAEREPAPipeline(transformer.eval(), AutoencoderKL.from_pretrained(vae), FlowMatching().scheduler)
     assert pipeline([1099], guidance_scale=2.0, num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
 def test_the_exported_scheduler_follows_the_flow():
     """For data N(mu, s^2) the exact velocity is known; the exported scheduler must land on that mean and deviation."""
     mean, std = 0.7, 0.4
-    scheduler = dit.build_scheduler()
+    scheduler = FlowMatching().scheduler
     scheduler.set_timesteps(100)
     x = torch.randn(1, 4, 64, 64, generator=torch.manual_seed(0))
     for timestep in scheduler.timesteps:
-        t = timestep.item() / dit.TIME_SCALE
+        t = timestep.item() / NUM_TIMESTEPS
         signal, variance = 1 - t, (1 - t) ** 2 * std**2 + t**2
         slope = (t - signal * std**2) / variance  # d x_t / dt regressed on x_t
         velocity = slope * (x - signal * mean) - mean

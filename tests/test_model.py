@@ -206,7 +206,7 @@ def test_labels_are_not_dropped_inside_the_model(transformer):
 def test_a_dropped_label_is_the_null_class(num_classes, null_class):
     transformer = build(num_classes)
     told = dit.model_inputs(
-        transformer, torch.tensor([0.0, 0.25, 1.0]), torch.tensor([0, 1, 2]), torch.tensor([False, True, False])
+        transformer, torch.tensor([0.0, 250.0, 1000.0]), torch.tensor([0, 1, 2]), torch.tensor([False, True, False])
     )
     assert told["timestep"].tolist() == [0.0, 250.0, 1000.0]
     assert told["class_labels"].tolist() == [0, null_class, 2]

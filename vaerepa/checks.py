@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from vaerepa import checkpoints
+from vaerepa.errors import OptionError
 from vaerepa.families import dit
-from vaerepa.options import OptionError, Options, changed_options
+from vaerepa.options import Options, changed_options
 
 POSITIVE = (
     "num_layers",
@@ -80,7 +81,10 @@ def check_options(options: Options) -> None:
         )
     if options.dataset_name is None:
         raise OptionError("--dataset_name is missing: give a data set's Hub id, or a local folder in the Hub's layout.")
-    transformer_size(options)
+    if options.pretrained_model_name_or_path is None:
+        transformer_size(options)
+    elif given_size := [name for name in CUSTOM_SIZE if getattr(options, name) is not None]:
+        raise OptionError(f"--{given_size[0]} goes with training from scratch; a pretrained transformer has its own.")
 
 
 def transformer_size(options: Options) -> tuple[dit.Size, int]:
@@ -110,14 +114,20 @@ def transformer_size(options: Options) -> tuple[dit.Size, int]:
                 f"--hidden_size {size.hidden_size} must divide by --num_attention_heads {size.num_attention_heads}, "
                 "and by 4 for the position embedding."
             )
-    block = options.alignment_block
-    if options.alignment != "none" and block is not None and block > size.num_layers:
-        raise OptionError(f"--alignment_block {block} is beyond the model, which has {size.num_layers} blocks.")
-    if options.alignment != "none" and block is None and dit.default_alignment_block(size.num_layers) > size.num_layers:
-        raise OptionError(
-            f"--num_layers {size.num_layers}: give --alignment_block; the default, block 2, does not exist."
-        )
+    check_alignment_block(options, size.num_layers)
     return size, patch_size
+
+
+def check_alignment_block(options: Options, num_layers: int) -> None:
+    """Checks that the block which is aligned exists.
+
+    Raises:
+        OptionError: it does not.
+    """
+    block = options.alignment_block or dit.default_alignment_block(num_layers)
+    if options.alignment != "none" and block > num_layers:
+        what = "" if options.alignment_block else ", the default,"
+        raise OptionError(f"--alignment_block {block}{what} is beyond the model, which has {num_layers} blocks.")
 
 
 def resolve_batch_sizes(options: Options, num_processes: int) -> Options:
@@ -149,12 +159,16 @@ def resolve_batch_sizes(options: Options, num_processes: int) -> Options:
     )
 
 
-def check_geometry(options: Options, downsampling: int, patch_size: int) -> int:
-    """The side of the latents, in latent pixels.
+def check_geometry(options: Options, downsampling: int, patch_size: int, trained_size: int | None = None) -> int:
+    """The side of the latents, in latent pixels; `trained_size` is that of a pretrained transformer.
 
     Raises:
         OptionError: resolution, VAE and patches do not fit.
     """
+    if trained_size is not None and options.resolution != trained_size * downsampling:
+        raise OptionError(
+            f"--resolution {options.resolution}: the pretrained transformer was made for {trained_size * downsampling}."
+        )
     step = downsampling * patch_size
     if options.resolution % step:
         nearest = max(step, round(options.resolution / step) * step)

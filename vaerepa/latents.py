@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 
-from vaerepa.options import OptionError
+from vaerepa.errors import OptionError
 
 CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 

@@ -1,37 +1,121 @@
-"""Objectives: how latents are corrupted, and what the transformer predicts."""
+"""Objectives: how latents are corrupted, what the transformer predicts, and which stock scheduler samples the result."""
 
 import math
+from typing import Protocol
 
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 
 from vaerepa.randomness import draw_normal, draw_uniform
 
-
-def draw_timestep(
-    seed: int, ordinal: int, sampling: str = "uniform", logit_mean: float = 0.0, logit_std: float = 1.0
-) -> float:
-    """A training time t in (0, 1): uniform (SiT), or logit-normal (Stable Diffusion 3, arXiv 2403.03206, section 3.1)."""
-    if sampling == "uniform":
-        return draw_uniform(seed, "timestep", ordinal)
-    return 1.0 / (1.0 + math.exp(-(logit_mean + logit_std * draw_normal(seed, "timestep", ordinal))))
+NUM_TIMESTEPS = 1000  # stock schedulers count timesteps from 0 to 999
 
 
-def corrupt(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+class Objective(Protocol):
+    """What a training step asks of the transformer.
+
+    Attributes:
+        scheduler: the stock scheduler that samples a model trained so; it is exported with it.
+    """
+
+    scheduler: SchedulerMixin
+
+    def timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        """What the transformer is told about the times t in [0, 1], each (B,)."""
+
+    def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noisy latents and the target of the prediction, each (B, C, H, W)."""
+
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Loss of each sample, shape (B,)."""
+
+
+class FlowMatching:
     """Flow matching on the linear path: x_t = (1 - t) z + t eps, with the velocity v = eps - z as target.
 
-    Args:
-        latents: clean latents z, shape (B, C, H, W).
-        noise: standard normal eps of the same shape.
-        t: times in [0, 1], shape (B,).
-
-    Returns:
-        The noisy latents x_t and the velocity, each (B, C, H, W). Source: SiT, arXiv 2401.08740, equations 1 and 3.
+    Source: SiT, arXiv 2401.08740, equations 1 and 3. The timestep is 1000 t, as stock schedulers count (SiT itself feeds t).
     """
-    t = t.view(-1, 1, 1, 1)
-    return (1.0 - t) * latents + t * noise, noise - latents
+
+    def __init__(self):
+        # FlowMatchEulerDiscreteScheduler lacks scale_model_input, which DiTPipeline calls
+        self.scheduler = DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0
+        )
+
+    def timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        return NUM_TIMESTEPS * t
+
+    def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        t = t.view(-1, 1, 1, 1)
+        return (1.0 - t) * latents + t * noise, noise - latents
+
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return squared_error(prediction, target)
 
 
-def denoising_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+class NoisePrediction:
+    """DDPM: x_t = sqrt(abar) z + sqrt(1 - abar) eps at a whole timestep floor(1000 t), with the noise eps as target.
+
+    Source: DDPM, arXiv 2006.11239, equation 14; DiT, arXiv 2212.09748, trains so (and its variance beside it, which this
+    does not).
+
+    Args:
+        scheduler: whose noise levels are trained; DiT's linear betas by default.
+        snr_gamma: caps the loss' weight at low noise: min(SNR, gamma) / SNR (arXiv 2303.09556); None weights all alike.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin | None = None, snr_gamma: float | None = None):
+        self.scheduler = scheduler or DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+        if "clip_sample" in self.scheduler.config:
+            self.scheduler.register_to_config(clip_sample=False)  # latents do not end at 1
+        self.snr_gamma = snr_gamma
+
+    def timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        return (NUM_TIMESTEPS * t).floor().clamp(max=NUM_TIMESTEPS - 1)
+
+    def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        signal = self._signal(t).to(latents.dtype).view(-1, 1, 1, 1)
+        return signal.sqrt() * latents + (1.0 - signal).sqrt() * noise, noise
+
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        loss = squared_error(prediction, target)
+        if self.snr_gamma is None:
+            return loss
+        signal = self._signal(t).to(loss.dtype)
+        snr = signal / (1.0 - signal)
+        return loss * (snr.clamp(max=self.snr_gamma) / snr)
+
+    def _signal(self, t: torch.Tensor) -> torch.Tensor:
+        return self.scheduler.alphas_cumprod.to(t.device)[self.timesteps(t).long()]
+
+
+def name_of(scheduler: SchedulerMixin) -> str | None:
+    """The objective of a model that this scheduler samples: flow_matching, ddpm, or None for any other."""
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    if scheduler.config.get("use_flow_sigmas") or prediction == "flow_prediction":
+        return "flow_matching"
+    if prediction == "epsilon" and hasattr(scheduler, "alphas_cumprod"):
+        return "ddpm"
+    return None
+
+
+def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each sample in float32 (float64 stays), shape (B,)."""
-    error = velocity.to(target.dtype) - target
-    return error.square().flatten(1).mean(1)
+    return (prediction.to(target.dtype) - target).square().flatten(1).mean(1)
+
+
+def draw_timestep(
+    seed: int,
+    ordinal: int,
+    sampling: str = "uniform",
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    mode_scale: float = 1.29,
+) -> float:
+    """A training time t in (0, 1): uniform (SiT), logit-normal or mode (Stable Diffusion 3, arXiv 2403.03206, section 3.1)."""
+    if sampling == "logit_normal":
+        return 1.0 / (1.0 + math.exp(-(logit_mean + logit_std * draw_normal(seed, "timestep", ordinal))))
+    u = draw_uniform(seed, "timestep", ordinal)
+    if sampling == "mode":
+        return 1.0 - u - mode_scale * (math.cos(math.pi * u / 2.0) ** 2 - 1.0 + u)
+    return u

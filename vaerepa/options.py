@@ -11,11 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from vaerepa import families
-
-
-class OptionError(ValueError):
-    """What the user asked for cannot be done; the message says what was wrong, what was expected and what to do."""
-
+from vaerepa.errors import OptionError
 
 Resume = Literal["fixed", "schedule", "free"]
 
@@ -42,13 +38,23 @@ class Options:
     hidden_size: int | None = option(None, "Width of a `custom` model.", resume="fixed")
     num_attention_heads: int | None = option(None, "Number of attention heads of a `custom` model.", resume="fixed")
     patch_size: int | None = option(None, "Patch size, in latent pixels, of a `custom` model.", resume="fixed")
-    pretrained_vae_model_name_or_path: str = option(
-        "stabilityai/sd-vae-ft-mse",
-        "Hub id or folder of the frozen VAE (AutoencoderKL or AutoencoderTiny); a pipeline's `vae` subfolder is found.",
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        "Hub id or folder of a DiTPipeline to fine-tune, instead of training --model from scratch.",
         resume="fixed",
     )
-    revision: str | None = option(None, "Revision of the pretrained VAE on the Hub.", resume="fixed")
-    variant: str | None = option(None, "Variant of the pretrained VAE's files, for example fp16.", resume="fixed")
+    pretrained_vae_model_name_or_path: str | None = option(
+        None,
+        "Hub id or folder of the frozen VAE (AutoencoderKL or AutoencoderTiny); a pipeline's `vae` subfolder is found. "
+        "Default: the fine-tuned pipeline's own, or stabilityai/sd-vae-ft-mse.",
+        resume="fixed",
+    )
+    revision: str | None = option(
+        None, "Revision on the Hub of the pipeline to fine-tune, or else of the VAE.", resume="fixed"
+    )
+    variant: str | None = option(
+        None, "Variant of the files of the pipeline to fine-tune, or else of the VAE, for example fp16.", resume="fixed"
+    )
 
     # --- Data ----------------------------------------------------------------------------------------------------
     dataset_name: str | None = option(
@@ -76,11 +82,22 @@ class Options:
     dataloader_num_workers: int = option(2, "Data worker processes per device; 0 loads in the main process.")
 
     # --- Objective -----------------------------------------------------------------------------------------------
-    timestep_sampling: Literal["uniform", "logit_normal"] = option(
-        "uniform", "Density of the training timesteps t in [0, 1].", resume="fixed", group="Objective"
+    objective: Literal["flow_matching", "ddpm"] | None = option(
+        None,
+        "What the transformer predicts: the velocity (SiT), or the noise (DiT). Default: what the fine-tuned pipeline "
+        "predicts, or flow_matching.",
+        resume="fixed",
+        group="Objective",
+    )
+    timestep_sampling: Literal["uniform", "logit_normal", "mode"] = option(
+        "uniform", "Density of the training timesteps t in [0, 1].", resume="fixed"
     )
     logit_mean: float = option(0.0, "Mean of the logit-normal density.", resume="fixed")
     logit_std: float = option(1.0, "Standard deviation of the logit-normal density.", resume="fixed")
+    mode_scale: float = option(1.29, "Scale of the mode density (Stable Diffusion 3).", resume="fixed")
+    snr_gamma: float | None = option(
+        None, "Min-SNR weighting of the ddpm objective, 5.0 is its paper's value. Default: none.", resume="schedule"
+    )
     label_dropout: float = option(0.1, "Share of labels dropped for classifier-free guidance.", resume="fixed")
 
     # --- Alignment -----------------------------------------------------------------------------------------------

@@ -3,18 +3,25 @@
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import make_image_grid
 from torch import nn
 
 from pipeline_vaerepa import VAEREPAPipeline
+from vaerepa import objectives
 from vaerepa.families import dit
 
 MAX_COLUMNS = 10
 
 
-def build_pipeline(transformer: nn.Module, vae: nn.Module, id2label: dict[int, str]) -> VAEREPAPipeline:
-    """The shipped pipeline around a transformer in training form."""
-    pipeline = VAEREPAPipeline(transformer, vae, dit.build_scheduler(), id2label)
+def build_pipeline(
+    transformer: nn.Module, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str]
+) -> DiffusionPipeline:
+    """The shipped pipeline around a transformer in training form; the stock one where the noise is predicted."""
+    if objectives.name_of(scheduler) == "flow_matching":
+        pipeline = VAEREPAPipeline(transformer, vae, scheduler, id2label)
+    else:
+        pipeline = dit.build_stock_pipeline(transformer, vae, scheduler, id2label).to(vae.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -27,7 +34,12 @@ def grid_labels(num_images: int, num_classes: int) -> list[int]:
 
 
 def draw_grid(
-    pipeline: VAEREPAPipeline, labels: list[int], guidance_scale: float, num_inference_steps: int, seed: int, path: Path
+    pipeline: DiffusionPipeline,
+    labels: list[int],
+    guidance_scale: float,
+    num_inference_steps: int,
+    seed: int,
+    path: Path,
 ) -> None:
     """Samples one picture per label, always from the same noise, and writes them as one PNG."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from vaerepa.data import images
-from vaerepa.options import OptionError
+from vaerepa.errors import OptionError
 
 EVALUATION_BATCH = 64
 

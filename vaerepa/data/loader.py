@@ -49,10 +49,13 @@ class TrainingDraws:
     timestep_sampling: str = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    mode_scale: float = 1.29
 
     def __call__(self, ordinal: int) -> dict[str, torch.Tensor | float | bool]:
         return {
-            "t": draw_timestep(self.seed, ordinal, self.timestep_sampling, self.logit_mean, self.logit_std),
+            "t": draw_timestep(
+                self.seed, ordinal, self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale
+            ),
             "noise": draw_noise(self.seed, "noise", ordinal, self.latent_shape),
             "posterior": draw_noise(self.seed, "posterior", ordinal, self.latent_shape),
             "drop": draw_uniform(self.seed, "drop", ordinal) < self.label_dropout,

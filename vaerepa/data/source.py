@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image, IterableDataset, Value, load_dataset_builder
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from vaerepa.options import OptionError
+from vaerepa.errors import OptionError
 from vaerepa.randomness import draw_uniform
 
 MAX_BLOCKS = 1024  # a block is a run of shards (files, or row groups of parquet); more would not shuffle better

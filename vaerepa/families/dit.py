@@ -6,17 +6,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, SchedulerMixin
 from diffusers.models.embeddings import PatchEmbed
 from torch import nn
 
-from vaerepa.randomness import draw_seed
+from vaerepa.errors import OptionError
+from vaerepa.randomness import draw_seed, generator
 
 PATCH_SIZES = (2, 4, 8)
 PIPELINE_NULL_CLASS = 1000  # DiTPipeline asks for this row when it guides, whatever the number of classes
-TIME_SCALE = 1000.0  # stock schedulers count timesteps from 0 to 999: t in [0, 1] is fed as 1000 t
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,10 @@ def build_transformer(
 
 
 def to_training_form(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """Shares block 0's embedder with all blocks, in place, and applies the two cures that training needs."""
-    embedder = transformer.transformer_blocks[0].norm1.emb
-    # each block would drop labels for itself: the sample's label is dropped once, by the trainer
-    embedder.class_embedder.dropout_prob = 0.0
+    """Shares block 0's embedder with all blocks, in place, and applies the cures that training needs."""
     for block in transformer.transformer_blocks:
-        block.norm1.emb = embedder
-    _keep_residual_stream_float32(transformer)
-    return transformer
+        block.norm1.emb = transformer.transformer_blocks[0].norm1.emb
+    return _cure(transformer)
 
 
 def to_stock_form(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
@@ -93,8 +90,43 @@ def to_stock_form(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
     with init_empty_weights(include_buffers=False):  # a fresh XL takes seconds to initialise
         stock = DiTTransformer2DModel.from_config(transformer.config)
     weights = {name: weight.detach().to("cpu", copy=True) for name, weight in transformer.state_dict().items()}
+    if isinstance(transformer.proj_out_2, MeanProjection):
+        weights["proj_out_2.weight"], weights["proj_out_2.bias"] = transformer.proj_out_2.whole()
+        del weights["proj_out_2.variance_weight"], weights["proj_out_2.variance_bias"]
     stock.load_state_dict(weights, assign=True)
     return stock.eval()
+
+
+class MeanProjection(nn.Linear):
+    """The last layer of a model with learned sigma, without the rows of the variance.
+
+    Those keep out of training altogether (no gradient, no decay) and wait here for the export, so that the file keeps its
+    shape.
+
+    Args:
+        projection: the whole layer, of output width p * p * 2C, the C channels of the mean before those of the variance.
+        latent_channels: C.
+    """
+
+    def __init__(self, projection: nn.Linear, latent_channels: int):
+        rows = torch.arange(projection.out_features).view(-1, 2, latent_channels)
+        super().__init__(projection.in_features, projection.out_features // 2)
+        self.latent_channels = latent_channels
+        with torch.no_grad():
+            self.weight.copy_(projection.weight[rows[:, 0].flatten()])
+            self.bias.copy_(projection.bias[rows[:, 0].flatten()])
+        self.register_buffer("variance_weight", projection.weight[rows[:, 1].flatten()].detach().clone())
+        self.register_buffer("variance_bias", projection.bias[rows[:, 1].flatten()].detach().clone())
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the whole layer, on the CPU."""
+        pairs = ((self.weight, self.variance_weight), (self.bias, self.variance_bias))
+        return tuple(
+            torch.stack([tensor.detach().cpu().unflatten(0, (-1, self.latent_channels)) for tensor in pair], 1).flatten(
+                0, 2
+            )
+            for pair in pairs
+        )
 
 
 @torch.no_grad()
@@ -126,44 +158,140 @@ def initialize(transformer: DiTTransformer2DModel, seed: int) -> None:
             nn.init.zeros_(final_layer.weight)
 
 
+@dataclass(frozen=True)
+class PretrainedPipeline:
+    """What is taken over from a DiTPipeline that is fine-tuned; `id2label` is None where it names no classes."""
+
+    transformer: DiTTransformer2DModel
+    scheduler: SchedulerMixin
+    id2label: dict[int, str] | None
+    shares_embedder: bool
+    has_learned_sigma: bool
+
+
+def load_pipeline(name_or_path: str, **where: str | None) -> PretrainedPipeline:
+    """Loads transformer (in training form), scheduler and class names of a DiTPipeline from the Hub or a folder.
+
+    Args:
+        where: revision, variant and cache_dir, as `from_pretrained` takes them.
+
+    Raises:
+        OptionError: nothing there, another kind of pipeline, or a checkpoint of the official code.
+    """
+    flag = f"--pretrained_model_name_or_path {name_or_path}"
+    if name_or_path.endswith((".pt", ".pth", ".ckpt")):
+        raise OptionError(
+            f"{flag}: checkpoints of the official code are no diffusers pipelines. DiT's are on the Hub as "
+            "facebook/DiT-XL-2-256 and -512; SiT's and REPA's cannot be used, for they know time as t in [0, 1] by another "
+            "sinusoid."
+        )
+    variant = where.pop("variant", None)
+    try:
+        index = DiffusionPipeline.load_config(name_or_path, **where)
+    except OSError as error:
+        raise OptionError(
+            f"{flag}: no pipeline there. Expected a Hub id, or a folder with model_index.json."
+        ) from error
+    if index.get("transformer", [None, None])[1] != "DiTTransformer2DModel":
+        raise OptionError(f"{flag} holds a {index.get('_class_name')}; expected a DiTPipeline.")
+    transformer = DiTTransformer2DModel.from_pretrained(
+        name_or_path, subfolder="transformer", variant=variant, torch_dtype=torch.get_default_dtype(), **where
+    )
+    scheduler_class = getattr(diffusers, index["scheduler"][1])
+    shares_embedder = _share_equal_embedders(transformer)
+    has_learned_sigma = transformer.config.out_channels == 2 * transformer.config.in_channels
+    if has_learned_sigma:
+        transformer.proj_out_2 = MeanProjection(transformer.proj_out_2, transformer.config.in_channels)
+        transformer.out_channels = transformer.config.in_channels
+    id2label = index.get("id2label")
+    return PretrainedPipeline(
+        _cure(transformer),
+        scheduler_class.from_pretrained(name_or_path, subfolder="scheduler", **where),
+        {int(label): name for label, name in id2label.items()} if id2label else None,
+        shares_embedder,
+        has_learned_sigma,
+    )
+
+
+@torch.no_grad()
+def draw_new_labels(transformer: DiTTransformer2DModel, num_classes: int, seed: int) -> None:
+    """Rows of the label table for a new set of classes, N(0, 0.02) as at DiT's start; the null row stays.
+
+    Raises:
+        OptionError: the table has too few rows.
+    """
+    if num_classes > transformer.config.num_embeds_ada_norm:
+        raise OptionError(
+            f"the data set has {num_classes} classes, the pretrained transformer room for "
+            f"{transformer.config.num_embeds_ada_norm}; train from scratch, or take fewer classes."
+        )
+    rows = torch.empty(num_classes, inner_width(transformer))
+    rows.normal_(std=0.02, generator=generator(seed, "labels"))
+    for block in transformer.transformer_blocks:
+        table = block.norm1.emb.class_embedder.embedding_table.weight
+        table[:num_classes] = rows.to(table)
+
+
+def inner_width(transformer: DiTTransformer2DModel) -> int:
+    """Width d of the hidden states (B, N, d)."""
+    return transformer.inner_dim
+
+
 def blocks(transformer: DiTTransformer2DModel) -> nn.ModuleList:
     """The transformer blocks; each returns hidden states of shape (B, N, d)."""
     return transformer.transformer_blocks
 
 
 def model_inputs(
-    transformer: DiTTransformer2DModel, t: torch.Tensor, labels: torch.Tensor, drop: torch.Tensor
+    transformer: DiTTransformer2DModel, timesteps: torch.Tensor, labels: torch.Tensor, drop: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """What the forward takes beside the latents: the timestep 1000 t and the labels, the null class where dropped.
+    """What the forward takes beside the latents: the timesteps and the labels, the null class where dropped.
 
     Args:
-        t: times in [0, 1], shape (B,).
+        timesteps: as stock schedulers count them, from 0 to 1000, shape (B,).
         labels: class labels, shape (B,).
         drop: whether each sample loses its label, boolean, shape (B,).
     """
     null_class = transformer.config.num_embeds_ada_norm
-    return {"timestep": TIME_SCALE * t, "class_labels": torch.where(drop, null_class, labels)}
+    return {"timestep": timesteps, "class_labels": torch.where(drop, null_class, labels)}
 
 
-def write_stock_pipeline(
-    folder: Path, transformer: DiTTransformer2DModel, vae: nn.Module, id2label: dict[int, str]
-) -> None:
-    """Writes a DiTPipeline, all but the VAE's folder, from a transformer in training form."""
-    pipeline = DiTPipeline(transformer=to_stock_form(transformer), vae=vae, scheduler=build_scheduler())
+def build_stock_pipeline(
+    transformer: DiTTransformer2DModel, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str]
+) -> DiTPipeline:
+    """A DiTPipeline, on the CPU but for the VAE, from a transformer in training form."""
+    pipeline = DiTPipeline(transformer=to_stock_form(transformer), vae=vae, scheduler=scheduler)
     pipeline.register_to_config(id2label={str(label): name for label, name in id2label.items()})
+    return pipeline
+
+
+def write_stock_pipeline(folder: Path, pipeline: DiTPipeline) -> None:
+    """Writes all of a DiTPipeline but the VAE's folder."""
     pipeline.save_config(folder)
     pipeline.transformer.save_pretrained(folder / "transformer")
     pipeline.scheduler.save_pretrained(folder / "scheduler")
 
 
-def build_scheduler() -> DPMSolverMultistepScheduler:
-    """Samples the flow in DiTPipeline; FlowMatchEulerDiscreteScheduler lacks scale_model_input, which it calls."""
-    return DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0)
-
-
 def works_in_stock_pipeline(num_classes: int) -> bool:
     """Whether guidance in DiTPipeline finds the null class."""
     return num_classes <= PIPELINE_NULL_CLASS
+
+
+def _share_equal_embedders(transformer: DiTTransformer2DModel) -> bool:
+    """Shares the embedders of a loaded model only when that changes nothing: when they are bit-equal in all blocks."""
+    first, *others = (block.norm1.emb.state_dict() for block in transformer.transformer_blocks)
+    equal = all(torch.equal(first[name], other[name]) for other in others for name in first)
+    if equal:
+        to_training_form(transformer)
+    return equal
+
+
+def _cure(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    for block in transformer.transformer_blocks:
+        # each block would drop labels for itself: the sample's label is dropped once, by the trainer
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
+    _keep_residual_stream_float32(transformer)
+    return transformer
 
 
 def _keep_residual_stream_float32(transformer: DiTTransformer2DModel) -> None:

@@ -1,0 +1,208 @@
+"""Fine-tuning a DiTPipeline: what is kept, what is drawn anew, and that the result is stock again."""
+
+import json
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+)
+from safetensors.torch import load_file
+
+from tests.conftest import read_metrics
+from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
+from vaerepa.objectives import NoisePrediction, draw_timestep
+
+NAMES = {"0": "ash", "1": "birch, white birch", "2": "cedar"}  # the data set's
+PRETRAINED = dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "patch_size"))
+PRETRAINED |= {"model": None, "pretrained_vae_model_name_or_path": None}
+
+
+def build_transformer(learned_sigma: bool = True, equal_embedders: bool = False) -> DiTTransformer2DModel:
+    """A stock model whose blocks have different embedders, as one that was trained with stock diffusers has."""
+    torch.manual_seed(1)
+    transformer = DiTTransformer2DModel(
+        2, 16, in_channels=4, out_channels=8 if learned_sigma else 4, num_layers=3, sample_size=8, patch_size=2
+    )
+    if equal_embedders:
+        for block in transformer.transformer_blocks:
+            block.norm1.emb.load_state_dict(transformer.transformer_blocks[0].norm1.emb.state_dict())
+    return transformer.eval()
+
+
+@pytest.fixture
+def pipeline(vae, tmp_path):
+    """Saves a DiTPipeline and returns its folder."""
+
+    def build(id2label=NAMES, scheduler=None, **kinds) -> str:
+        scheduler = scheduler or DDIMScheduler(beta_schedule="linear", steps_offset=1)
+        stock = DiTPipeline(build_transformer(**kinds), AutoencoderKL.from_pretrained(vae), scheduler)
+        stock.register_to_config(id2label=id2label)
+        stock.save_pretrained(tmp_path / "base")
+        return str(tmp_path / "base")
+
+    return build
+
+
+def weights_of(run, folder="transformer") -> dict[str, torch.Tensor]:
+    return load_file(run / folder / "diffusion_pytorch_model.safetensors")
+
+
+def variance_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.unflatten(0, (2, 2, 8))[:, :, 4:]
+
+
+def test_a_learned_sigma_and_separate_embedders_survive(train, pipeline, tmp_path, caplog):
+    base = pipeline()
+    run = train(**PRETRAINED, pretrained_model_name_or_path=base, use_ema=None, no_use_ema=True, adam_weight_decay=0.1)
+    before, after = weights_of(tmp_path / "base"), weights_of(run)
+    assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
+    for name in ("proj_out_2.weight", "proj_out_2.bias"):
+        assert torch.equal(variance_rows(before[name]), variance_rows(after[name]))
+        assert not torch.equal(before[name], after[name])
+    embedders = [after[f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1.weight"] for i in range(3)]
+    assert not torch.equal(embedders[0], embedders[1])
+    stock = DiffusionPipeline.from_pretrained(run)
+    assert type(stock) is DiTPipeline
+    assert type(stock.scheduler) is DDIMScheduler
+    assert stock.scheduler.config.steps_offset == 1  # the pipeline's own, not a fresh one
+    assert not stock.scheduler.config.clip_sample
+    images = stock(class_labels=[0, 2], guidance_scale=2.0, num_inference_steps=3, output_type="np").images
+    assert images.shape == (2, 16, 16, 3)
+
+
+def test_without_a_step_nothing_changes(train, pipeline, tmp_path):
+    """A step of learning rate almost 0 returns the very model: rows in their places, outputs alike."""
+    base = pipeline()
+    run = train(**PRETRAINED, pretrained_model_name_or_path=base, max_train_steps=1, learning_rate=1e-30)
+    before, after = weights_of(tmp_path / "base"), weights_of(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_embedders_are_shared_only_when_equal(train, pipeline, equal):
+    run = train(
+        **PRETRAINED,
+        pretrained_model_name_or_path=pipeline(equal_embedders=equal, learned_sigma=False),
+        max_train_steps=2,
+    )
+    state = load_file(run / "checkpoint-2/state/transformer.safetensors")
+    assert sum("class_embedder" in name for name in state) == (1 if equal else 3)
+
+
+def test_new_classes_get_new_rows_and_the_null_row_stays(train, pipeline, tmp_path):
+    base = pipeline(id2label={"0": "cat", "1": "dog", "2": "eel"})
+    run = train(**PRETRAINED, pretrained_model_name_or_path=base, max_train_steps=1, learning_rate=1e-30, seed=5)
+    name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+    before, after = weights_of(tmp_path / "base")[name], weights_of(run)[name]
+    assert not torch.isclose(before[:3], after[:3]).all(1).any()
+    assert after[:3].std().item() == pytest.approx(0.02, rel=0.3)
+    assert torch.equal(before[3:], after[3:])
+    assert json.loads((run / "model_index.json").read_text())["id2label"] == NAMES
+
+
+def test_the_loss_is_the_ddpm_loss(train, pipeline, data, tmp_path):
+    base = pipeline()
+    run = train(**PRETRAINED, pretrained_model_name_or_path=base, max_train_steps=1, seed=3, alignment="none")
+    source = open_sources(str(data)).train
+    batch = next(iter(Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 16, 3)))
+    draws = batch["draws"]
+    stock = DiffusionPipeline.from_pretrained(base)
+    with torch.no_grad():
+        posterior = stock.vae.encode(batch["pixel_values"] / 127.5 - 1).latent_dist
+        latents = (posterior.mean + posterior.std * draws["posterior"]) * stock.vae.config.scaling_factor
+        timesteps = (1000 * draws["t"]).long()
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        signal = torch.cumprod(1 - betas, 0)[timesteps].float().view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * draws["noise"]
+        labels = torch.where(draws["drop"], 1000, batch["condition"])
+        prediction = stock.transformer(noisy, timestep=timesteps, class_labels=labels).sample[:, :4]
+        expected = (prediction - draws["noise"]).square().mean().item()
+    assert read_metrics(run, "train/loss")[0]["train/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_export_of_ours_goes_on_as_flow(train, tmp_path):
+    first = train(output_dir=tmp_path / "first")
+    run = train(**PRETRAINED, pretrained_model_name_or_path=first, output_dir=tmp_path / "second")
+    assert DiffusionPipeline.from_pretrained(run).scheduler.config.prediction_type == "flow_prediction"
+    state = load_file(run / "checkpoint-4/state/transformer.safetensors")
+    assert sum("class_embedder" in name for name in state) == 1  # bit-equal in all blocks: shared again
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow_matching"])
+def test_another_objective_can_be_asked_for(train, pipeline, objective):
+    run = train(**PRETRAINED, pretrained_model_name_or_path=pipeline(), objective=objective, num_validation_images=2)
+    stock = DiffusionPipeline.from_pretrained(run)
+    expected = {"ddpm": "epsilon", "flow_matching": "flow_prediction"}[objective]
+    assert stock.scheduler.config.prediction_type == expected
+    assert list((run / "samples").iterdir())
+
+
+def test_ddpm_from_scratch_is_exported_with_dits_noise(train):
+    run = train(objective="ddpm", snr_gamma=5.0, timestep_sampling="mode")
+    scheduler = DiffusionPipeline.from_pretrained(run).scheduler
+    assert type(scheduler) is DDIMScheduler
+    assert not scheduler.config.clip_sample
+    assert torch.allclose(scheduler.betas.double(), torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), rtol=1e-4)
+
+
+def test_restarts_of_a_fine_tuning_are_exact(train, pipeline, tmp_path):
+    options = {**PRETRAINED, "pretrained_model_name_or_path": pipeline(), "max_train_steps": 4}
+    whole = train(**options, output_dir=tmp_path / "whole")
+    for steps in (3, 4):
+        pieces = train(
+            **(options | {"max_train_steps": steps}), output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
+        )
+    for folder in ("transformer", "checkpoint-4/transformer"):
+        one, other = weights_of(whole, folder), weights_of(pieces, folder)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pretrained_model_name_or_path": "DiT-XL-2-256x256.pt"}, ["facebook/DiT-XL-2-256", "SiT's and REPA's"]),
+        ({"pretrained_model_name_or_path": "nowhere/at/all"}, ["no pipeline there"]),
+        ({"resolution": 32}, ["--resolution 32", "made for 16"]),
+        ({"hidden_size": 64}, ["--hidden_size"]),
+        ({"alignment_block": 4}, ["--alignment_block 4", "3 blocks"]),
+        ({"objective": "flow_matching", "snr_gamma": 5.0}, ["--snr_gamma"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused(train, pipeline, capfd, options, words):
+    train(code=2, **(PRETRAINED | {"pretrained_model_name_or_path": pipeline()} | options))
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert all(word in message for word in words), message
+
+
+def test_another_prediction_is_refused_unless_an_objective_is_given(train, pipeline, capfd):
+    base = pipeline(scheduler=DDIMScheduler(prediction_type="v_prediction"))
+    train(code=2, **PRETRAINED, pretrained_model_name_or_path=base)
+    assert "predicts neither noise nor velocity" in capfd.readouterr().err
+    run = train(**PRETRAINED, pretrained_model_name_or_path=base, objective="ddpm", max_train_steps=1)
+    assert type(DiffusionPipeline.from_pretrained(run).scheduler) is DDIMScheduler
+
+
+def test_min_snr_weights_as_its_paper():
+    objective, plain = NoisePrediction(snr_gamma=5.0), NoisePrediction()
+    t = torch.tensor([0.0005, 0.1, 0.5, 0.999])
+    prediction, target = torch.randn(2, 4, 4, 2, 2, generator=torch.manual_seed(0))
+    signal = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[(1000 * t).long()]
+    snr = signal / (1 - signal)
+    expected = plain.loss(prediction, target, t) * torch.minimum(snr, torch.tensor(5.0)) / snr
+    assert torch.allclose(objective.loss(prediction, target, t), expected, rtol=1e-4)
+
+
+def test_the_mode_density_is_that_of_stable_diffusion_3():
+    """Its density is the inverse slope of t(u): the share of draws below t(u) is 1 - u."""
+    draws = torch.tensor([draw_timestep(0, ordinal, "mode", mode_scale=1.29) for ordinal in range(4000)])
+    assert draws.min() > 0
+    assert draws.max() < 1
+    for u in (0.2, 0.5, 0.8):
+        t = 1 - u - 1.29 * (torch.cos(torch.pi * torch.tensor(u) / 2) ** 2 - 1 + u)
+        assert (draws < t).float().mean().item() == pytest.approx(1 - u, abs=0.03)
