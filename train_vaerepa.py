@@ -31,7 +31,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vaerepa import checkpoints, checks, latents, objectives, optimization, sampling, throughput
+from vaerepa import checkpoints, checks, latents, objectives, optimization, sampling, speed, throughput
 from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, VAEAlignment
 from vaerepa.data import (
     Batches,
@@ -101,11 +101,15 @@ class Run:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the trainer; user errors become one sentence and an exit code."""
     try:
-        train(parse_options(arguments))
+        options = parse_options(arguments)
+        train(options)
     except (OptionError, DataError, TrainingError, checkpoints.CheckpointError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, OptionError):
             print(f"\nerror: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
+    except torch.OutOfMemoryError:
+        print(f"\nerror: out of GPU memory. {speed.next_memory_lever(options)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted. Go on from the last checkpoint with --resume_from_checkpoint latest", file=sys.stderr)
         return 130
@@ -197,7 +201,7 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         latent_shape=(channels, transformer.config.sample_size, transformer.config.sample_size),
         objective=objective,
         transformer=transformer,
-        ema=EMA(transformer, options.ema_decay) if options.use_ema else None,
+        ema=EMA(transformer, options.ema_decay, options.offload_ema) if options.use_ema else None,
         max_train_steps=checks.steps_in(options, len(sources.train)),
         step=position["step"],
         metrics=MetricsFile(Path(options.output_dir, "metrics.jsonl")),
@@ -209,8 +213,7 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     heads = {a.name: a.method.build_head(width, channels, options.seed) for a in run.alignments}
     block_of = {a.name: a.block for a in run.alignments}
     run.model = AlignedTransformer(transformer, dit.blocks(transformer), heads, block_of).to(accelerator.device)
-    if options.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    speed.apply_switches(options, transformer, dit.blocks(transformer), accelerator.device)
     return run
 
 
@@ -422,22 +425,24 @@ def loop(run: Run) -> None:
         total=run.max_train_steps, initial=run.step, desc="steps", disable=not accelerator.is_local_main_process
     )
     batches = stopwatch.waiting_for(training_batches(run))
-    while run.step < run.max_train_steps:
-        logs_now = (run.step + 1) % options.logging_steps == 0
-        train_step(run, batches, measure_gradients=logs_now)
-        progress.update()
-        if run.alignments and not all(alignment.is_active(run.step) for alignment in run.alignments):
-            drop_heads(run)
-        if logs_now:
-            log(run, stopwatch, progress)
-        if logs_now or run.step == run.max_train_steps:
-            check_skipped_steps(run)
-        if run.step % options.checkpointing_steps == 0 or run.step == run.max_train_steps:
-            save(run)
-        if options.validation_steps and run.step % options.validation_steps == 0:
-            validate(run)
-        if logs_now:
-            stopwatch.restart()
+    with speed.profiling(options, accelerator.is_main_process) as profile_step:
+        while run.step < run.max_train_steps:
+            logs_now = (run.step + 1) % options.logging_steps == 0
+            train_step(run, batches, measure_gradients=logs_now)
+            progress.update()
+            profile_step()
+            if run.alignments and not all(alignment.is_active(run.step) for alignment in run.alignments):
+                drop_heads(run)
+            if logs_now:
+                log(run, stopwatch, progress)
+            if logs_now or run.step == run.max_train_steps:
+                check_skipped_steps(run)
+            if run.step % options.checkpointing_steps == 0 or run.step == run.max_train_steps:
+                save(run)
+            if options.validation_steps and run.step % options.validation_steps == 0:
+                validate(run)
+            if logs_now:
+                stopwatch.restart()
     progress.close()
 
 
@@ -522,11 +527,11 @@ def encode(run: Run, batch: dict) -> torch.Tensor:
 
 
 def skip_nonfinite_step(run: Run, gradient_norm: torch.Tensor) -> None:
-    """Lets AdamW skip a step with NaN or Inf in its gradients; decided on the device, alike on all processes."""
+    """Lets AdamW skip a step with NaN or Inf in its gradients, alike on all processes."""
     nonfinite = (~torch.isfinite(gradient_norm)).float()
     run.skipped_in_a_row = (run.skipped_in_a_row + 1) * nonfinite
-    if run.accelerator.scaler is None:  # the fp16 scaler sets it itself
-        run.optimizer.optimizer.found_inf = nonfinite
+    if run.accelerator.scaler is None:  # which skips such steps itself
+        optimization.skip_step_if(nonfinite, run.optimizer.optimizer)
 
 
 def drop_heads(run: Run) -> None:
@@ -585,38 +590,42 @@ def check_skipped_steps(run: Run) -> None:
 
 def validate(run: Run) -> None:
     """Held-out loss of every average, and a sample grid of the exported one."""
-    options, accelerator = run.options, run.accelerator
     run.validated_step = run.step
+    with run.ema.on_device() if run.ema else nullcontext():
+        measure_held_out_loss(run)
+        if run.accelerator.is_main_process and run.options.num_validation_images:
+            draw_samples(run)
+    run.accelerator.wait_for_everyone()
+
+
+def measure_held_out_loss(run: Run) -> None:
+    options, accelerator = run.options, run.accelerator
+    if run.sources.validation is None or not options.num_validation_samples:
+        return
     averages = (
         {f"ema_{d}": average for d, average in run.ema.transformers.items()} if run.ema else {"raw": run.transformer}
     )
-    if run.sources.validation is not None and options.num_validation_samples:
-        for name, transformer in averages.items():
-            losses = held_out_loss(
-                accelerator, validation_batches(run), lambda b, m=transformer: validation_losses(run, m, b)
-            )
-            write_metrics(
-                run,
-                {
-                    f"validation/{name}/{key}" if len(averages) > 1 else f"validation/{key}": v
-                    for key, v in losses.items()
-                },
-            )
-            logger.info(f"step {run.step}: held-out loss {losses['loss']:.5f} ({name})")
-    if accelerator.is_main_process and options.num_validation_images:
-        pipeline = sampling.build_pipeline(
-            run.exported_transformer.eval(), run.vae, run.objective.scheduler, run.sources.id2label
+    for name, transformer in averages.items():
+        losses = held_out_loss(
+            accelerator, validation_batches(run), lambda b, m=transformer: validation_losses(run, m, b)
         )
-        with accelerator.autocast():
-            sampling.draw_grid(
-                pipeline,
-                sampling.grid_labels(options.num_validation_images, len(run.sources.id2label)),
-                options.validation_guidance_scale,
-                options.validation_num_inference_steps,
-                options.seed,
-                run.output_dir / "samples" / f"step-{run.step:07d}.png",
-            )
-    accelerator.wait_for_everyone()
+        prefix = f"validation/{name}" if len(averages) > 1 else "validation"
+        write_metrics(run, {f"{prefix}/{key}": value for key, value in losses.items()})
+        logger.info(f"step {run.step}: held-out loss {losses['loss']:.5f} ({name})")
+
+
+def draw_samples(run: Run) -> None:
+    options, id2label = run.options, run.sources.id2label
+    pipeline = sampling.build_pipeline(run.exported_transformer.eval(), run.vae, run.objective.scheduler, id2label)
+    with run.accelerator.autocast():
+        sampling.draw_grid(
+            pipeline,
+            sampling.grid_labels(options.num_validation_images, len(id2label)),
+            options.validation_guidance_scale,
+            options.validation_num_inference_steps,
+            options.seed,
+            run.output_dir / "samples" / f"step-{run.step:07d}.png",
+        )
 
 
 def validation_batches(run: Run) -> Iterator[dict]:

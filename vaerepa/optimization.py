@@ -1,24 +1,50 @@
-"""AdamW and its learning rate."""
+"""AdamW, in full or 8-bit precision, its guard against NaN, and its learning rate."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from vaerepa.errors import OptionError
 from vaerepa.options import Options
 
 
 def build_optimizer(groups: Iterable[Iterable[nn.Parameter]], options: Options) -> torch.optim.Optimizer:
-    """Fused AdamW over one group per module that trains; modules without parameters get none."""
-    return torch.optim.AdamW(
+    """AdamW over one group per module that trains; modules without parameters get none.
+
+    Raises:
+        OptionError: 8-bit AdamW without bitsandbytes.
+    """
+    return _adamw(options)(
         [{"params": group} for group in map(list, groups) if group],
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.adam_weight_decay,
         eps=options.adam_epsilon,
-        fused=True,
     )
+
+
+def _adamw(options: Options) -> Callable[..., torch.optim.Optimizer]:
+    if not options.use_8bit_adam:
+        return partial(torch.optim.AdamW, fused=True)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise OptionError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
+    return bitsandbytes.optim.AdamW8bit
+
+
+def skip_step_if(nonfinite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimizer's next step do nothing where `nonfinite` is 1.
+
+    Fused AdamW decides it on the device; 8-bit AdamW cannot, and costs a synchronisation.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = nonfinite
+    elif nonfinite.item():
+        optimizer.zero_grad(set_to_none=True)  # without gradients it steps over every parameter
 
 
 def learning_rate_schedule(options: Options, num_training_steps: int) -> Callable[[int], float]:

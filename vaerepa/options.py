@@ -180,11 +180,19 @@ class Options:
         "Decay of the average; with several values the first is exported, all are kept and validated.",
         resume="fixed",
     )
+    offload_ema: bool = option(False, "Keep the averages in CPU memory; every step then copies the weights there.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "Precision of the forward pass. Default: what `accelerate config` says.", resume="schedule"
     )
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", resume="schedule")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    compile: bool = option(False, "Compile each block with torch.compile.", resume="schedule")
+    enable_xformers_memory_efficient_attention: bool = option(
+        False, "Use xformers' attention instead of torch's own (SDPA).", resume="schedule"
+    )
+    use_8bit_adam: bool = option(
+        False, "Use bitsandbytes' 8-bit AdamW: a quarter of the optimizer's memory.", resume="fixed"
+    )
 
     # --- Validation ----------------------------------------------------------------------------------------------
     validation_steps: int | None = option(
@@ -202,6 +210,8 @@ class Options:
     logging_dir: str = option("logs", "Folder for the trackers' logs, inside the output folder.")
     logging_steps: int = option(50, "Log the mean of the losses and the throughput every so many steps.")
     report_to: str = option("tensorboard", "Tracker: tensorboard, any other that accelerate knows, or none.")
+    dry_run: bool = option(False, "Print sizes, costs and schedule of this run, and exit.")
+    profile: bool = option(False, "Profile ten steps into OUTPUT_DIR/profile, for chrome://tracing or Perfetto.")
     checkpointing_steps: int = option(500, "Save a checkpoint every so many steps.")
     checkpoints_total_limit: int | None = option(None, "Keep at most this many checkpoints; the oldest go first.")
     resume_from_checkpoint: str | None = option(

@@ -1,0 +1,85 @@
+"""Switches that must not change what is computed: compile, an offloaded EMA, a profile; and their messages."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_vaerepa
+from tests.conftest import read_metrics
+
+
+def test_compiled_blocks_compute_the_same(train, tmp_path):
+    options = {"max_train_steps": 20, "learning_rate": 1e-3}
+    plain = train(**options, output_dir=tmp_path / "plain")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = train(**options, compile=True, output_dir=tmp_path / "compiled")
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    losses = [[line["train/loss"] for line in read_metrics(run, "train/loss")] for run in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    # its checkpoint goes on without compilation
+    run = train(max_train_steps=21, learning_rate=1e-3, output_dir=compiled, resume_from_checkpoint="latest")
+    assert (run / "checkpoint-21").is_dir()
+
+
+def test_nothing_is_compiled_again_after_the_second_step(train, tmp_path):
+    graphs = []
+    for steps in (2, 8):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        train(max_train_steps=steps, compile=True, output_dir=tmp_path / f"run-{steps}")
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]
+
+
+def test_an_offloaded_ema_is_the_same(train, tmp_path):
+    runs = [
+        train(**options, num_validation_samples=4)
+        for options in ({"output_dir": tmp_path / "plain"}, {"output_dir": tmp_path / "offloaded", "offload_ema": True})
+    ]
+    one, other = (load_file(run / "checkpoint-4/state/ema_0.9.safetensors") for run in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ten_steps_are_profiled(train):
+    run = train(max_train_steps=16, profile=True)
+    events = json.loads((run / "profile/trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")}
+    assert len(steps) == 10
+    assert "aten::" in (run / "profile/operators.txt").read_text()
+
+
+def test_xformers_without_a_kernel_is_refused(train, capfd):
+    """On a CPU it has none, whatever its build."""
+    train(code=2, enable_xformers_memory_efficient_attention=True)
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f"torch {torch.__version__}" in error
+    assert "Leave it off" in error
+
+
+def test_8bit_adam_without_bitsandbytes_says_what_to_install(train, capfd, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    train(code=2, use_8bit_adam=True)
+    assert "pip install bitsandbytes" in capfd.readouterr().err
+
+
+def test_out_of_memory_names_the_next_lever(train, capfd, monkeypatch):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train_vaerepa, "train_step", lambda *args, **options: out_of_memory())
+    levers = []
+    for options in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload_ema": True}):
+        train(code=1, **options, resume_from_checkpoint="latest")
+        levers.append(capfd.readouterr().err.split("Next lever: ")[1].split()[0])
+    assert levers == ["--gradient_checkpointing", "--use_8bit_adam", "--use_8bit_adam"]
+
+
+def test_the_attention_kernel_is_logged(train, caplog):
+    caplog.set_level("INFO")
+    train(max_train_steps=1)
+    assert "attention: torch SDPA" in caplog.text

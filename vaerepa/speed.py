@@ -1,0 +1,94 @@
+"""Switches that make a run faster or smaller and leave what it computes alone: compile, attention, checkpointing, profile."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from torch import nn
+
+from vaerepa.errors import OptionError
+from vaerepa.options import Options
+
+logger = get_logger(__name__)
+
+PROFILED_STEPS = 10
+# in the order in which they cost least; each with its advice
+MEMORY_LEVERS = {
+    "gradient_checkpointing": "Next lever: --gradient_checkpointing (a third more arithmetic).",
+    "use_8bit_adam": "Next lever: --use_8bit_adam (needs bitsandbytes).",
+    "offload_ema": "Next lever: --offload_ema (every step copies the weights to the CPU).",
+}
+
+
+def apply_switches(options: Options, transformer: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
+    """Sets up gradient checkpointing, attention and compilation, and names the attention in the log.
+
+    Raises:
+        OptionError: xformers does not run here.
+    """
+    if options.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if options.enable_xformers_memory_efficient_attention:
+        probe_xformers(device)
+        transformer.enable_xformers_memory_efficient_attention()
+    logger.info(f"attention: {'xformers' if options.enable_xformers_memory_efficient_attention else 'torch SDPA'}")
+    if options.compile:
+        for block in blocks:
+            # the forward alone: hooks, which tap the hidden states, stay outside; names of weights do not change
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+
+def probe_xformers(device: torch.device) -> None:
+    """Runs one real kernel, forward and backward: xformers imports where its extension does not load.
+
+    Raises:
+        OptionError: it fails; the versions are named.
+    """
+    try:
+        import xformers.ops
+
+        query = torch.randn(1, 16, 2, 64, device=device, dtype=torch.float16, requires_grad=True)
+        xformers.ops.memory_efficient_attention(query, query, query).sum().backward()
+    except Exception as error:  # each build fails in its own way
+        raise OptionError(
+            f"--enable_xformers_memory_efficient_attention: xformers {_version('xformers')} has no kernel that runs with torch "
+            f"{torch.__version__} on {device}. Leave it off: torch's SDPA is used."
+        ) from error
+
+
+def next_memory_lever(options: Options) -> str:
+    """What to do against a full GPU: the cheapest switch that is not yet on, and at last a smaller batch."""
+    for name, advice in MEMORY_LEVERS.items():
+        if not getattr(options, name):
+            return advice
+    return "Next lever: a smaller --train_batch_size, with --global_batch_size unchanged (more accumulation)."
+
+
+@contextmanager
+def profiling(options: Options, is_main_process: bool) -> Iterator[Callable[[], None]]:
+    """With --profile, profiles ten steps of the main process after five others; yields what to call after each step."""
+    if not (options.profile and is_main_process):
+        yield lambda: None
+        return
+    folder = Path(options.output_dir, "profile")
+
+    def write(profiler: torch.profiler.profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
+        (folder / "operators.txt").write_text(table, encoding="utf-8")
+        logger.info(f"profile of {PROFILED_STEPS} steps: {folder}")
+
+    schedule = torch.profiler.schedule(wait=3, warmup=2, active=PROFILED_STEPS, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
+        yield profiler.step
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ImportError:
+        return "(not installed)"
