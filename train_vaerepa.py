@@ -31,8 +31,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vaerepa import checkpoints, checks, latents, objectives, optimization, sampling, speed, throughput
-from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, VAEAlignment
+from vaerepa import checkpoints, checks, dry_run, latents, objectives, optimization, sampling, speed, throughput
+from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext
+from vaerepa.components import build_alignments, build_transformer, open_components
 from vaerepa.data import (
     Batches,
     DataError,
@@ -42,7 +43,6 @@ from vaerepa.data import (
     TrainingDraws,
     ValidationDraws,
     build_loader,
-    open_sources,
 )
 from vaerepa.ema import EMA, share_of_start
 from vaerepa.errors import OptionError
@@ -54,7 +54,6 @@ from vaerepa.options import Options, as_plain, changed_options, parse_options, w
 logger = get_logger(__name__)
 
 NUM_MEASURED_LATENTS = 64
-DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # the paper's
 MAX_NAMED_IMAGES = 5
 PIPELINE_FILE = Path(__file__).with_name("pipeline_vaerepa.py")
 
@@ -94,6 +93,19 @@ class Run:
         return self.accelerator.unwrap_model(self.model)
 
     @property
+    def training_draws(self) -> TrainingDraws:
+        options = self.options
+        return TrainingDraws(
+            options.seed,
+            self.latent_shape,
+            options.label_dropout,
+            options.timestep_sampling,
+            options.logit_mean,
+            options.logit_std,
+            options.mode_scale,
+        )
+
+    @property
     def exported_transformer(self) -> nn.Module:
         return self.ema.exported if self.ema else self.transformer
 
@@ -121,6 +133,9 @@ def train(options: Options) -> None:
     checks.check_options(options)
     accelerator = build_accelerator(options)
     options = checks.resolve_batch_sizes(options, accelerator.num_processes)
+    if options.dry_run:
+        on_main_process(accelerator, lambda: print_dry_run(options))
+        return
     output_dir = Path(options.output_dir)
     with checks.locked_output_dir(output_dir) if accelerator.is_main_process else nullcontext():
         checkpoint = on_main_process(accelerator, lambda: checks.find_checkpoint(options, warn=logger.warning))
@@ -167,42 +182,22 @@ def build_accelerator(options: Options) -> Accelerator:
 
 
 def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run:
-    """Opens VAE, data and what is fine-tuned, checks that they fit, and builds what is trained."""
-    pretrained, where = None, {"revision": options.revision, "variant": options.variant, "cache_dir": options.cache_dir}
-    if options.pretrained_model_name_or_path:
-        pretrained = dit.load_pipeline(options.pretrained_model_name_or_path, **where)
-    vae = load_vae(options, where).to(accelerator.device)
-    channels = latents.latent_channels(vae)
+    """Builds what is trained, and all that a step works on."""
     with accelerator.main_process_first():
-        sources = open_sources(
-            options.dataset_name,
-            options.image_column,
-            options.label_column,
-            options.train_split,
-            options.validation_split,
-            options.dataset_config_name,
-            options.cache_dir,
-        )
-    objective = build_objective(options, pretrained, len(sources.id2label))
-    if pretrained:
-        transformer = adopt_transformer(options, pretrained, vae, sources.id2label)
-    else:
-        size, patch_size = checks.transformer_size(options)
-        side = checks.check_geometry(options, latents.downsampling_factor(vae), patch_size)
-        transformer = dit.build_transformer(size, patch_size, channels, side, len(sources.id2label))
-        dit.initialize(transformer, options.seed)
-    transformer.to(accelerator.device)
+        components = open_components(options)
+    vae = components.vae.to(accelerator.device)
+    transformer = build_transformer(options, components).to(accelerator.device)
     run = Run(
         options=options,
         accelerator=accelerator,
         output_dir=Path(options.output_dir),
-        sources=sources,
+        sources=components.sources,
         vae=vae,
-        latent_shape=(channels, transformer.config.sample_size, transformer.config.sample_size),
-        objective=objective,
+        latent_shape=dit.latent_shape(transformer),
+        objective=components.objective,
         transformer=transformer,
         ema=EMA(transformer, options.ema_decay, options.offload_ema) if options.use_ema else None,
-        max_train_steps=checks.steps_in(options, len(sources.train)),
+        max_train_steps=checks.steps_in(options, len(components.sources.train)),
         step=position["step"],
         metrics=MetricsFile(Path(options.output_dir, "metrics.jsonl")),
     )
@@ -210,6 +205,7 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     alignments = build_alignments(options, transformer, run.latent_statistics)
     run.alignments = [alignment for alignment in alignments if alignment.is_active(run.step)]
     width = dit.inner_width(transformer)
+    channels = run.latent_shape[0]
     heads = {a.name: a.method.build_head(width, channels, options.seed) for a in run.alignments}
     block_of = {a.name: a.block for a in run.alignments}
     run.model = AlignedTransformer(transformer, dit.blocks(transformer), heads, block_of).to(accelerator.device)
@@ -217,88 +213,24 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     return run
 
 
-def load_vae(options: Options, where: dict[str, str | None]) -> nn.Module:
-    """The VAE that is asked for, the fine-tuned pipeline's own, or the paper's."""
-    name = options.pretrained_vae_model_name_or_path or options.pretrained_model_name_or_path or DEFAULT_VAE
-    if options.pretrained_vae_model_name_or_path and options.pretrained_model_name_or_path:
-        where = {"cache_dir": options.cache_dir}  # revision and variant are the pipeline's
-    return latents.load_vae(name, **where)
-
-
-def build_objective(
-    options: Options, pretrained: dit.PretrainedPipeline | None, num_classes: int
-) -> objectives.Objective:
-    """The objective that is asked for, or the fine-tuned pipeline's own."""
-    own = objectives.name_of(pretrained.scheduler) if pretrained else "flow_matching"
-    name = options.objective or own
-    if name is None:
-        raise OptionError(
-            f"--pretrained_model_name_or_path {options.pretrained_model_name_or_path} predicts neither noise nor velocity; "
-            "--objective starts from its weights with another prediction."
-        )
-    if name == "flow_matching":
-        if options.snr_gamma is not None:
-            raise OptionError("--snr_gamma weights the ddpm objective; for flow matching see --timestep_sampling.")
-        return objectives.FlowMatching()
-    if not dit.works_in_stock_pipeline(num_classes):
-        raise OptionError(
-            f"--objective ddpm is sampled by DiTPipeline, up to 1000 classes; the data set has {num_classes}."
-        )
-    return objectives.NoisePrediction(pretrained.scheduler if pretrained and own == "ddpm" else None, options.snr_gamma)
-
-
-def adopt_transformer(
-    options: Options, pretrained: dit.PretrainedPipeline, vae: nn.Module, id2label: dict[int, str]
-) -> nn.Module:
-    """Fits a pretrained transformer to VAE and classes, and says what becomes of its parts."""
-    transformer = pretrained.transformer
-    config = transformer.config
-    checks.check_geometry(options, latents.downsampling_factor(vae), config.patch_size, config.sample_size)
-    if latents.latent_channels(vae) != config.in_channels:
-        raise OptionError(
-            f"the VAE has {latents.latent_channels(vae)} latent channels, the pretrained transformer {config.in_channels}."
-        )
-    checks.check_alignment_block(options, config.num_layers)
-    if not pretrained.shares_embedder:
-        logger.info("its blocks have different timestep and label embedders: they are left apart")
-    if pretrained.has_learned_sigma:
-        logger.info("its learned variance is kept as it is, and is no longer calibrated after training")
-    if pretrained.id2label == id2label:
-        logger.info("its classes are the data set's: their embeddings are kept")
-    else:
-        logger.info("its classes are not the data set's: their embeddings are drawn anew, the null class' is kept")
-        dit.draw_new_labels(transformer, len(id2label), options.seed)
-    return transformer
-
-
-def build_alignments(options: Options, transformer: nn.Module, latent_statistics: list[list[float]]) -> list[Alignment]:
-    if options.alignment == "none":
-        return []
-    method = VAEAlignment(
-        transformer.config.patch_size,
-        distance=options.alignment_loss,
-        beta=options.alignment_beta,
-        num_layers=options.alignment_layers,
-        width=options.alignment_width,
-        statistics=tuple(map(torch.tensor, latent_statistics)) if options.alignment_normalize else None,
-    )
-    return [
-        Alignment(
-            name="vae",
-            method=method,
-            block=options.alignment_block or dit.default_alignment_block(transformer.config.num_layers),
-            weight=options.alignment_weight,
-            weight_schedule=options.alignment_weight_schedule,
-            stop_step=options.alignment_stop_step,
-            t_range=options.alignment_t_range,
-        )
-    ]
+def print_dry_run(options: Options) -> None:
+    """Says what the run will be, from a transformer on the meta device."""
+    components = open_components(options)
+    with nullcontext() if components.pretrained else torch.device("meta"):
+        transformer = build_transformer(options, components)
+    no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
+    alignments = build_alignments(options, transformer, no_statistics)
+    num_images = len(components.sources.train)
+    num_steps = checks.steps_in(options, num_images)
+    sizes = dry_run.estimate(options, transformer, alignments, num_images)
+    learning_rate = optimization.learning_rate_schedule(options, num_steps)
+    print(dry_run.report(options, sizes, num_images, num_steps, learning_rate, alignments))
 
 
 def measure_latents(run: Run) -> list[list[float]]:
     """Mean and standard deviation per channel over the first images; a warning when they are far from unit scale."""
     options, count = run.options, min(NUM_MEASURED_LATENTS, len(run.sources.train))
-    batches = build_batches(run, run.sources.train, training_draws(run), min(count, 16), 0, count, share=False)
+    batches = build_batches(run, run.sources.train, run.training_draws, min(count, 16), 0, count, share=False)
     samples = torch.cat([encode(run, send_to_device(batch, run.accelerator.device)) for batch in batches])
     mean, std = latents.statistics(samples)
     logger.info(
@@ -330,19 +262,6 @@ def build_batches(
         seed=0 if held_out else options.seed,
         process=run.accelerator.process_index if share else 0,
         num_processes=run.accelerator.num_processes if share else 1,
-    )
-
-
-def training_draws(run: Run) -> TrainingDraws:
-    options = run.options
-    return TrainingDraws(
-        options.seed,
-        run.latent_shape,
-        options.label_dropout,
-        options.timestep_sampling,
-        options.logit_mean,
-        options.logit_std,
-        options.mode_scale,
     )
 
 
@@ -452,7 +371,7 @@ def training_batches(run: Run) -> Iterator[dict]:
     batches = build_batches(
         run,
         run.sources.train,
-        training_draws(run),
+        run.training_draws,
         options.train_batch_size,
         first=run.step * options.global_batch_size,
         last=run.max_train_steps * options.global_batch_size,

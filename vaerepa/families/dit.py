@@ -232,6 +232,11 @@ def draw_new_labels(transformer: DiTTransformer2DModel, num_classes: int, seed: 
         table[:num_classes] = rows.to(table)
 
 
+def latent_shape(transformer: DiTTransformer2DModel) -> tuple[int, int, int]:
+    """Shape (C, H, W) of the latents that it was made for."""
+    return transformer.config.in_channels, transformer.config.sample_size, transformer.config.sample_size
+
+
 def inner_width(transformer: DiTTransformer2DModel) -> int:
     """Width d of the hidden states (B, N, d)."""
     return transformer.inner_dim

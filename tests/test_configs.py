@@ -1,0 +1,131 @@
+"""Every config passes a dry run offline, the Hub's names replaced by tiny stand-ins; the dry run's figures are true."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from tests.conftest import ROOT
+from vaerepa import components, dry_run
+from vaerepa.alignment import AlignedTransformer
+from vaerepa.families import dit
+from vaerepa.options import parse_options
+
+CONFIGS = sorted(
+    path.relative_to(ROOT) for path in (ROOT / "configs").glob("**/*.yaml") if "accelerate" not in path.parts
+)
+PRESETS = dict.fromkeys(("model", "num_layers", "hidden_size", "num_attention_heads", "patch_size", "resolution"))
+NO_DEFAULTS = PRESETS | dict.fromkeys(("global_batch_size", "learning_rate", "ema_decay", "max_train_steps"))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> dict[str, Path]:
+    """Stand-ins: an untrained VAE of the SD-VAE's geometry (f8, four channels), and a DiT of XL/2's head and patch sizes."""
+    folder = tmp_path_factory.mktemp("hub")
+    vae = AutoencoderKL(
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        latent_channels=4,
+        sample_size=256,
+    )
+    vae.save_pretrained(folder / "vae")
+    transformer = DiTTransformer2DModel(
+        2, 16, in_channels=4, out_channels=8, num_layers=28, sample_size=32, patch_size=2
+    )
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder / "dit")
+    return {"stabilityai/sd-vae-ft-mse": folder / "vae", "facebook/DiT-XL-2-256": folder / "dit"}
+
+
+@pytest.fixture
+def print_dry_run(train, data, hub, capsys):
+    """Runs --dry_run on a config and returns the table as a dictionary."""
+
+    def run(config=None, **options) -> dict[str, str]:
+        values = yaml.safe_load((ROOT / config).read_text()) if config else {}
+        for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+            if values.get(name) in hub:
+                options[name] = hub[values[name]]
+            elif name in values:
+                options[name] = ROOT / values[name]
+            elif name not in options:
+                options[name] = None
+        config = ROOT / config if config else None
+        if values.get("mixed_precision"):
+            options["mixed_precision"] = "no"  # of the estimate of the activations; here is no GPU
+        train(**(NO_DEFAULTS | {"config": config, "dataset_name": data, "dry_run": True} | options))
+        return dict(re.findall(r"^\| (.+?) \| (.+?) \|$", capsys.readouterr().out, re.MULTILINE))
+
+    return run
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_config_passes_a_dry_run(print_dry_run, tmp_path, config):
+    values = yaml.safe_load((ROOT / config).read_text())
+    table = print_dry_run(config)
+    assert table["steps"].startswith(f"{values['max_train_steps']} of ")
+    assert ("head `vae`" in table) == (values.get("alignment", "vae") == "vae")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_papers_model_has_its_published_figures(print_dry_run):
+    table = print_dry_run("configs/imagenet256/sit-xl-2-vae.yaml")
+    assert table["parameters of the transformer"] == "674.8 M"
+    assert table["in the stock file, an embedder per block"] == "749.8 M"
+    assert table["forward pass, one image"] == "237.3 GFLOP"
+    assert table["head `vae`"] == "18.63 M parameters"
+    assert table["forward pass with it, one image"].endswith("+4.02%")
+
+
+def estimate_of(arguments: list[str]):
+    options = parse_options(arguments)
+    parts = components.open_components(options)
+    transformer = components.build_transformer(options, parts)
+    alignments = components.build_alignments(options, transformer, [[0.0], [1.0]])
+    return options, parts, transformer, alignments
+
+
+def test_a_checkpoint_has_the_estimated_size(train, arguments):
+    options = {"ema_decay": [0.9, 0.5]}
+    run = train(**options)
+    files = [path for path in (run / "checkpoint-4").rglob("*.safetensors") if path.parent.name != "vae"]
+    measured = sum(path.stat().st_size for path in files)
+    given, _, transformer, alignments = estimate_of(arguments(**options))
+    sizes = dry_run.estimate(given, transformer, alignments, 40)
+    assert sizes.checkpoint_bytes == pytest.approx(measured, rel=0.1)
+    pipeline = run / "transformer/diffusion_pytorch_model.safetensors"
+    assert sizes.pipeline_bytes == pytest.approx(pipeline.stat().st_size, rel=0.1)
+
+
+def test_activations_are_estimated_as_measured_on_the_cpu(arguments):
+    given, _, transformer, alignments = estimate_of(arguments(num_layers=6, hidden_size=64))
+    heads = {"vae": alignments[0].method.build_head(64, 4)}
+    aligned = AlignedTransformer(transformer, dit.blocks(transformer), heads, {"vae": 2})
+    weights = {parameter.data_ptr() for parameter in aligned.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
+        return tensor
+
+    batch = 4
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        inputs = {"timestep": torch.rand(batch), "class_labels": torch.zeros(batch, dtype=torch.long)}
+        outputs = aligned(torch.randn(batch, 4, 8, 8), **inputs)
+    measured = sum(size for _, size in saved.values())
+    aligned.drop_heads()
+    assert outputs is not None
+    sizes = dry_run.estimate(given, transformer, alignments, 40)
+    assert batch * sizes.activation_memory == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == {"cpu": 1, "one_gpu": 1, "eight_gpus": 8, "four_nodes": 32}[path.stem]

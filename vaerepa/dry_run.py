@@ -1,0 +1,157 @@
+"""--dry_run: what a run will be, from models on the meta device: sizes, arithmetic, memory, disk, schedule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vaerepa import throughput
+from vaerepa.alignment import AlignedTransformer, Alignment
+from vaerepa.families import dit
+from vaerepa.options import Options
+
+FLOAT32, FLOAT16 = 4, 2  # bytes
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes in numbers of parameters, FLOPs of one image's forward pass, bytes."""
+
+    parameters: int
+    stock_parameters: int
+    head_parameters: dict[str, int]
+    flops: int
+    head_flops: dict[str, int]
+    state_memory: int
+    activation_memory: int
+    pipeline_bytes: int
+    checkpoint_bytes: int
+    latents_cache_bytes: int
+
+
+def estimate(options: Options, transformer: nn.Module, alignments: list[Alignment], num_images: int) -> Estimate:
+    """Works out a run from its transformer in training form, on the meta device or not.
+
+    Args:
+        num_images: of the training split, for the latents cache: mean and deviation of each posterior in half precision.
+    """
+    transformer, latent_shape = transformer.to("meta"), dit.latent_shape(transformer)
+    with torch.device("meta"):
+        stock = type(transformer).from_config(transformer.config)
+        heads = {a.name: a.method.build_head(dit.inner_width(transformer), latent_shape[0]) for a in alignments}
+    plain = count_flops(transformer, {}, {})
+    block_of = {alignment.name: alignment.block for alignment in alignments}
+    head_flops = {name: count_flops(transformer, {name: heads[name]}, block_of) - plain for name in heads}
+    size, stock_size, head_sizes = count(transformer), count(stock), {name: count(head) for name, head in heads.items()}
+    trained = size + sum(head_sizes.values())
+    averages = len(options.ema_decay) if options.use_ema else 0
+    moments = 2 if options.use_8bit_adam else 2 * FLOAT32
+    elements = latent_shape[0] * latent_shape[1] * latent_shape[2]
+    return Estimate(
+        parameters=size,
+        stock_parameters=stock_size,
+        head_parameters=head_sizes,
+        flops=plain,
+        head_flops=head_flops,
+        state_memory=trained * (2 * FLOAT32 + moments) + (0 if options.offload_ema else averages * size * FLOAT32),
+        activation_memory=saved_bytes(options, transformer, heads, block_of),
+        pipeline_bytes=stock_size * FLOAT32,
+        checkpoint_bytes=stock_size * FLOAT32 + trained * (FLOAT32 + moments) + averages * size * FLOAT32,
+        latents_cache_bytes=2 * FLOAT16 * elements * num_images,
+    )
+
+
+def count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_flops(transformer: nn.Module, heads: dict[str, nn.Module], block_of: dict[str, int]) -> int:
+    """FLOPs (two per multiply-add) of one image's way forward."""
+    return throughput.forward_flops(forward_of_one(transformer, heads, block_of))
+
+
+def saved_bytes(
+    options: Options,
+    transformer: nn.Module,
+    heads: dict[str, nn.Module],
+    block_of: dict[str, int],
+) -> int:
+    """Bytes that one image's forward pass keeps for the backward pass; half precision halves them."""
+    saved: dict[int, torch.UntypedStorage] = {}
+    modules = [transformer, *heads.values()]
+    weights = {parameter.untyped_storage()._cdata for module in modules for parameter in module.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = forward_of_one(transformer, heads, block_of)()
+    del outputs
+    half = options.mixed_precision in ("bf16", "fp16")
+    return sum(storage.nbytes() for storage in saved.values()) // (2 if half else 1)
+
+
+def forward_of_one(
+    transformer: nn.Module, heads: dict[str, nn.Module], block_of: dict[str, int]
+) -> Callable[[], object]:
+    """A forward pass of one image through transformer and heads on the meta device."""
+
+    def forward() -> object:
+        aligned = AlignedTransformer(
+            transformer, dit.blocks(transformer), heads, {name: block_of[name] for name in heads}
+        )
+        with torch.device("meta"):
+            label, drop = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.bool)
+            inputs = dit.model_inputs(transformer, torch.zeros(1), label, drop)
+            outputs = aligned(torch.zeros(1, *dit.latent_shape(transformer)), **inputs)
+        aligned.drop_heads()
+        return outputs
+
+    return forward
+
+
+def report(
+    options: Options,
+    sizes: Estimate,
+    num_images: int,
+    num_steps: int,
+    learning_rate: Callable[[int], float],
+    alignments: list[Alignment],
+) -> str:
+    """The table that --dry_run prints, in Markdown."""
+    head_flops, points = sum(sizes.head_flops.values()), (0, num_steps // 2, num_steps - 1)
+    training_flops = 3 * (sizes.flops + head_flops) * num_steps * options.global_batch_size
+    rows = [
+        ("parameters of the transformer", f"{sizes.parameters / 1e6:.1f} M"),
+        ("in the stock file, an embedder per block", f"{sizes.stock_parameters / 1e6:.1f} M"),
+        ("forward pass, one image", f"{sizes.flops / 1e9:.1f} GFLOP"),
+    ]
+    for name, parameters in sizes.head_parameters.items():
+        flops = sizes.flops + sizes.head_flops[name]
+        rows.append((f"head `{name}`", f"{parameters / 1e6:.2f} M parameters"))
+        rows.append(("forward pass with it, one image", f"{flops / 1e9:.1f} GFLOP, +{flops / sizes.flops - 1:.2%}"))
+    activations = 0 if options.gradient_checkpointing else options.train_batch_size * sizes.activation_memory
+    memory = (sizes.state_memory + activations) / GIB
+    rows += [
+        ("weights, gradients, optimizer and averages, per device", f"{sizes.state_memory / GIB:.2f} GiB"),
+        ("activations, one image", f"{sizes.activation_memory / GIB:.3f} GiB"),
+        (f"memory per device at batch {options.train_batch_size}, without the VAE, about", f"{memory:.1f} GiB"),
+        ("exported pipeline, without the VAE", f"{sizes.pipeline_bytes / GIB:.2f} GiB"),
+        ("a checkpoint, without the VAE", f"{sizes.checkpoint_bytes / GIB:.2f} GiB"),
+        ("a cache of all latents", f"{sizes.latents_cache_bytes / GIB:.2f} GiB"),
+        ("images", f"{num_images}"),
+        ("steps", f"{num_steps} of {options.global_batch_size} images"),
+        ("epochs", f"{num_steps * options.global_batch_size / num_images:.2f}"),
+        ("training, backward pass included", f"{training_flops:.3g} FLOP"),
+        ("learning rate at start, middle, end", ", ".join(f"{learning_rate(step):.3g}" for step in points)),
+    ]
+    for alignment in alignments:
+        weights = ", ".join(f"{alignment.weight_at(step):.3g}" for step in points)
+        rows.append((f"weight of `{alignment.name}` on block {alignment.block} at start, middle, end", weights))
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
