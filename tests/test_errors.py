@@ -8,22 +8,20 @@ import numpy as np
 import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
 
 PRESET = dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "patch_size"))  # not given
 FEATURES = Features({"image": Image(), "label": Value("int64"), "text": Value("string")})
 
 
 @pytest.fixture(scope="module")
-def materials(tmp_path_factory, vae) -> Path:
+def materials(tmp_path_factory) -> Path:
     """Models, data and files that do not fit what they are given for."""
     folder = tmp_path_factory.mktemp("materials")
     (folder / "file").write_text("not a folder")
     (folder / "empty").mkdir()
     (folder / "typo.yaml").write_text("learning_rate: 1e-4\nmax_train_step: 3\n")
     DiTTransformer2DModel(1, 8, out_channels=4, num_layers=1, sample_size=4).save_pretrained(folder / "transformer")
-    config = dict(AutoencoderKL.load_config(vae))
-    AutoencoderKL.from_config(config | {"shift_factor": 0.1}).save_pretrained(folder / "shifted")
     write_data(folder / "unlabelled", [0, -1, 1])
     write_data(folder / "no_rows", [])
     write_data(folder / "unreadable", [0, 1, 0, 1], image=b"no image")
@@ -78,7 +76,6 @@ def message_of(capfd) -> str:
         ({"validation_split": "train"}, ["--validation_split train", "is the training split"]),
         ({"pretrained_vae_model_name_or_path": "{}/nowhere"}, ["no VAE there"]),
         ({"pretrained_vae_model_name_or_path": "{}/transformer"}, ["DiTTransformer2DModel", "AutoencoderKL"]),
-        ({"pretrained_vae_model_name_or_path": "{}/shifted"}, ["shift_factor"]),
         ({"report_to": "carrier_pigeon"}, ["--report_to"]),
         ({"mixed_precision": "fp16"}, ["fp16"]),
         ({"resume_from_checkpoint": "checkpoint-7"}, ["checkpoint-7", "no such folder"]),

@@ -3,6 +3,7 @@
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 from vaerepa.errors import OptionError
 
@@ -15,7 +16,7 @@ def load_vae(
     """Loads an AutoencoderKL or AutoencoderTiny from the Hub or a folder, or from the `vae` subfolder of a pipeline.
 
     Raises:
-        OptionError: nothing there, another kind of model, or one whose latents DiTPipeline cannot decode.
+        OptionError: nothing there, or another kind of model.
     """
     where = {"revision": revision, "cache_dir": cache_dir}
     subfolder, config = _find_config(name_or_path, where)
@@ -24,15 +25,52 @@ def load_vae(
         raise OptionError(
             f"--pretrained_vae_model_name_or_path {name_or_path} holds a {kind}; expected one of {', '.join(CLASSES)}."
         )
-    if config.get("shift_factor") or config.get("latents_mean") or config.get("latents_std"):
-        raise OptionError(
-            f"--pretrained_vae_model_name_or_path {name_or_path} shifts or normalises its latents, which DiTPipeline cannot "
-            "undo. Use a VAE without shift_factor, latents_mean and latents_std."
-        )
     vae = CLASSES[kind].from_pretrained(
         name_or_path, subfolder=subfolder, variant=variant, torch_dtype=torch.get_default_dtype(), **where
     )
+    if any(config.get(key) is not None for key in ("shift_factor", "latents_mean", "latents_std")) and _has_posterior(
+        vae
+    ):
+        vae = fold_normalization(vae)
     return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fold_normalization(vae: AutoencoderKL) -> AutoencoderKL:
+    """A VAE whose latents come out normalised, with nothing left to undo but its own decoder.
+
+    DiTPipeline knows neither shift_factor nor latents_mean and latents_std; folded into the 1x1 convolutions before and
+    after the latents, the result is a stock VAE of scaling_factor 1 with latents (z - shift) * scaling_factor / std.
+    """
+    config, channels = vae.config, vae.config.latent_channels
+    # pipelines that know latents_mean normalise by it and the deviation, those that know shift_factor shift
+    shift = _per_channel(
+        config.latents_mean if config.latents_mean is not None else config.shift_factor or 0.0, channels
+    )
+    scale = config.scaling_factor / _per_channel(
+        config.latents_std if config.latents_std is not None else 1.0, channels
+    )
+    changes = {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": None, "latents_std": None}
+    folded = AutoencoderKL.from_config({**config, **changes, "use_quant_conv": True, "use_post_quant_conv": True})
+    for name in ("quant_conv", "post_quant_conv"):
+        if getattr(vae, name) is None:
+            convolution = getattr(folded, name)
+            nn.init.dirac_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+    folded.load_state_dict(vae.state_dict(), strict=False)
+    folded.to(vae.dtype)
+    both = torch.cat([scale, torch.ones(channels)]).to(vae.dtype)  # rows of the mean, then of the log-variance
+    folded.quant_conv.weight.mul_(both.view(-1, 1, 1, 1))
+    folded.quant_conv.bias.sub_(torch.cat([shift, torch.zeros(channels)]).to(vae.dtype)).mul_(both)
+    folded.quant_conv.bias.add_(torch.cat([torch.zeros(channels), 2 * scale.log()]).to(vae.dtype))
+    weight = folded.post_quant_conv.weight
+    folded.post_quant_conv.bias.add_(weight[..., 0, 0] @ shift.to(vae.dtype))
+    weight.div_(scale.to(vae.dtype).view(1, -1, 1, 1))
+    return folded
+
+
+def _per_channel(value: float | list, channels: int) -> torch.Tensor:
+    return torch.as_tensor(value, dtype=torch.float32).flatten().expand(channels)
 
 
 def latent_channels(vae: ModelMixin) -> int:
