@@ -5,12 +5,15 @@ This file lies beside the weights of a stock DiTPipeline and is opt-in:
     DiffusionPipeline.from_pretrained(name_or_folder, custom_pipeline="pipeline_vaerepa", trust_remote_code=True)
 
 Over DiTPipeline it takes label names directly, guides on an interval of t only (arXiv 2404.07724), works with more than
-1000 classes, keeps the state in float32 and offers callbacks. It needs torch and diffusers only.
+1000 classes, integrates by Euler, Heun or the SDE of the paper's tables, keeps the state in float64, splits batches larger than
+memory and offers callbacks. It needs torch and diffusers only.
 """
 
 import difflib
+import math
 import operator
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from diffusers import (
@@ -25,6 +28,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 TIME_SCALE = 1000.0  # the transformer is fed 1000 t, so that stock schedulers, which count 0..999, can sample it too
+LAST_SDE_TIME = 0.04
+DEFAULT_STEPS = {"euler": 50, "heun": 25, "sde": 250}  # by sampler
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 # v(x, t): velocity of shape (B, C, H, W) at a state x of that shape and a time t in [0, 1]
@@ -44,6 +49,36 @@ def euler_step(velocity: Velocity, x: torch.Tensor, t: float, t_next: float) -> 
         State at time t_next, shape (B, C, H, W).
     """
     return x + (t_next - t) * velocity(x, t)
+
+
+def heun_step(velocity: Velocity, x: torch.Tensor, t: float, t_next: float) -> torch.Tensor:
+    """One step of Heun's method, of second order, at two evaluations; arguments and result as of `euler_step`."""
+    v = velocity(x, t)
+    return x + (t_next - t) * 0.5 * (v + velocity(x + (t_next - t) * v, t_next))
+
+
+def sde_step(velocity: Velocity, x: torch.Tensor, t: float, t_next: float, noise: torch.Tensor) -> torch.Tensor:
+    """One step of Euler-Maruyama for the reverse SDE of diffusion coefficient w = 2t, as SiT and REPA sample.
+
+    Drift v - w s / 2 with the score s = -(x + (1 - t) v) / t of the linear path; the last step, to t = 0, follows the drift
+    alone. Arguments and result as of `euler_step`; `noise` is standard normal, of x's shape. Source: SiT, arXiv 2401.08740,
+    equations 5 and 9; `euler_maruyama_sampler` of sihyun-yu/REPA.
+    """
+    v, diffusion = velocity(x, t), 2.0 * t
+    score = -(x + (1.0 - t) * v) / t
+    drift = v - 0.5 * diffusion * score
+    step = t_next - t
+    return x + step * drift + (math.sqrt(diffusion * -step) * noise if t_next > 0 else 0.0)
+
+
+def ode_times(num_steps: int) -> list[float]:
+    """Equal steps from 1 to 0; quotients of integers are exactly the decimals that a user writes as a bound."""
+    return [(num_steps - step) / num_steps for step in range(num_steps + 1)]
+
+
+def sde_times(num_steps: int) -> list[float]:
+    """A linear grid from 1 to 0.04, then one step to 0, where the score has no finite limit."""
+    return [1.0 - (1.0 - LAST_SDE_TIME) * step / max(num_steps - 1, 1) for step in range(num_steps)] + [0.0]
 
 
 class VAEREPAPipeline(DiffusionPipeline):
@@ -104,11 +139,14 @@ class VAEREPAPipeline(DiffusionPipeline):
         class_labels: int | str | list[int | str],
         guidance_scale: float = 4.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        sampler: str = "euler",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
+        batch_size: int | None = None,
         latents: torch.Tensor | None = None,
         callback_on_step_end: Callable[[DiffusionPipeline, int, float, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -118,13 +156,17 @@ class VAEREPAPipeline(DiffusionPipeline):
         Args:
             class_labels: class numbers, class names, or a mixed list of them; its length is the batch size B.
             guidance_scale: s in v_null + s (v_cond - v_null); guides only above 1.
-            generator: source of the initial noise, or one per image: an image then does not depend on its batch.
-            num_inference_steps: number of equal steps from t = 1 to t = 0.
+            generator: source of all noise, or one per image: an image then does not depend on its batch.
+            num_inference_steps: number of steps from t = 1 to t = 0; by default 50 of euler, 25 of heun, 250 of sde.
             output_type: "pil" (list of images), "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent", the
                 state (B, C, h, w) at t = 0 in the transformer's scale.
             return_dict: whether to return an ImagePipelineOutput rather than a tuple of one.
+            sampler: "euler" or "heun" for the probability flow, "sde" for the paper's Euler-Maruyama.
             guidance_interval: (low, high): guides only where low <= t <= high, elsewhere a step costs half as much
                 (arXiv 2404.07724; t is that of the linear path, not the sigma of the paper).
+            guidance_channels: guides these first channels only and takes the others as conditioned; 3 is what the original
+                DiT does. By default all.
+            batch_size: images that go through transformer and VAE at once; changes no image. By default all.
             latents: initial noise, shape (B, C, h, w), instead of a draw from the generator.
             callback_on_step_end: called after each step with this pipeline, the number of the step, the timestep
                 1000 t at which the step began, and a dict of tensors; returns a dict, whose "latents" become the state.
@@ -135,50 +177,62 @@ class VAEREPAPipeline(DiffusionPipeline):
         """
         label_ids = self.get_label_ids(class_labels)
         shape = self._latents_shape(len(label_ids))
-        self._check_inputs(shape, num_inference_steps, guidance_interval, output_type, latents, generator)
+        self._check_sampler(sampler, guidance_interval, guidance_channels, batch_size)
+        num_steps = DEFAULT_STEPS[sampler] if num_inference_steps is None else num_inference_steps
+        self._check_inputs(shape, num_steps, output_type, latents, generator)
         self._check_callback_inputs(callback_on_step_end_tensor_inputs)
 
         device = self._execution_device
         labels = torch.tensor(label_ids, device=device)
-        # float32 whatever the transformer's dtype: rounding would add up over the steps
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32)
+        batch_size = batch_size or len(label_ids)
+
+        def draw_noise() -> torch.Tensor:
+            # in float32, the same on all devices
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
         low, high = guidance_interval
 
         def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-            if guidance_scale > 1 and low <= t <= high:
-                return self._guided_velocity(x, t, labels, guidance_scale)
-            return self._velocity(x, t, labels)
+            scale = guidance_scale if low <= t <= high else 1.0
+            parts = zip(x.split(batch_size), labels.split(batch_size), strict=True)
+            return torch.cat([self._guided_velocity(*part, t, scale, guidance_channels) for part in parts])
 
-        for step in self.progress_bar(range(num_inference_steps)):
-            # a quotient of integers is exactly the decimal that a user writes as a bound, 1 - step * h is not
-            t = (num_inference_steps - step) / num_inference_steps
-            t_next = (num_inference_steps - step - 1) / num_inference_steps
-            latents = euler_step(velocity, latents, t, t_next)
+        dtype = _widest_dtype(device)  # whatever the transformer's: rounding would add up over the steps
+        latents = draw_noise() if latents is None else latents.to(device, dtype)
+        times = sde_times(num_steps) if sampler == "sde" else ode_times(num_steps)
+        for step, (t, t_next) in enumerate(self.progress_bar(list(pairwise(times)))):
+            if sampler == "sde":
+                latents = sde_step(velocity, latents, t, t_next, draw_noise())
+            else:
+                latents = (heun_step if sampler == "heun" else euler_step)(velocity, latents, t, t_next)
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 latents = callback_on_step_end(self, step, TIME_SCALE * t, tensors).pop("latents", latents)
 
-        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        latents = latents.float()
+        images = latents if output_type == "latent" else self._decode(latents, output_type, batch_size)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _velocity(self, x: torch.Tensor, t: float, labels: torch.Tensor) -> torch.Tensor:
-        """The transformer's v(x, t | labels), float32, for x of shape (B, C, H, W) and labels (B,)."""
+    def _velocity(self, x: torch.Tensor, labels: torch.Tensor, t: float) -> torch.Tensor:
+        """The transformer's v(x, t | labels), in x's dtype, for x of shape (B, C, H, W) and labels (B,)."""
         timestep = torch.full((len(x),), TIME_SCALE * t, device=x.device, dtype=torch.float32)
         prediction = self.transformer(x.to(self.transformer.dtype), timestep=timestep, class_labels=labels).sample
         # a model with learned sigma has 2C channels: the second half is no velocity
-        return prediction[:, : x.shape[1]].float()
+        return prediction[:, : x.shape[1]].to(x.dtype)
 
-    def _guided_velocity(self, x: torch.Tensor, t: float, labels: torch.Tensor, scale: float) -> torch.Tensor:
-        """v_null + s (v_cond - v_null), both from one forward of 2B samples."""
+    def _guided_velocity(
+        self, x: torch.Tensor, labels: torch.Tensor, t: float, scale: float, channels: int | None
+    ) -> torch.Tensor:
+        """v_null + s (v_cond - v_null) in the first `channels`, both from one forward of 2B samples; v_cond up to s = 1."""
+        if scale <= 1:
+            return self._velocity(x, labels, t)
         both = torch.cat([labels, torch.full_like(labels, self.null_class)])
-        conditional, unconditional = self._velocity(torch.cat([x, x]), t, both).chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        conditional, unconditional = self._velocity(torch.cat([x, x]), both, t).chunk(2)
+        guided = unconditional + scale * (conditional - unconditional)
+        return guided if channels is None else torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
 
-    def _decode(self, latents: torch.Tensor, output_type: str):
+    def _decode(self, latents: torch.Tensor, output_type: str, batch_size: int):
         """Images from latents (B, C, h, w) in the transformer's scale."""
         latents = latents / self.vae.config.scaling_factor
         shift_factor = getattr(self.vae.config, "shift_factor", None)
@@ -186,7 +240,8 @@ class VAEREPAPipeline(DiffusionPipeline):
             latents = latents + shift_factor
         # in the VAE's own dtype even when the caller autocasts: a VAE in half precision can give NaN
         with torch.autocast(latents.device.type, enabled=False):
-            images = self.vae.decode(latents.to(self.vae.dtype)).sample
+            parts = latents.to(self.vae.dtype).split(batch_size)
+            images = torch.cat([self.vae.decode(part).sample for part in parts])
         return VaeImageProcessor().postprocess(images.float(), output_type)
 
     def _label_id(self, label: int | str) -> int:
@@ -206,21 +261,31 @@ class VAEREPAPipeline(DiffusionPipeline):
         config = self.transformer.config
         return batch_size, config.in_channels, config.sample_size, config.sample_size
 
-    def _check_inputs(self, shape, num_inference_steps, guidance_interval, output_type, latents, generator) -> None:
-        """Refuses what cannot be sampled; `shape` is (B, C, h, w)."""
+    def _check_sampler(self, sampler, guidance_interval, guidance_channels, batch_size) -> None:
+        """Refuses a sampler, or a way of guiding, that does not exist, and models that are no flow."""
         prediction_type = self.scheduler.config.get("prediction_type")
         if prediction_type != "flow_prediction":
             raise ValueError(
                 f"this pipeline samples flow models only: the scheduler's prediction_type is {prediction_type}, not "
                 "flow_prediction. For an epsilon model use the stock DiTPipeline."
             )
+        if sampler not in DEFAULT_STEPS:
+            raise ValueError(f"sampler must be one of {', '.join(DEFAULT_STEPS)}, got {sampler}.")
+        pair = guidance_interval if isinstance(guidance_interval, Sequence) and len(guidance_interval) == 2 else (1, 0)
+        if not 0 <= pair[0] <= pair[1] <= 1:
+            raise ValueError(f"guidance_interval must be (low, high), 0 <= low <= high <= 1, got {guidance_interval}.")
+        channels = self.transformer.config.in_channels
+        if guidance_channels is not None and not 1 <= guidance_channels <= channels:
+            raise ValueError(f"guidance_channels must be between 1 and {channels}, got {guidance_channels}.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+
+    def _check_inputs(self, shape, num_inference_steps, output_type, latents, generator) -> None:
+        """Refuses what cannot be sampled; `shape` is (B, C, h, w)."""
         if shape[0] == 0:
             raise ValueError("class_labels is empty: pass one label per image.")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
-        pair = guidance_interval if isinstance(guidance_interval, Sequence) and len(guidance_interval) == 2 else (1, 0)
-        if not 0 <= pair[0] <= pair[1] <= 1:
-            raise ValueError(f"guidance_interval must be (low, high), 0 <= low <= high <= 1, got {guidance_interval}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type}.")
         if latents is not None and latents.shape != shape:
@@ -235,3 +300,11 @@ class VAEREPAPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs: there is no {', '.join(unknown)}; "
                 f"callbacks see {', '.join(self._callback_tensor_inputs)}."
             )
+
+
+def _widest_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it, else float32."""
+    try:
+        return torch.zeros((), dtype=torch.float64, device=device).dtype
+    except (TypeError, RuntimeError):
+        return torch.float32

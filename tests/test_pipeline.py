@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,17 +92,17 @@ def sample_latents(pipe, labels, latents, **kwargs):
 @torch.no_grad()
 def reference_euler(transformer, latents, labels, scale=1.0, interval=(0.0, 1.0), steps=5, null=NULL):
     """x <- x - v / steps, written out; null and conditional halves in forwards of their own."""
-    x, labels = latents.float(), torch.tensor(labels)
+    x, labels = latents.double(), torch.tensor(labels)
     for step in range(steps):
         t = 1 - step / steps
         timestep = torch.full((len(x),), 1000 * t)
-        velocity = transformer(x.to(transformer.dtype), timestep, labels).sample[:, :4].float()
+        velocity = transformer(x.to(transformer.dtype), timestep, labels).sample[:, :4].double()
         if scale > 1 and interval[0] - 1e-9 <= t <= interval[1] + 1e-9:
             nulls = torch.full_like(labels, null)
-            null_velocity = transformer(x.to(transformer.dtype), timestep, nulls).sample[:, :4].float()
+            null_velocity = transformer(x.to(transformer.dtype), timestep, nulls).sample[:, :4].double()
             velocity = null_velocity + scale * (velocity - null_velocity)
         x = x - velocity / steps
-    return x
+    return x.float()
 
 
 class GaussianField(nn.Module):
@@ -275,6 +276,96 @@ def test_error_falls_linearly_with_the_number_of_steps():
     assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.1)
 
 
+def gaussian_sde(mean: float, spread: float, steps: int) -> tuple[float, float]:
+    """Mean and deviation after Euler-Maruyama from N(0, 1): each step is linear in x, so that both propagate exactly."""
+    m, variance = 0.0, 1.0
+    times = [*np.linspace(1.0, 0.04, steps), 0.0]
+    for t, t_next in pairwise(times):
+        slope = (t - (1 - t) * spread**2) / (((1 - t) * spread) ** 2 + t**2)  # v = slope x + offset
+        offset = -mean - slope * (1 - t) * mean
+        # drift v - w s / 2 with w = 2 t and s = -(x + (1 - t) v) / t
+        gain, shift = (2 - t) * slope + 1, (2 - t) * offset
+        m += (t_next - t) * (gain * m + shift)
+        variance *= (1 + (t_next - t) * gain) ** 2
+        variance += 2 * t * (t - t_next) if t_next > 0 else 0.0
+    return m, variance**0.5
+
+
+@pytest.mark.parametrize("steps", [10, 250])
+@pytest.mark.parametrize("spread", [0.5, 1.5])
+def test_the_sde_has_its_closed_form(spread, steps):
+    pipe, generator = build_pipeline(GaussianField(spread)), torch.Generator().manual_seed(4)
+    options = {"guidance_scale": 1.0, "output_type": "latent", "sampler": "sde", "num_inference_steps": steps}
+    samples = pipe([0] * 100, generator=generator, **options).images
+    mean, deviation = gaussian_sde(1.0, spread, steps)
+    assert samples.mean().item() == pytest.approx(mean, abs=0.01 * max(mean, spread))
+    assert samples.std().item() == pytest.approx(deviation, rel=0.01)
+    if steps == 250:  # the paper's number lands on the data
+        assert samples.mean().item() == pytest.approx(1.0, rel=0.01)
+        assert samples.std().item() == pytest.approx(spread, rel=0.02)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("euler", 400), ("heun", 20)])
+@pytest.mark.parametrize("spread", [0.5, 1.5])
+def test_the_flow_has_the_mean_and_deviation_of_the_data(sampler, steps, spread):
+    pipe, generator = build_pipeline(GaussianField(spread)), torch.Generator().manual_seed(4)
+    options = {"guidance_scale": 1.0, "output_type": "latent", "num_inference_steps": steps}
+    samples = pipe([0] * 64, generator=generator, sampler=sampler, **options).images
+    assert samples.mean().item() == pytest.approx(1.0, abs=0.01 * max(1.0, spread))
+    assert samples.std().item() == pytest.approx(spread, rel=0.01)
+
+
+def test_heun_is_of_second_order():
+    pipe, spread = build_pipeline(GaussianField(0.5)), 0.5
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    errors = []
+    for steps in (40, 80):
+        samples = sample_latents(pipe, 0, noise, guidance_scale=1.0, sampler="heun", num_inference_steps=steps)
+        errors.append((samples - (1.0 + spread * noise)).abs().max().item())
+    assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.15)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("euler", 50), ("heun", 25), ("sde", 250)])
+def test_each_sampler_has_its_own_number_of_steps(sampler, steps):
+    pipe, seen = build_pipeline(GaussianField(1.0)), []
+    pipe(0, sampler=sampler, output_type="latent", callback_on_step_end=lambda *args: seen.append(args[2]) or {})
+    assert len(seen) == steps
+    assert seen[0] == 1000
+    assert seen[-1] == pytest.approx(40.0 if sampler == "sde" else 1000 / steps)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+def test_the_batch_size_changes_no_image(pipe, sampler):
+    def draw(generator, **options):
+        options |= {"num_inference_steps": 4, "output_type": "np", "sampler": sampler}
+        return pipe([0, 1, 2, 0, 1], generator=generator, **options).images
+
+    whole = draw(torch.Generator().manual_seed(1))
+    for size in (1, 2, 5, 8):
+        np.testing.assert_allclose(draw(torch.Generator().manual_seed(1), batch_size=size), whole, atol=1e-5)
+
+
+def test_noise_of_the_sde_belongs_to_its_image(pipe):
+    options = {"num_inference_steps": 4, "output_type": "np", "sampler": "sde"}
+    seeded = [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)]
+    together = pipe([0, 1, 2], generator=seeded, **options).images
+    alone = pipe([1], generator=[torch.Generator().manual_seed(8)], **options).images
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
+
+
+def test_guidance_on_three_channels_as_the_original_dit(pipe, noise):
+    """`forward_with_cfg` of facebookresearch/DiT: the rest of the channels is taken as conditioned."""
+    labels, nulls = torch.tensor([2, 1]), torch.full((2,), NULL)
+    with torch.no_grad():
+        timestep = torch.full((2,), 1000.0)
+        conditional, null = (pipe.transformer(noise, timestep, label).sample for label in (labels, nulls))
+    velocity = conditional.clone()
+    velocity[:, :3] = null[:, :3] + 3.0 * (conditional - null)[:, :3]
+    options = {"num_inference_steps": 1, "guidance_scale": 3.0, "guidance_channels": 3}
+    samples = sample_latents(pipe, [2, 1], noise, **options)
+    torch.testing.assert_close(samples, noise - velocity)
+
+
 def test_training_form_with_a_shared_embedder():
     transformer = build_transformer()
     shared = transformer.transformer_blocks[0].norm1.emb
@@ -315,7 +406,7 @@ def test_learned_sigma_takes_the_first_half(noise):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_state_stays_float32(noise, dtype):
+def test_state_stays_float64(noise, dtype):
     pipe = build_pipeline(build_transformer().to(dtype))
     states = []
 
@@ -324,7 +415,8 @@ def test_state_stays_float32(noise, dtype):
         return tensors
 
     latents = sample_latents(pipe, [0, 1], noise, guidance_scale=1.0, callback_on_step_end=keep)
-    assert all(state.dtype == torch.float32 for state in [*states, latents])
+    assert all(state.dtype == torch.float64 for state in states)
+    assert latents.dtype == torch.float32
     assert not torch.equal(latents, latents.to(dtype).float())
     torch.testing.assert_close(latents, reference_euler(pipe.transformer, noise, [0, 1]))
 
@@ -476,6 +568,9 @@ def test_wrong_guidance_interval_is_refused(pipe, interval):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"sampler": "rk4"}, "sampler must be one of euler, heun, sde, got rk4"),
+        ({"guidance_channels": 5}, "guidance_channels must be between 1 and 4, got 5"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"output_type": "numpy"}, "output_type must be one of pil, np, pt, latent, got numpy"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"num_inference_steps": -3}, "num_inference_steps must be at least 1, got -3"),

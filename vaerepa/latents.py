@@ -28,9 +28,7 @@ def load_vae(
     vae = CLASSES[kind].from_pretrained(
         name_or_path, subfolder=subfolder, variant=variant, torch_dtype=torch.get_default_dtype(), **where
     )
-    if any(config.get(key) is not None for key in ("shift_factor", "latents_mean", "latents_std")) and _has_posterior(
-        vae
-    ):
+    if _has_posterior(vae) and any(config.get(key) for key in ("shift_factor", "latents_mean", "latents_std")):
         vae = fold_normalization(vae)
     return vae.eval().requires_grad_(False)
 
@@ -44,12 +42,8 @@ def fold_normalization(vae: AutoencoderKL) -> AutoencoderKL:
     """
     config, channels = vae.config, vae.config.latent_channels
     # pipelines that know latents_mean normalise by it and the deviation, those that know shift_factor shift
-    shift = _per_channel(
-        config.latents_mean if config.latents_mean is not None else config.shift_factor or 0.0, channels
-    )
-    scale = config.scaling_factor / _per_channel(
-        config.latents_std if config.latents_std is not None else 1.0, channels
-    )
+    shift = _per_channel(config.latents_mean or config.shift_factor or 0.0, channels)
+    scale = config.scaling_factor / _per_channel(config.latents_std or 1.0, channels)
     changes = {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": None, "latents_std": None}
     folded = AutoencoderKL.from_config({**config, **changes, "use_quant_conv": True, "use_post_quant_conv": True})
     for name in ("quant_conv", "post_quant_conv"):
