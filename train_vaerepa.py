@@ -31,7 +31,18 @@ from torch import nn
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vaerepa import checkpoints, checks, dry_run, latents, objectives, optimization, sampling, speed, throughput
+from vaerepa import (
+    checkpoints,
+    checks,
+    dry_run,
+    latents,
+    model_card,
+    objectives,
+    optimization,
+    sampling,
+    speed,
+    throughput,
+)
 from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext
 from vaerepa.components import build_alignments, build_transformer, open_components
 from vaerepa.data import (
@@ -56,6 +67,7 @@ logger = get_logger(__name__)
 NUM_MEASURED_LATENTS = 64
 MAX_NAMED_IMAGES = 5
 PIPELINE_FILE = Path(__file__).with_name("pipeline_vaerepa.py")
+CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
 class TrainingError(RuntimeError):
@@ -138,6 +150,7 @@ def train(options: Options) -> None:
         return
     output_dir = Path(options.output_dir)
     with checks.locked_output_dir(output_dir) if accelerator.is_main_process else nullcontext():
+        checks.check_shared(output_dir, accelerator)
         checkpoint = on_main_process(accelerator, lambda: checks.find_checkpoint(options, warn=logger.warning))
         position = checkpoints.load_position(checkpoint) if checkpoint else {"step": 0}
         if checkpoint:
@@ -612,8 +625,29 @@ def finish(run: Run) -> None:
             checkpoints.link_tree(last / part, run.output_dir / part)
         shutil.copyfile(last / "model_index.json", run.output_dir / "model_index.json")
         plot_curves(run.metrics.read(), run.output_dir / "training_curves.png")
+        model_card.write_card(run.output_dir / "README.md", CARD_TEMPLATE, run.options, card_facts(run))
         logger.info(f"done: {run.output_dir} loads with DiffusionPipeline.from_pretrained")
     run.accelerator.end_training()
+
+
+def card_facts(run: Run) -> dict[str, Any]:
+    """What the model card tells beyond the options."""
+    grids = sorted((run.output_dir / "samples").glob("*.png"))
+    losses = [line["validation/loss"] for line in run.metrics.read() if "validation/loss" in line]
+    transformer, num_classes = run.exported_transformer, len(run.sources.id2label)
+    return {
+        "parameters": f"{sum(parameter.numel() for parameter in transformer.parameters()) / 1e6:.1f}",
+        "num_classes": num_classes,
+        "steps": run.step,
+        "block": run.options.alignment_block or dit.default_alignment_block(transformer.config.num_layers),
+        "label": min(7, num_classes - 1),
+        "grid": f"samples/{grids[-1].name}" if grids else None,
+        "curves": "training_curves.png" if (run.output_dir / "training_curves.png").exists() else None,
+        "held_out_loss": f"{losses[-1]:.4f}" if losses else None,
+        "is_flow": objectives.name_of(run.objective.scheduler) == "flow_matching",
+        "has_learned_sigma": dit.has_learned_sigma(transformer),
+        "works_in_stock": dit.works_in_stock_pipeline(num_classes),
+    }
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:

@@ -1,17 +1,17 @@
 """What ends a run without asking: kill -9 at any moment, Ctrl-C, a full disk. Nothing may be lost but the last few steps."""
 
+import contextlib
 import os
 import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, read_metrics
+from tests.conftest import ROOT, launcher, read_metrics
 from tests.test_restart import EXACT, assert_same_end
 from vaerepa.checkpoints import all_checkpoints, find_damage
 
@@ -22,8 +22,7 @@ PATIENCE = 300.0  # seconds until a process counts as hanging
 
 def start(processes: int, arguments: list[str]) -> subprocess.Popen:
     """A run of its own, in a process group of its own."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command, environment = launcher(processes)
     return subprocess.Popen(
         [*command, "train_vaerepa.py", *arguments],
         cwd=ROOT,
@@ -31,7 +30,16 @@ def start(processes: int, arguments: list[str]) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env=environment,
     )
+
+
+def kill_all(run: Path) -> None:
+    """SIGKILL to every process that names the run on its command line: launcher, trainers, data workers."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(run).encode() in (folder / "cmdline").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def wait_for(condition, process: subprocess.Popen) -> bool:
@@ -70,7 +78,7 @@ def test_killed_at_random_moments_it_ends_the_same(launch, arguments, tmp_path):
             )
             assert reached, process.stdout.read()[-3000:]
             time.sleep(chance.random() * 0.03)
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all(run)
             process.communicate()
             kills += 1
             print(f"kill {kills} after step {last_step(run)}{', in a save' if in_a_save else ''}")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import train_vaerepa
 from tests.conftest import read_metrics
 from vaerepa import latents
+from vaerepa.alignment import VAEAlignment
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
 from vaerepa.families import dit
 
@@ -23,7 +24,7 @@ def test_the_first_step_computes_the_papers_loss(train, data, vae):
     draws, t = batch["draws"], batch["draws"]["t"].float().view(-1, 1, 1, 1)
     transformer = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
     dit.initialize(transformer, 3)
-    head = train_vaerepa.VAEAlignment(2).build_head(32, 4, 3)
+    head = VAEAlignment(2).build_head(32, 4, 3)
     tokens = []
     transformer.transformer_blocks[1].register_forward_hook(lambda module, args, output: tokens.append(output))
     with torch.no_grad():
@@ -180,7 +181,7 @@ def test_utilisation_is_logged_where_the_peak_is_known(train, monkeypatch):
     monkeypatch.setattr(train_vaerepa.throughput, "peak_flops", lambda device, precision: 1e12)
     run = train(max_train_steps=2)
     transformer = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
-    head = train_vaerepa.VAEAlignment(2).build_head(32, 4)
+    head = VAEAlignment(2).build_head(32, 4)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         transformer(torch.zeros(1, 4, 8, 8), timestep=torch.zeros(1), class_labels=torch.zeros(1).long())
         head(torch.zeros(1, 16, 32))
@@ -188,3 +189,20 @@ def test_utilisation_is_logged_where_the_peak_is_known(train, monkeypatch):
         assert line["train/mfu"] == pytest.approx(
             3 * counter.get_total_flops() * line["train/images_per_second"] / 1e12
         )
+
+
+ELSEWHERE = """
+import os, sys
+import train_vaerepa
+if os.environ["RANK"] == "1":  # a node of its own, with a disk of its own
+    sys.argv[sys.argv.index("--output_dir") + 1] += "-elsewhere"
+sys.exit(train_vaerepa.main(sys.argv[1:]))
+"""
+
+
+def test_an_output_folder_that_is_not_shared_is_refused(launch, tmp_path, capfd):
+    script = tmp_path / "elsewhere.py"
+    script.write_text(ELSEWHERE)
+    launch(2, script, code=1)  # of torchrun
+    assert "(1 of 2 see what the first writes)" in capfd.readouterr().err
+    assert not list((tmp_path / "run").glob("[!.]*"))

@@ -2,10 +2,15 @@
 
 import fcntl
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from vaerepa import checkpoints
 from vaerepa.errors import OptionError
@@ -211,6 +216,26 @@ def locked_output_dir(output_dir: Path) -> Iterator[None]:
         except OSError as error:
             raise OptionError(f"--output_dir {output_dir} is in use by another run; choose another.") from error
         yield
+
+
+def check_shared(output_dir: Path, accelerator: Accelerator) -> None:
+    """Checks that all nodes see the same output folder; every process must call it.
+
+    Raises:
+        OptionError: some do not.
+    """
+    mark = output_dir / f".seen-by-{broadcast_object_list([os.getpid()])[0]}"
+    if accelerator.is_main_process:
+        mark.touch()
+    accelerator.wait_for_everyone()
+    seen = accelerator.gather(torch.tensor([mark.exists()], device=accelerator.device))
+    if accelerator.is_main_process:
+        mark.unlink()
+    if not seen.all():
+        raise OptionError(
+            f"--output_dir {output_dir} is not the same folder for all processes ({int(seen.sum())} of {len(seen)} see what "
+            "the first writes); choose one on a file system that all nodes share."
+        )
 
 
 def find_checkpoint(options: Options, warn: Callable[[str], None]) -> Path | None:

@@ -110,7 +110,7 @@ def adopt_transformer(
     checks.check_alignment_block(options, config.num_layers)
     if not pretrained.shares_embedder:
         logger.info("its blocks have different timestep and label embedders: they are left apart")
-    if pretrained.has_learned_sigma:
+    if dit.has_learned_sigma(transformer):
         logger.info("its learned variance is kept as it is, and is no longer calibrated after training")
     if pretrained.id2label == id2label:
         logger.info("its classes are the data set's: their embeddings are kept")

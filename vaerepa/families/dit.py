@@ -166,7 +166,6 @@ class PretrainedPipeline:
     scheduler: SchedulerMixin
     id2label: dict[int, str] | None
     shares_embedder: bool
-    has_learned_sigma: bool
 
 
 def load_pipeline(name_or_path: str, **where: str | None) -> PretrainedPipeline:
@@ -199,8 +198,7 @@ def load_pipeline(name_or_path: str, **where: str | None) -> PretrainedPipeline:
     )
     scheduler_class = getattr(diffusers, index["scheduler"][1])
     shares_embedder = _share_equal_embedders(transformer)
-    has_learned_sigma = transformer.config.out_channels == 2 * transformer.config.in_channels
-    if has_learned_sigma:
+    if has_learned_sigma(transformer):
         transformer.proj_out_2 = MeanProjection(transformer.proj_out_2, transformer.config.in_channels)
         transformer.out_channels = transformer.config.in_channels
     id2label = index.get("id2label")
@@ -209,8 +207,12 @@ def load_pipeline(name_or_path: str, **where: str | None) -> PretrainedPipeline:
         scheduler_class.from_pretrained(name_or_path, subfolder="scheduler", **where),
         {int(label): name for label, name in id2label.items()} if id2label else None,
         shares_embedder,
-        has_learned_sigma,
     )
+
+
+def has_learned_sigma(transformer: DiTTransformer2DModel) -> bool:
+    """Whether its file predicts a variance beside the noise, as DiT's do."""
+    return transformer.config.out_channels == 2 * transformer.config.in_channels
 
 
 @torch.no_grad()
