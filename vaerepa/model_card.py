@@ -28,7 +28,7 @@ def write_card(path: Path, template: Path, options: Options, facts: dict) -> Non
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",  # the Hub has no tag for generation by class
         tags=["diffusers", "vae-repa" if options.alignment != "none" else "sit", "class-conditional"],
-        datasets=_hub_names([options.dataset_name]),
+        datasets=_hub_names([options.dataset_name]) or None,
         base_model=next(iter(_hub_names([options.pretrained_model_name_or_path])), None),
     )
     ModelCard.from_template(
