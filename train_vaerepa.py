@@ -184,7 +184,7 @@ def build_accelerator(options: Options) -> Accelerator:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
     except (ValueError, ImportError) as error:
-        raise OptionError(f"--mixed_precision or --report_to cannot be had here: {error}") from error
+        raise OptionError(f"--mixed_precision cannot be had here: {error}") from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise OptionError("--mixed_precision fp16 needs a GPU; on the CPU take bf16, or no.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32

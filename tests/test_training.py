@@ -206,3 +206,29 @@ def test_an_output_folder_that_is_not_shared_is_refused(launch, tmp_path, capfd)
     launch(2, script, code=1)  # of torchrun
     assert "(1 of 2 see what the first writes)" in capfd.readouterr().err
     assert not list((tmp_path / "run").glob("[!.]*"))
+
+
+@pytest.mark.parametrize(("scale", "warns"), [(1.0, False), (20.0, True)])
+def test_latents_far_from_unit_scale_are_warned_of(train, vae, tmp_path, caplog, scale, warns):
+    model = AutoencoderKL.from_pretrained(vae)
+    model.register_to_config(scaling_factor=scale)
+    model.save_pretrained(tmp_path / "scaled")
+    train(pretrained_vae_model_name_or_path=tmp_path / "scaled", max_train_steps=1)
+    assert ("--alignment_normalize" in caplog.text) == warns
+    caplog.clear()
+    train(
+        pretrained_vae_model_name_or_path=tmp_path / "scaled",
+        max_train_steps=1,
+        alignment_normalize=True,
+        output_dir=tmp_path / "normalized",
+    )
+    assert "--alignment_normalize" not in caplog.text
+
+
+@pytest.mark.parametrize(("decay", "level"), [(0.1, "INFO"), (0.9999, "WARNING")])
+def test_what_the_average_holds_of_the_start_is_said(train, caplog, decay, level):
+    caplog.set_level("INFO")
+    train(ema_decay=decay, max_train_steps=2)
+    (record,) = [record for record in caplog.records if "of the initial weights" in record.message]
+    assert record.levelname == level
+    assert f"holds {decay**2:.1%}" in record.message

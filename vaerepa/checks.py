@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
 
 from vaerepa import checkpoints
@@ -84,12 +85,26 @@ def check_options(options: Options) -> None:
         raise OptionError(
             f"--alignment_weight_schedule {options.alignment_weight_schedule} needs --alignment_stop_step, where it reaches 0."
         )
+    if options.report_to != "none":
+        check_tracker(options.report_to)
     if options.dataset_name is None:
         raise OptionError("--dataset_name is missing: give a data set's Hub id, or a local folder in the Hub's layout.")
     if options.pretrained_model_name_or_path is None:
         transformer_size(options)
     elif given_size := [name for name in CUSTOM_SIZE if getattr(options, name) is not None]:
         raise OptionError(f"--{given_size[0]} goes with training from scratch; a pretrained transformer has its own.")
+
+
+def check_tracker(name: str) -> None:
+    """Checks that a tracker can be used; accelerate leaves out one whose package is missing, without a word.
+
+    Raises:
+        OptionError: there is no such tracker, or it is not installed.
+    """
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise OptionError(f"--report_to {name}: expected none or one of {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+    if name not in get_available_trackers():
+        raise OptionError(f"--report_to {name} is not installed: pip install {name}.")
 
 
 def transformer_size(options: Options) -> tuple[dit.Size, int]:
