@@ -61,11 +61,13 @@ from vaerepa.evaluation import held_out_loss
 from vaerepa.families import dit
 from vaerepa.logs import MetricsFile, Window, plot_curves
 from vaerepa.options import Options, as_plain, changed_options, parse_options, write_config
+from vaerepa.stopping import StopRequest, command_to_go_on
 
 logger = get_logger(__name__)
 
 NUM_MEASURED_LATENTS = 64
 MAX_NAMED_IMAGES = 5
+MIN_BAD_IMAGES = 10  # fewer say nothing about the data
 PIPELINE_FILE = Path(__file__).with_name("pipeline_vaerepa.py")
 CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -97,8 +99,10 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     learning_rate: Callable[[int], float] | None = None
     skipped_in_a_row: torch.Tensor | None = None  # steps, counted on the device
-    num_skipped_images: int = 0
+    num_skipped_images: int = 0  # by this process, since it started
+    num_skipped_before: int = 0  # by all, before the restart
     validated_step: int | None = None
+    stop_reason: str | None = None
 
     @property
     def aligned_transformer(self) -> AlignedTransformer:
@@ -164,7 +168,9 @@ def train(options: Options) -> None:
         begin(run, checkpoint, position)
         with logging_redirect_tqdm():
             loop(run)
-            finish(run)
+            if run.stop_reason is None:
+                finish(run)
+        accelerator.end_training()
 
 
 # --- build ------------------------------------------------------------------------------------------------------------
@@ -304,6 +310,7 @@ def restore_optimizer(run: Run, checkpoint: Path, position: dict) -> None:
     checkpoints.load_optimizer(run.optimizer.optimizer, names, checkpoints.load_tensors(checkpoint, "optimizer"))
     run.window = Window(position["window"])
     run.skipped_in_a_row.fill_(position["skipped_in_a_row"])
+    run.num_skipped_before = position["skipped_images"]
     if run.accelerator.scaler and position["scaler"]:
         run.accelerator.scaler.load_state_dict(position["scaler"])
 
@@ -357,7 +364,8 @@ def loop(run: Run) -> None:
         total=run.max_train_steps, initial=run.step, desc="steps", disable=not accelerator.is_local_main_process
     )
     batches = stopwatch.waiting_for(training_batches(run))
-    with speed.profiling(options, accelerator.is_main_process) as profile_step:
+    profiling = speed.profiling(options, accelerator.is_main_process)
+    with profiling as profile_step, StopRequest(accelerator.num_processes) as stop:
         while run.step < run.max_train_steps:
             logs_now = (run.step + 1) % options.logging_steps == 0
             train_step(run, batches, measure_gradients=logs_now)
@@ -369,8 +377,15 @@ def loop(run: Run) -> None:
                 log(run, stopwatch, progress)
             if logs_now or run.step == run.max_train_steps:
                 check_skipped_steps(run)
-            if run.step % options.checkpointing_steps == 0 or run.step == run.max_train_steps:
-                save(run)
+                check_skipped_images(run)
+            is_last = run.step == run.max_train_steps
+            stops = stop.is_agreed() and not is_last
+            if run.step % options.checkpointing_steps == 0 or is_last or stops:
+                save(run, must_succeed=is_last or stops)
+            if stops:
+                run.stop_reason = stop.reason
+                logger.warning(f"stopped by {stop.reason} after step {run.step}. Go on with\n    {command_to_go_on()}")
+                break
             if options.validation_steps and run.step % options.validation_steps == 0:
                 validate(run)
             if logs_now:
@@ -494,7 +509,7 @@ def log(run: Run, stopwatch: throughput.Stopwatch, progress: tqdm) -> None:
     if peak:  # the backward pass costs two forward passes
         flops_per_second = 3 * flops_per_image(run) * values["images_per_second"]
         values |= {"mfu": flops_per_second / (peak * accelerator.num_processes)}
-    values |= {"skipped_images": run.num_skipped_images}
+    values |= {"skipped_images": count_skipped_images(run)}
     write_metrics(run, {f"train/{name}": value for name, value in values.items()})
     progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
 
@@ -506,6 +521,26 @@ def flops_per_image(run: Run) -> int:
     inputs = dit.model_inputs(run.transformer, t, label.long(), drop.bool())
     noise = torch.zeros(1, *run.latent_shape, device=device)
     return throughput.forward_flops(lambda: run.aligned_transformer(noise, **inputs))
+
+
+def count_skipped_images(run: Run) -> int:
+    """Images that could not be read so far, over all processes; every process must call it."""
+    counts = torch.tensor(run.num_skipped_images, device=run.accelerator.device)
+    return run.num_skipped_before + int(run.accelerator.reduce(counts, reduction="sum"))
+
+
+def check_skipped_images(run: Run) -> None:
+    """Stops a run whose data are damaged beyond --max_bad_fraction.
+
+    Raises:
+        TrainingError: they are.
+    """
+    count, seen = count_skipped_images(run), run.step * run.options.global_batch_size
+    if count >= MIN_BAD_IMAGES and count > run.options.max_bad_fraction * seen:
+        raise TrainingError(
+            f"{count} of {seen} images could not be read, more than --max_bad_fraction {run.options.max_bad_fraction}; the log "
+            "names the first. Mend the data, or raise it."
+        )
 
 
 def check_skipped_steps(run: Run) -> None:
@@ -581,8 +616,12 @@ def write_metrics(run: Run, values: dict[str, float]) -> None:
     run.accelerator.log({name: value for name, value in values.items() if value is not None}, step=run.step)
 
 
-def save(run: Run) -> None:
-    """Writes checkpoint-N from all processes' state, then removes what --checkpoints_total_limit does not allow."""
+def save(run: Run, must_succeed: bool) -> None:
+    """Writes checkpoint-N from all processes' state, then removes what --checkpoints_total_limit does not allow.
+
+    Raises:
+        CheckpointError: it cannot be written, and `must_succeed` or --checkpoint_failure stop says that it must.
+    """
     accelerator, aligned = run.accelerator, run.aligned_transformer
     names = {parameter: name for name, parameter in aligned.named_parameters()}
     position = {
@@ -590,6 +629,7 @@ def save(run: Run) -> None:
         "latent_statistics": run.latent_statistics,
         "window": run.window.reduce(accelerator),
         "skipped_in_a_row": run.skipped_in_a_row.item(),
+        "skipped_images": count_skipped_images(run),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }
     tensors = {
@@ -612,7 +652,12 @@ def save(run: Run) -> None:
         checkpoints.save(run.output_dir, run.step, write_pipeline, tensors, position)
         checkpoints.purge(run.output_dir, run.options.checkpoints_total_limit)
 
-    on_main_process(accelerator, write)
+    try:
+        on_main_process(accelerator, write)
+    except checkpoints.CheckpointError as error:
+        if must_succeed or run.options.checkpoint_failure == "stop":
+            raise
+        logger.error(f"{error} Training goes on and tries again in {run.options.checkpointing_steps} steps.")
 
 
 def finish(run: Run) -> None:
@@ -627,7 +672,6 @@ def finish(run: Run) -> None:
         plot_curves(run.metrics.read(), run.output_dir / "training_curves.png")
         model_card.write_card(run.output_dir / "README.md", CARD_TEMPLATE, run.options, card_facts(run))
         logger.info(f"done: {run.output_dir} loads with DiffusionPipeline.from_pretrained")
-    run.accelerator.end_training()
 
 
 def card_facts(run: Run) -> dict[str, Any]:

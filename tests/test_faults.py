@@ -1,19 +1,25 @@
 """What ends a run without asking: kill -9 at any moment, Ctrl-C, a full disk. Nothing may be lost but the last few steps."""
 
 import contextlib
+import io
 import os
 import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
+from datasets import ClassLabel, Dataset, Features, Image
 
 from tests.conftest import ROOT, launcher, read_metrics
 from tests.test_restart import EXACT, assert_same_end
-from vaerepa.checkpoints import all_checkpoints, find_damage
+from vaerepa import checkpoints
+from vaerepa.checkpoints import all_checkpoints, find_damage, step_of
 
 NUM_KILLS = int(os.environ.get("VAEREPA_TEST_KILLS", "6"))
 STEPS = 120
@@ -69,15 +75,16 @@ def test_killed_at_random_moments_it_ends_the_same(launch, arguments, tmp_path):
         if kills < NUM_KILLS:
             target = STEPS * (kills + 1) // (NUM_KILLS + 2) + chance.randrange(3)
             in_a_save = kills % 2 == 1
-            unfinished = f".checkpoint-{target - target % 4 + 4}.unfinished"
+            next_save = target - target % 4 + 4
+            moments = [run / f".checkpoint-{next_save}.unfinished", run / f"checkpoint-{next_save}"]
             reached = wait_for(
-                (lambda path=run / unfinished: path.exists())
+                (lambda moments=moments: any(path.exists() for path in moments))
                 if in_a_save
                 else (lambda target=target: last_step(run) >= target),
                 process,
             )
             assert reached, process.stdout.read()[-3000:]
-            time.sleep(chance.random() * 0.03)
+            time.sleep(chance.random() * (0.005 if in_a_save else 0.05))
             kill_all(run)
             process.communicate()
             kills += 1
@@ -92,19 +99,67 @@ def test_killed_at_random_moments_it_ends_the_same(launch, arguments, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_one_of_two_processes_saves_both(launch, arguments, tmp_path, number):
+    options = {**EXACT, "max_train_steps": STEPS, "checkpointing_steps": 1000, "dataloader_num_workers": 1}
+    whole = launch(2, **options, output_dir=tmp_path / "whole")
+    run = tmp_path / "run"
+    process = start(2, arguments(**options, output_dir=run, resume_from_checkpoint="latest"))
+    assert wait_for(lambda: last_step(run) >= 14, process)
+    trainer = next(
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if (folder / "environ").exists()
+        and str(run).encode() in (folder / "cmdline").read_bytes()
+        and b"\0RANK=1\0" in b"\0" + (folder / "environ").read_bytes()
+    )
+    os.kill(trainer, number)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output[-3000:]
+    launch(2, **options, output_dir=run, resume_from_checkpoint="latest")
+    assert_same_end(whole, run, step=STEPS)
+
+
+@pytest.mark.slow
+def test_a_trainer_whose_launcher_dies_saves(arguments, tmp_path):
+    run = tmp_path / "run"
+    line = arguments(**EXACT, max_train_steps=100_000, checkpointing_steps=100_000, output_dir=run)
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=1",
+        "train_vaerepa.py",
+        *line,
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert wait_for(lambda: last_step(run) >= 14, process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + PATIENCE
+    while not all_checkpoints(run):
+        assert time.monotonic() < deadline, "nothing was saved"
+        time.sleep(0.05)
+    assert find_damage(all_checkpoints(run)[0]) is None
+
+
+@pytest.mark.slow
 def test_after_ctrl_c_it_goes_on(train, arguments, tmp_path):
-    options = {**EXACT, "max_train_steps": 60, "checkpointing_steps": 10}
+    options = {**EXACT, "max_train_steps": STEPS, "checkpointing_steps": 1000, "dataloader_num_workers": 2}
     whole = train(**options, output_dir=tmp_path / "whole")
     run = tmp_path / "run"
     line = arguments(**options, output_dir=run, resume_from_checkpoint="latest")
     process = start(1, line)
     assert wait_for(lambda: last_step(run) >= 14, process)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to data workers too
     output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode != 0
+    assert process.returncode == 0, output[-3000:]
+    assert "stopped by SIGINT" in output
     assert "--resume_from_checkpoint latest" in output
+    assert last_step(run) <= max(map(step_of, all_checkpoints(run)))  # not a step was lost
     train(**options, output_dir=run, resume_from_checkpoint="latest")
-    assert_same_end(whole, run, step=60)
+    assert_same_end(whole, run, step=STEPS)
 
 
 def test_a_full_disk_spares_the_last_checkpoint(train, capfd):
@@ -121,3 +176,40 @@ def test_a_full_disk_spares_the_last_checkpoint(train, capfd):
     assert find_damage(run / "checkpoint-2") is None
     train(max_train_steps=4, resume_from_checkpoint="latest")
     assert (run / "checkpoint-4").is_dir()
+
+
+def test_a_full_disk_does_not_end_the_run(train, monkeypatch, caplog):
+    """--checkpoint_failure continue: the save after step 2 fails, the next succeeds, and no step is lost."""
+    save, (_, hard) = checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_onto_a_full_disk(output_dir, step, *rest):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64_000 if step == 2 else hard, hard))
+        try:
+            return save(output_dir, step, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    monkeypatch.setattr(checkpoints, "save", save_onto_a_full_disk)
+    run = train(max_train_steps=4, checkpointing_steps=1)
+    assert "checkpoint-2 could not be saved" in caplog.text
+    assert [folder.name for folder in all_checkpoints(run)] == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    train(
+        code=1, max_train_steps=4, checkpointing_steps=1, checkpoint_failure="stop", output_dir=run.with_name("other")
+    )
+
+
+def test_too_many_bad_images_stop_the_run(train, tmp_path, capfd):
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=2)})
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8)).save(file, "PNG")
+    encoded = [file.getvalue() if index % 2 else b"no image" for index in range(64)]
+    rows = {"image": [{"bytes": content, "path": None} for content in encoded], "label": [0, 1] * 32}
+    (tmp_path / "bad/data").mkdir(parents=True)
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "bad/data/train-00000-of-00001.parquet")
+    options = {"dataset_name": tmp_path / "bad", "max_train_steps": 12, "checkpointing_steps": 2}
+    run = train(code=1, **options)
+    assert "more than --max_bad_fraction 0.05" in capfd.readouterr().err
+    train(**options, max_bad_fraction=1.0, resume_from_checkpoint="latest")
+    counts = [line["train/skipped_images"] for line in read_metrics(run, "train/skipped_images")]
+    assert counts == sorted(counts)  # the restart goes on counting
+    assert counts[-1] >= 32

@@ -69,6 +69,8 @@ def check_options(options: Options) -> None:
         value, lowest = getattr(options, name), "above 0" if name in POSITIVE else "0 or more"
         if value is not None and not (value > 0 or (value == 0 and name in NOT_NEGATIVE)):
             raise OptionError(f"--{name} {value}: expected {lowest}.")
+    if not 0 <= options.max_bad_fraction <= 1:
+        raise OptionError(f"--max_bad_fraction {options.max_bad_fraction}: expected a number from 0 to 1.")
     for name in ("adam_beta1", "adam_beta2", "label_dropout"):
         if not 0 <= getattr(options, name) < 1:
             raise OptionError(

@@ -79,6 +79,10 @@ class Options:
     shuffle_buffer_size: int = option(
         1000, "Images are shuffled within windows of this many, over shuffled shards.", resume="fixed"
     )
+    max_bad_fraction: float = option(
+        0.05,
+        "Stop when more than this share of the images cannot be read. Those are skipped, and counted in the metrics.",
+    )
     dataloader_num_workers: int = option(2, "Data worker processes per device; 0 loads in the main process.")
 
     # --- Objective -----------------------------------------------------------------------------------------------
@@ -213,6 +217,10 @@ class Options:
     dry_run: bool = option(False, "Print sizes, costs and schedule of this run, and exit.")
     profile: bool = option(False, "Profile ten steps into OUTPUT_DIR/profile, for chrome://tracing or Perfetto.")
     checkpointing_steps: int = option(500, "Save a checkpoint every so many steps.")
+    checkpoint_failure: Literal["continue", "stop"] = option(
+        "continue",
+        "What to do when a checkpoint cannot be saved (a full disk, say): go on and try again at the next, or stop.",
+    )
     checkpoints_total_limit: int | None = option(None, "Keep at most this many checkpoints; the oldest go first.")
     resume_from_checkpoint: str | None = option(
         None, "Checkpoint to go on from: its folder, or `latest` (starts afresh when there is none)."

@@ -11,6 +11,7 @@ from vaerepa.data.order import ShuffledReader
 from vaerepa.data.source import Row, Source
 from vaerepa.objectives import draw_timestep
 from vaerepa.randomness import draw_noise, draw_uniform
+from vaerepa.stopping import ignore_signals
 
 
 class DataError(RuntimeError):
@@ -141,4 +142,6 @@ class Batches(IterableDataset):
 
 def build_loader(batches: Batches, num_workers: int, pin_memory: bool) -> DataLoader:
     """Runs the batches in worker processes."""
-    return DataLoader(batches, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+    return DataLoader(
+        batches, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=ignore_signals
+    )

@@ -1,0 +1,65 @@
+"""Stops that are asked for: SIGTERM, SIGINT and SIGUSR1 end a run after its current step, on all processes alike."""
+
+import os
+import shlex
+import signal
+import sys
+from types import FrameType
+
+import torch
+import torch.distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Listens, as a context, for signals and for the death of the launcher; a second SIGINT interrupts at once.
+
+    accelerate launch on one device does not forward signals: it dies, and its trainer finds itself with another parent.
+    """
+
+    def __init__(self, num_processes: int):
+        self.reason: str | None = None
+        self._parent = os.getppid()
+        self._has_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+        # a group on the CPU: to agree costs no synchronisation with a GPU
+        self._group = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
+
+    def __enter__(self) -> "StopRequest":
+        self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def is_agreed(self) -> bool:
+        """Whether any process was asked to stop; every process must call it after the same step."""
+        if self._has_launcher and os.getppid() != self._parent:
+            self.reason = self.reason or "the death of its launcher"
+        if self._group is None:
+            return self.reason is not None
+        asked = torch.tensor(int(self.reason is not None))
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._group)
+        if asked and self.reason is None:
+            self.reason = "another process"
+        return bool(asked)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason == "SIGINT":
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+
+def ignore_signals(worker: int) -> None:
+    """For data workers: who is asked to stop is the trainer, which ends them when it has no more use for them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def command_to_go_on() -> str:
+    """The command line of this process again, with a restart from the newest checkpoint."""
+    arguments = sys.argv[1:]
+    if "--resume_from_checkpoint" not in arguments:
+        arguments = [*arguments, "--resume_from_checkpoint", "latest"]
+    return f"accelerate launch {shlex.join([sys.argv[0], *arguments])}"
