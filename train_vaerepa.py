@@ -344,6 +344,7 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
     if checkpoint:
         logger.info(f"going on from {checkpoint}, step {run.step}")
     if accelerator.is_main_process:
+        checkpoints.remove_leftovers(run.output_dir)
         run.metrics.keep_until(run.step)
         write_config(options, run.output_dir / "run_config.yaml")
         shutil.copyfile(PIPELINE_FILE, run.output_dir / PIPELINE_FILE.name)

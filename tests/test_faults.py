@@ -26,15 +26,14 @@ STEPS = 120
 PATIENCE = 300.0  # seconds until a process counts as hanging
 
 
-def start(processes: int, arguments: list[str]) -> subprocess.Popen:
-    """A run of its own, in a process group of its own."""
+def start(processes: int, arguments: list[str], log: Path) -> subprocess.Popen:
+    """A run of its own, in a process group of its own; to a file, because a pipe that nobody reads would stop it."""
     command, environment = launcher(processes)
     return subprocess.Popen(
         [*command, "train_vaerepa.py", *arguments],
         cwd=ROOT,
-        stdout=subprocess.PIPE,
+        stdout=log.open("w"),
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
         env=environment,
     )
@@ -68,10 +67,10 @@ def test_killed_at_random_moments_it_ends_the_same(launch, arguments, tmp_path):
     """Two processes, killed by SIGKILL: between steps, or while a checkpoint is being written."""
     options = {**EXACT, "max_train_steps": STEPS, "checkpointing_steps": 4, "checkpoints_total_limit": 3}
     whole = launch(2, **options, output_dir=tmp_path / "whole")
-    run, chance, kills = tmp_path / "run", random.Random(0), 0
+    run, log, chance, kills = tmp_path / "run", tmp_path / "log", random.Random(0), 0
     line = arguments(**options, output_dir=run, resume_from_checkpoint="latest")
     while True:
-        process = start(2, line)
+        process = start(2, line, log)
         if kills < NUM_KILLS:
             target = STEPS * (kills + 1) // (NUM_KILLS + 2) + chance.randrange(3)
             in_a_save = kills % 2 == 1
@@ -83,16 +82,15 @@ def test_killed_at_random_moments_it_ends_the_same(launch, arguments, tmp_path):
                 else (lambda target=target: last_step(run) >= target),
                 process,
             )
-            assert reached, process.stdout.read()[-3000:]
+            assert reached, log.read_text()[-3000:]
             time.sleep(chance.random() * (0.005 if in_a_save else 0.05))
             kill_all(run)
-            process.communicate()
+            process.wait()
             kills += 1
             print(f"kill {kills} after step {last_step(run)}{', in a save' if in_a_save else ''}")
             assert all(find_damage(folder) is None for folder in all_checkpoints(run))
         else:
-            output, _ = process.communicate(timeout=PATIENCE)
-            assert process.returncode == 0, output[-3000:]
+            assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
             break
     assert_same_end(whole, run, step=STEPS)
     assert not list(run.glob(".checkpoint-*"))
@@ -103,8 +101,8 @@ def test_killed_at_random_moments_it_ends_the_same(launch, arguments, tmp_path):
 def test_a_signal_to_one_of_two_processes_saves_both(launch, arguments, tmp_path, number):
     options = {**EXACT, "max_train_steps": STEPS, "checkpointing_steps": 1000, "dataloader_num_workers": 1}
     whole = launch(2, **options, output_dir=tmp_path / "whole")
-    run = tmp_path / "run"
-    process = start(2, arguments(**options, output_dir=run, resume_from_checkpoint="latest"))
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start(2, arguments(**options, output_dir=run, resume_from_checkpoint="latest"), log)
     assert wait_for(lambda: last_step(run) >= 14, process)
     trainer = next(
         int(folder.name)
@@ -114,8 +112,7 @@ def test_a_signal_to_one_of_two_processes_saves_both(launch, arguments, tmp_path
         and b"\0RANK=1\0" in b"\0" + (folder / "environ").read_bytes()
     )
     os.kill(trainer, number)
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, output[-3000:]
+    assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
     launch(2, **options, output_dir=run, resume_from_checkpoint="latest")
     assert_same_end(whole, run, step=STEPS)
 
@@ -148,15 +145,14 @@ def test_a_trainer_whose_launcher_dies_saves(arguments, tmp_path):
 def test_after_ctrl_c_it_goes_on(train, arguments, tmp_path):
     options = {**EXACT, "max_train_steps": STEPS, "checkpointing_steps": 1000, "dataloader_num_workers": 2}
     whole = train(**options, output_dir=tmp_path / "whole")
-    run = tmp_path / "run"
+    run, log = tmp_path / "run", tmp_path / "log"
     line = arguments(**options, output_dir=run, resume_from_checkpoint="latest")
-    process = start(1, line)
+    process = start(1, line, log)
     assert wait_for(lambda: last_step(run) >= 14, process)
     os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to data workers too
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, output[-3000:]
-    assert "stopped by SIGINT" in output
-    assert "--resume_from_checkpoint latest" in output
+    assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
+    assert "stopped by SIGINT" in log.read_text()
+    assert "--resume_from_checkpoint latest" in log.read_text()
     assert last_step(run) <= max(map(step_of, all_checkpoints(run)))  # not a step was lost
     train(**options, output_dir=run, resume_from_checkpoint="latest")
     assert_same_end(whole, run, step=STEPS)

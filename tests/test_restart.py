@@ -102,9 +102,11 @@ def test_a_damaged_checkpoint_is_passed_over(train, caplog):
 
 def test_an_unfinished_save_is_no_checkpoint(train):
     run = train(max_train_steps=3)
-    shutil.copytree(run / "checkpoint-3", run / ".checkpoint-9.unfinished")
+    for leftover in (".checkpoint-9.unfinished", ".checkpoint-1.deleted"):
+        shutil.copytree(run / "checkpoint-3", run / leftover)
     train(max_train_steps=5, resume_from_checkpoint="latest")
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-5"}
+    assert not list(run.glob(".checkpoint-*"))
 
 
 def test_old_checkpoints_are_purged_after_the_save(train):

@@ -74,6 +74,12 @@ def purge(output_dir: Path, limit: int | None) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def remove_leftovers(output_dir: Path) -> None:
+    """Removes what a kill in the middle of a save or of a purge left; only the run that holds the folder may call it."""
+    for folder in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def all_checkpoints(output_dir: Path) -> list[Path]:
     """Folders named checkpoint-N, oldest step first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
