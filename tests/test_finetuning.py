@@ -206,3 +206,11 @@ def test_the_mode_density_is_that_of_stable_diffusion_3():
     for u in (0.2, 0.5, 0.8):
         t = 1 - u - 1.29 * (torch.cos(torch.pi * torch.tensor(u) / 2) ** 2 - 1 + u)
         assert (draws < t).float().mean().item() == pytest.approx(1 - u, abs=0.03)
+
+
+def test_a_vae_of_other_channels_is_refused(train, pipeline, vae, tmp_path, capfd):
+    config = {**AutoencoderKL.load_config(vae), "latent_channels": 8}
+    AutoencoderKL.from_config(config).save_pretrained(tmp_path / "vae")
+    options = PRETRAINED | {"pretrained_vae_model_name_or_path": tmp_path / "vae"}
+    train(code=2, **options, pretrained_model_name_or_path=pipeline())
+    assert "the VAE has 8 latent channels, the pretrained transformer 4" in capfd.readouterr().err

@@ -83,3 +83,16 @@ def test_the_attention_kernel_is_logged(train, caplog):
     caplog.set_level("INFO")
     train(max_train_steps=1)
     assert "attention: torch SDPA" in caplog.text
+
+
+def test_8bit_adam_restarts_exactly(train, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="8-bit AdamW needs bitsandbytes, which the tests do not install")
+    options = {"use_8bit_adam": True, "hidden_size": 128, "max_train_steps": 6}
+    whole = train(**options, output_dir=tmp_path / "whole")
+    for steps in (3, 6):
+        options["max_train_steps"] = steps
+        pieces = train(**options, output_dir=tmp_path / "pieces", resume_from_checkpoint="latest")
+    state = load_file(whole / "checkpoint-6/state/optimizer.safetensors")
+    assert torch.uint8 in {tensor.dtype for tensor in state.values()}
+    one, other = (load_file(run / "checkpoint-6/state/transformer.safetensors") for run in (whole, pieces))
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -143,9 +143,17 @@ def load_parameters(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:
-    """The optimizer's moments by the name of their parameter."""
-    state = optimizer.state
-    return {f"{names[p]}/{key}": value for p in state for key, value in state[p].items() if torch.is_tensor(value)}
+    """The optimizer's moments, and what else it keeps, by the name of their parameter."""
+    tensors: dict[str, torch.Tensor] = {}
+    pointers: set[int] = set()
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            value = torch.as_tensor(value)
+            if value.data_ptr() in pointers:  # 8-bit AdamW shares its maps; a file of safetensors shares nothing
+                value = value.clone()
+            pointers.add(value.data_ptr())
+            tensors[f"{names[parameter]}/{key}"] = value
+    return tensors
 
 
 def load_optimizer(
@@ -157,7 +165,8 @@ def load_optimizer(
     index_of = {names[p]: index for index, p in enumerate(parameters)}
     for key, value in tensors.items():
         name, moment = key.rsplit("/", 1)
-        state.setdefault(index_of[name], {})[moment] = value
+        is_count = value.ndim == 0 and value.dtype == torch.int64  # a number once, as 8-bit AdamW counts steps
+        state.setdefault(index_of[name], {})[moment] = value.item() if is_count else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
