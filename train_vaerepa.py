@@ -150,7 +150,7 @@ def train(options: Options) -> None:
     accelerator = build_accelerator(options)
     options = checks.resolve_batch_sizes(options, accelerator.num_processes)
     if options.dry_run:
-        on_main_process(accelerator, lambda: print_dry_run(options))
+        on_main_process(accelerator, lambda: print(dry_run.describe(options)))
         return
     output_dir = Path(options.output_dir)
     with checks.locked_output_dir(output_dir) if accelerator.is_main_process else nullcontext():
@@ -230,20 +230,6 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     run.model = AlignedTransformer(transformer, dit.blocks(transformer), heads, block_of).to(accelerator.device)
     speed.apply_switches(options, transformer, dit.blocks(transformer), accelerator.device)
     return run
-
-
-def print_dry_run(options: Options) -> None:
-    """Says what the run will be, from a transformer on the meta device."""
-    components = open_components(options)
-    with nullcontext() if components.pretrained else torch.device("meta"):
-        transformer = build_transformer(options, components)
-    no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
-    alignments = build_alignments(options, transformer, no_statistics)
-    num_images = len(components.sources.train)
-    num_steps = checks.steps_in(options, num_images)
-    sizes = dry_run.estimate(options, transformer, alignments, num_images)
-    learning_rate = optimization.learning_rate_schedule(options, num_steps)
-    print(dry_run.report(options, sizes, num_images, num_steps, learning_rate, alignments))
 
 
 def measure_latents(run: Run) -> list[list[float]]:

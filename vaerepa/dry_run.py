@@ -1,12 +1,13 @@
 """--dry_run: what a run will be, from models on the meta device: sizes, arithmetic, memory, disk, schedule."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from vaerepa import throughput
+from vaerepa import checks, components, optimization, throughput
 from vaerepa.alignment import AlignedTransformer, Alignment
 from vaerepa.families import dit
 from vaerepa.options import Options
@@ -29,6 +30,24 @@ class Estimate:
     pipeline_bytes: int
     checkpoint_bytes: int
     latents_cache_bytes: int
+
+
+def describe(options: Options) -> str:
+    """Works out the run that the options ask for and returns it as a table in Markdown.
+
+    Raises:
+        OptionError: the run would not start.
+    """
+    parts = components.open_components(options)
+    with nullcontext() if parts.pretrained else torch.device("meta"):
+        transformer = components.build_transformer(options, parts)
+    no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
+    alignments = components.build_alignments(options, transformer, no_statistics)
+    num_images = len(parts.sources.train)
+    num_steps = checks.steps_in(options, num_images)
+    sizes = estimate(options, transformer, alignments, num_images)
+    learning_rate = optimization.learning_rate_schedule(options, num_steps)
+    return report(options, sizes, num_images, num_steps, learning_rate, alignments)
 
 
 def estimate(options: Options, transformer: nn.Module, alignments: list[Alignment], num_images: int) -> Estimate:
