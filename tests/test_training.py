@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_vaerepa
 from tests.conftest import read_metrics
@@ -232,3 +233,10 @@ def test_what_the_average_holds_of_the_start_is_said(train, caplog, decay, level
     (record,) = [record for record in caplog.records if "of the initial weights" in record.message]
     assert record.levelname == level
     assert f"holds {decay**2:.1%}" in record.message
+
+
+def test_tensorboard_and_metrics_tell_the_same(train):
+    run = train(report_to="tensorboard")
+    events = EventAccumulator(str(next(path for path in (run / "logs").rglob("events*")).parent)).Reload()
+    told = [event.value for event in events.Scalars("train/loss")]
+    assert told == pytest.approx([line["train/loss"] for line in read_metrics(run, "train/loss")])

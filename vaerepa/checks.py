@@ -105,7 +105,7 @@ def check_tracker(name: str) -> None:
     """
     if name not in LOGGER_TYPE_TO_CLASS:
         raise OptionError(f"--report_to {name}: expected none or one of {', '.join(LOGGER_TYPE_TO_CLASS)}.")
-    if name not in get_available_trackers():
+    if name not in map(str, get_available_trackers()):
         raise OptionError(f"--report_to {name} is not installed: pip install {name}.")
 
 
