@@ -94,6 +94,13 @@ def test_embedders_are_shared_only_when_equal(train, pipeline, equal):
     assert sum("class_embedder" in name for name in state) == (1 if equal else 3)
 
 
+def test_the_same_classes_keep_their_rows_whatever_their_synonyms(train, pipeline, tmp_path):
+    base = pipeline(id2label={"0": "Ash", "1": "birch", "2": "cedar, Cedrus"})
+    run = train(**PRETRAINED, pretrained_model_name_or_path=base, max_train_steps=1, learning_rate=1e-30)
+    before, after = weights_of(tmp_path / "base"), weights_of(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_new_classes_get_new_rows_and_the_null_row_stays(train, pipeline, tmp_path):
     base = pipeline(id2label={"0": "cat", "1": "dog", "2": "eel"})
     run = train(**PRETRAINED, pretrained_model_name_or_path=base, max_train_steps=1, learning_rate=1e-30, seed=5)

@@ -11,7 +11,7 @@ from vaerepa.options import Options
 def test_a_card_tells_the_run(train, data):
     run = train(num_validation_images=2, num_validation_samples=4, learning_rate=3e-4)
     card = ModelCard.load(run / "README.md")
-    assert card.data.library_name == "diffusers"
+    assert card.data.to_dict()["library_name"] == "diffusers"
     assert card.data.pipeline_tag == "unconditional-image-generation"
     assert "vae-repa" in card.data.tags
     assert card.data.datasets in (None, [])

@@ -112,12 +112,20 @@ def adopt_transformer(
         logger.info("its blocks have different timestep and label embedders: they are left apart")
     if dit.has_learned_sigma(transformer):
         logger.info("its learned variance is kept as it is, and is no longer calibrated after training")
-    if pretrained.id2label == id2label:
+    if have_same_classes(pretrained.id2label, id2label):
         logger.info("its classes are the data set's: their embeddings are kept")
     else:
         logger.info("its classes are not the data set's: their embeddings are drawn anew, the null class' is kept")
         dit.draw_new_labels(transformer, len(id2label), options.seed)
     return transformer
+
+
+def have_same_classes(one: dict[int, str] | None, other: dict[int, str]) -> bool:
+    """Whether the numbers mean the same; of several names the first counts, for lists differ in their synonyms."""
+    first_names = [
+        {label: name.split(",")[0].strip().casefold() for label, name in (n or {}).items()} for n in (one, other)
+    ]
+    return first_names[0] == first_names[1]
 
 
 def build_alignments(options: Options, transformer: nn.Module, latent_statistics: list[list[float]]) -> list[Alignment]:
