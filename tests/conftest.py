@@ -61,6 +61,15 @@ def vae(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small only wait for each other's threads when other tests share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def arguments(data, vae, tmp_path):
     """Builds the command line of a tiny run from options given by name; True stands for a flag alone."""

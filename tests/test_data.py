@@ -30,17 +30,11 @@ SHARDS = (18, 9, 13)
 NUM_ROWS = sum(SHARDS)
 EPOCHS = 3
 WINDOW = 7  # divides neither the rows of an epoch nor those of a shard
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than cores
+]
 NUMBERED = Features({"image": Image(), "label": Value("int64")})  # the label is the number of the row
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only wait for each other's threads when other tests share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def encode(image: PIL.Image.Image, file_format: str = "PNG", **kwargs) -> bytes:

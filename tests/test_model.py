@@ -18,13 +18,7 @@ SIZE = dit.Size(num_layers=3, hidden_size=32, num_attention_heads=2)
 PATCH_SIZE, CHANNELS, SIDE = 2, 4, 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only wait for each other's threads when other tests share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(num_classes=3, size=SIZE) -> DiTTransformer2DModel:

@@ -28,13 +28,7 @@ ID2LABEL = {0: "tench, Tinca tinca", 1: "goldfish", 2: "great white shark, white
 NULL = 1000
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only wait for each other's threads when other tests share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build_transformer(num_embeds=1000, out_channels=4):
