@@ -90,7 +90,8 @@ class VAEREPAPipeline(DiffusionPipeline):
     Args:
         transformer: predicts v from (x_t, 1000 t, class); its null class is number `num_embeds_ada_norm`.
         vae: decodes latents z / scaling_factor + shift_factor to images.
-        scheduler: says by prediction_type "flow_prediction" that the model is a flow; it takes no part in sampling.
+        scheduler: says by prediction_type "flow_prediction", or by use_flow_sigmas, that the model is a flow; it takes
+            no part in sampling.
         id2label: class number (a string once it has been JSON) to comma separated names.
     """
 
@@ -166,7 +167,8 @@ class VAEREPAPipeline(DiffusionPipeline):
                 (arXiv 2404.07724; t is that of the linear path, not the sigma of the paper).
             guidance_channels: guides these first channels only and takes the others as conditioned; 3 is what the original
                 DiT does. By default all.
-            batch_size: images that go through transformer and VAE at once; changes no image. By default all.
+            batch_size: images that go through transformer (twice as many samples where it guides) and VAE at once;
+                changes no image. By default all.
             latents: initial noise, shape (B, C, h, w), instead of a draw from the generator.
             callback_on_step_end: called after each step with this pipeline, the number of the step, the timestep
                 1000 t at which the step began, and a dict of tensors; returns a dict, whose "latents" become the state.
@@ -207,7 +209,7 @@ class VAEREPAPipeline(DiffusionPipeline):
                 latents = (heun_step if sampler == "heun" else euler_step)(velocity, latents, t, t_next)
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                latents = callback_on_step_end(self, step, TIME_SCALE * t, tensors).pop("latents", latents)
+                latents = callback_on_step_end(self, step, TIME_SCALE * t, tensors).pop("latents", latents).to(dtype)
 
         latents = latents.float()
         images = latents if output_type == "latent" else self._decode(latents, output_type, batch_size)
@@ -238,11 +240,13 @@ class VAEREPAPipeline(DiffusionPipeline):
         shift_factor = getattr(self.vae.config, "shift_factor", None)
         if shift_factor is not None:
             latents = latents + shift_factor
+        # pictures become arrays in the host's memory anyway, which holds more of them
+        device = latents.device if output_type == "pt" else torch.device("cpu")
         # in the VAE's own dtype even when the caller autocasts: a VAE in half precision can give NaN
         with torch.autocast(latents.device.type, enabled=False):
             parts = latents.to(self.vae.dtype).split(batch_size)
-            images = torch.cat([self.vae.decode(part).sample for part in parts])
-        return VaeImageProcessor().postprocess(images.float(), output_type)
+            images = torch.cat([self.vae.decode(part).sample.to(device, torch.float32) for part in parts])
+        return VaeImageProcessor().postprocess(images, output_type)
 
     def _label_id(self, label: int | str) -> int:
         if not isinstance(label, str):
@@ -264,10 +268,10 @@ class VAEREPAPipeline(DiffusionPipeline):
     def _check_sampler(self, sampler, guidance_interval, guidance_channels, batch_size) -> None:
         """Refuses a sampler, or a way of guiding, that does not exist, and models that are no flow."""
         prediction_type = self.scheduler.config.get("prediction_type")
-        if prediction_type != "flow_prediction":
+        if prediction_type != "flow_prediction" and not self.scheduler.config.get("use_flow_sigmas"):
             raise ValueError(
-                f"this pipeline samples flow models only: the scheduler's prediction_type is {prediction_type}, not "
-                "flow_prediction. For an epsilon model use the stock DiTPipeline."
+                f"the scheduler's prediction_type is {prediction_type}, and this pipeline samples flow models "
+                "(flow_prediction) only: load this model with the stock DiTPipeline, whose scheduler samples it."
             )
         if sampler not in DEFAULT_STEPS:
             raise ValueError(f"sampler must be one of {', '.join(DEFAULT_STEPS)}, got {sampler}.")
