@@ -25,7 +25,6 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
     broadcast_object_list,
-    send_to_device,
 )
 from torch import nn
 from tqdm.auto import tqdm
@@ -45,29 +44,19 @@ from vaerepa import (
 )
 from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext
 from vaerepa.components import build_alignments, build_transformer, open_components
-from vaerepa.data import (
-    Batches,
-    DataError,
-    Preprocessing,
-    Source,
-    Sources,
-    TrainingDraws,
-    ValidationDraws,
-    build_loader,
-)
+from vaerepa.data import DataError, Feed, Sources, TrainingDraws, ValidationDraws
 from vaerepa.ema import EMA, share_of_start
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import held_out_loss
 from vaerepa.families import dit
 from vaerepa.logs import MetricsFile, Window, plot_curves
 from vaerepa.options import Options, as_plain, changed_options, parse_options, write_config
+from vaerepa.precompute import precompute_latents
 from vaerepa.stopping import StopRequest, command_to_go_on
 
 logger = get_logger(__name__)
 
 NUM_MEASURED_LATENTS = 64
-MAX_NAMED_IMAGES = 5
-MIN_BAD_IMAGES = 10  # fewer say nothing about the data
 PIPELINE_FILE = Path(__file__).with_name("pipeline_vaerepa.py")
 CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -85,7 +74,7 @@ class Run:
     output_dir: Path
     sources: Sources
     vae: nn.Module
-    latent_shape: tuple[int, int, int]
+    feed: Feed
     objective: objectives.Objective
     transformer: nn.Module
     ema: EMA | None
@@ -99,7 +88,6 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     learning_rate: Callable[[int], float] | None = None
     skipped_in_a_row: torch.Tensor | None = None  # steps, counted on the device
-    num_skipped_images: int = 0  # by this process, since it started
     num_skipped_before: int = 0  # by all, before the restart
     validated_step: int | None = None
     stop_reason: str | None = None
@@ -113,7 +101,7 @@ class Run:
         options = self.options
         return TrainingDraws(
             options.seed,
-            self.latent_shape,
+            self.feed.latent_shape,
             options.label_dropout,
             options.timestep_sampling,
             options.logit_mean,
@@ -151,6 +139,9 @@ def train(options: Options) -> None:
     options = checks.resolve_batch_sizes(options, accelerator.num_processes)
     if options.dry_run:
         on_main_process(accelerator, lambda: print(dry_run.describe(options)))
+        return
+    if options.precompute_latents_only:
+        precompute_latents(options, accelerator)
         return
     output_dir = Path(options.output_dir)
     with checks.locked_output_dir(output_dir) if accelerator.is_main_process else nullcontext():
@@ -212,7 +203,7 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         output_dir=Path(options.output_dir),
         sources=components.sources,
         vae=vae,
-        latent_shape=dit.latent_shape(transformer),
+        feed=Feed(options, accelerator, vae, components.sources.train, dit.latent_shape(transformer)),
         objective=components.objective,
         transformer=transformer,
         ema=EMA(transformer, options.ema_decay, options.offload_ema) if options.use_ema else None,
@@ -220,11 +211,14 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         step=position["step"],
         metrics=MetricsFile(Path(options.output_dir, "metrics.jsonl")),
     )
-    run.latent_statistics = position.get("latent_statistics") or measure_latents(run)
+    if "latent_statistics" in position:
+        run.latent_statistics, run.feed.encode_in_bf16 = position["latent_statistics"], position["encode_in_bf16"]
+    else:
+        measure_latents(run)
     alignments = build_alignments(options, transformer, run.latent_statistics)
     run.alignments = [alignment for alignment in alignments if alignment.is_active(run.step)]
     width = dit.inner_width(transformer)
-    channels = run.latent_shape[0]
+    channels = run.feed.latent_shape[0]
     heads = {a.name: a.method.build_head(width, channels, options.seed) for a in run.alignments}
     block_of = {a.name: a.block for a in run.alignments}
     run.model = AlignedTransformer(transformer, dit.blocks(transformer), heads, block_of).to(accelerator.device)
@@ -232,11 +226,12 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     return run
 
 
-def measure_latents(run: Run) -> list[list[float]]:
+def measure_latents(run: Run) -> None:
     """Mean and standard deviation per channel over the first images; a warning when they are far from unit scale."""
     options, count = run.options, min(NUM_MEASURED_LATENTS, len(run.sources.train))
-    batches = build_batches(run, run.sources.train, run.training_draws, min(count, 16), 0, count, share=False)
-    samples = torch.cat([encode(run, send_to_device(batch, run.accelerator.device)) for batch in batches])
+    run.feed.choose_precision(run.training_draws)
+    batches = run.feed.read(run.sources.train, run.training_draws, min(count, 16), 0, count, share=False)
+    samples = torch.cat([batch["latents"] for batch in batches])
     mean, std = latents.statistics(samples)
     logger.info(
         f"latents of the first {count} images: mean {samples.mean():.3f}, standard deviation {samples.std():.3f}"
@@ -246,28 +241,7 @@ def measure_latents(run: Run) -> list[list[float]]:
             f"the latents' standard deviation {samples.std():.3f} is far from 1: the alignment loss may swamp the denoising "
             "loss, or vanish beside it. --alignment_normalize normalises its target per channel."
         )
-    return on_main_process(run.accelerator, lambda: [mean.tolist(), std.tolist()])
-
-
-def build_batches(
-    run: Run, source: Source, draws: Callable, batch_size: int, first: int, last: int, share: bool = True
-) -> Batches:
-    """Batches of the samples `first` to `last`; with `share` this process's part of them."""
-    options, held_out = run.options, isinstance(draws, ValidationDraws)
-    return Batches(
-        source,
-        Preprocessing(
-            options.resolution, options.center_crop or held_out, options.random_flip and not held_out, options.seed
-        ),
-        draws,
-        batch_size,
-        first,
-        last,
-        window=options.shuffle_buffer_size,
-        seed=0 if held_out else options.seed,
-        process=run.accelerator.process_index if share else 0,
-        num_processes=run.accelerator.num_processes if share else 1,
-    )
+    run.latent_statistics = on_main_process(run.accelerator, lambda: [mean.tolist(), std.tolist()])
 
 
 def prepare(run: Run) -> None:
@@ -350,7 +324,9 @@ def loop(run: Run) -> None:
     progress = tqdm(
         total=run.max_train_steps, initial=run.step, desc="steps", disable=not accelerator.is_local_main_process
     )
-    batches = stopwatch.waiting_for(training_batches(run))
+    batch_size = options.global_batch_size
+    first, last = run.step * batch_size, run.max_train_steps * batch_size
+    batches = stopwatch.waiting_for(run.feed.training_batches(run.training_draws, first, last))
     profiling = speed.profiling(options, accelerator.is_main_process)
     with profiling as profile_step, StopRequest(accelerator.num_processes) as stop:
         while run.step < run.max_train_steps:
@@ -378,26 +354,6 @@ def loop(run: Run) -> None:
             if logs_now:
                 stopwatch.restart()
     progress.close()
-
-
-def training_batches(run: Run) -> Iterator[dict]:
-    """This process's micro-batches, on its device, from the first sample that was not yet seen."""
-    options = run.options
-    batches = build_batches(
-        run,
-        run.sources.train,
-        run.training_draws,
-        options.train_batch_size,
-        first=run.step * options.global_batch_size,
-        last=run.max_train_steps * options.global_batch_size,
-    )
-    on_gpu = run.accelerator.device.type == "cuda"
-    for batch in build_loader(batches, options.dataloader_num_workers, pin_memory=on_gpu):
-        for line in batch["skipped"]:
-            run.num_skipped_images += 1
-            if run.num_skipped_images <= MAX_NAMED_IMAGES:
-                logger.warning(f"skipped an image that cannot be read: {line}", main_process_only=False)
-        yield send_to_device(batch, run.accelerator.device, non_blocking=on_gpu)
 
 
 def train_step(run: Run, batches: Iterator[dict], measure_gradients: bool) -> None:
@@ -442,7 +398,7 @@ def compute_losses(run: Run, batch: dict) -> dict[str, torch.Tensor]:
 def corrupt(run: Run, batch: dict) -> tuple:
     """Clean latents, noise, t, noisy latents x_t, target, and what the transformer is told beside x_t."""
     draws = batch["draws"]
-    clean = encode(run, batch)
+    clean = batch["latents"]
     noise, t = draws["noise"].to(clean.dtype), draws["t"].to(clean.dtype)
     noisy, target = run.objective.corrupt(clean, noise, t)
     timesteps = run.objective.timesteps(t)
@@ -454,10 +410,6 @@ def corrupt(run: Run, batch: dict) -> tuple:
         target,
         dit.model_inputs(run.transformer, timesteps, batch["condition"], draws["drop"]),
     )
-
-
-def encode(run: Run, batch: dict) -> torch.Tensor:
-    return latents.encode(run.vae, batch["pixel_values"], batch["draws"]["posterior"])
 
 
 def skip_nonfinite_step(run: Run, gradient_norm: torch.Tensor) -> None:
@@ -506,13 +458,13 @@ def flops_per_image(run: Run) -> int:
     device = run.accelerator.device
     t, label, drop = torch.zeros(3, 1, device=device).unbind()
     inputs = dit.model_inputs(run.transformer, t, label.long(), drop.bool())
-    noise = torch.zeros(1, *run.latent_shape, device=device)
+    noise = torch.zeros(1, *run.feed.latent_shape, device=device)
     return throughput.forward_flops(lambda: run.aligned_transformer(noise, **inputs))
 
 
 def count_skipped_images(run: Run) -> int:
     """Images that could not be read so far, over all processes; every process must call it."""
-    counts = torch.tensor(run.num_skipped_images, device=run.accelerator.device)
+    counts = torch.tensor(run.feed.num_skipped, device=run.accelerator.device)
     return run.num_skipped_before + int(run.accelerator.reduce(counts, reduction="sum"))
 
 
@@ -523,7 +475,7 @@ def check_skipped_images(run: Run) -> None:
         TrainingError: they are.
     """
     count, seen = count_skipped_images(run), run.step * run.options.global_batch_size
-    if count >= MIN_BAD_IMAGES and count > run.options.max_bad_fraction * seen:
+    if count >= checks.MIN_BAD_IMAGES and count > run.options.max_bad_fraction * seen:
         raise TrainingError(
             f"{count} of {seen} images could not be read, more than --max_bad_fraction {run.options.max_bad_fraction}; the log "
             "names the first. Mend the data, or raise it."
@@ -585,9 +537,7 @@ def draw_samples(run: Run) -> None:
 def validation_batches(run: Run) -> Iterator[dict]:
     options, source = run.options, run.sources.validation
     count = min(options.num_validation_samples, len(source))
-    batches = build_batches(run, source, ValidationDraws(run.latent_shape), options.train_batch_size, 0, count)
-    for batch in build_loader(batches, options.dataloader_num_workers, pin_memory=False):
-        yield send_to_device(batch, run.accelerator.device)
+    return run.feed.read(source, ValidationDraws(run.feed.latent_shape), options.train_batch_size, 0, count)
 
 
 def validation_losses(run: Run, transformer: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -610,10 +560,12 @@ def save(run: Run, must_succeed: bool) -> None:
         CheckpointError: it cannot be written, and `must_succeed` or --checkpoint_failure stop says that it must.
     """
     accelerator, aligned = run.accelerator, run.aligned_transformer
+    run.feed.flush()
     names = {parameter: name for name, parameter in aligned.named_parameters()}
     position = {
         "options": as_plain(run.options),
         "latent_statistics": run.latent_statistics,
+        "encode_in_bf16": run.feed.encode_in_bf16,
         "window": run.window.reduce(accelerator),
         "skipped_in_a_row": run.skipped_in_a_row.item(),
         "skipped_images": count_skipped_images(run),

@@ -29,7 +29,7 @@ def fit_classifier() -> tuple[SVC, float]:
 
 def read_digits(source) -> tuple[np.ndarray, np.ndarray]:
     """Values (N, 64) in [0, 16] and labels (N,) of a split."""
-    rows = [row for block in range(source.num_blocks) for row in source.read_block(block)]
+    rows = [row for block in range(len(source.block_sizes)) for row in source.read_block(block)]
     return to_values([decode_image(row.image["bytes"]) for row in rows]), np.array([row.label for row in rows])
 
 

@@ -6,7 +6,6 @@ What stands after `--` goes to train_vaerepa.py. Runs that are finished are not 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
@@ -15,40 +14,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
-import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file, save_file
 
 import train_vaerepa
-from vaerepa import latents
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 METHODS = ("none", "vae")
-
-
-def memoize_encoder(path: Path) -> None:
-    """Encodes each image once for all runs; exact only for a VAE without a posterior, with a centre crop and no flip."""
-    known = load_file(path) if path.exists() else {}
-    encode = latents.encode
-
-    def encode_once(vae, pixel_values: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
-        keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in pixel_values]
-        missing = [index for index, key in enumerate(keys) if key not in known]
-        if missing:
-            known.update(
-                zip(
-                    [keys[i] for i in missing],
-                    encode(vae, pixel_values[missing], posterior_noise[missing]),
-                    strict=True,
-                )
-            )
-            if len(known) % 64 < len(missing):
-                save_file({key: value.contiguous() for key, value in known.items()}, path)
-        return torch.stack([known[key] for key in keys])
-
-    latents.encode = encode_once
 
 
 def run(method: str, seed: int, output_dir: Path, arguments: list[str]) -> dict[int, float]:
@@ -67,12 +40,9 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="Names the table, the plot and the folders of the runs.")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--memoize_encoder", action="store_true", help=memoize_encoder.__doc__)
     parser.add_argument("arguments", nargs="*", help="Options of train_vaerepa.py, after `--`.")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    if args.memoize_encoder:
-        memoize_encoder(args.output_dir / f"{args.name}-latents.safetensors")
 
     losses = {
         method: [

@@ -84,6 +84,7 @@ def arguments(data, vae, tmp_path):
             "hidden_size": 32,
             "num_attention_heads": 2,
             "patch_size": 2,
+            "num_streams": 4,
             "shuffle_buffer_size": 16,
             "global_batch_size": 8,
             "max_train_steps": 4,

@@ -20,16 +20,17 @@ from vaerepa.data import (
     Preprocessing,
     TrainingDraws,
     ValidationDraws,
-    build_loader,
     open_sources,
+    read_batches,
 )
 from vaerepa.errors import OptionError
 
 RESOLUTION = 16
-SHARDS = (18, 9, 13)
+SHARDS = (18, 9, 13, 1, 30, 4, 25)
 NUM_ROWS = sum(SHARDS)
 EPOCHS = 3
-WINDOW = 7  # divides neither the rows of an epoch nor those of a shard
+STREAMS = 12
+BUFFER = 37  # three rows of each stream
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than cores
@@ -67,7 +68,7 @@ def write_split(folder: Path, columns: dict, split: str = "train", features=NUMB
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory) -> Path:
-    """Forty numbered pictures in three parquet files of unequal size, each of several row groups."""
+    """A hundred numbered pictures in seven parquet files of unequal size, most of several row groups."""
     return write_split(tmp_path_factory.mktemp("numbered"), rows(range(NUM_ROWS)), shards=SHARDS, batch_size=5)
 
 
@@ -76,17 +77,20 @@ def source(numbered):
     return open_sources(str(numbered)).train
 
 
+STREAMED = {"num_streams": STREAMS, "buffer_size": BUFFER, "seed": 0}
+
+
 def batches_of(source, first=0, last=NUM_ROWS, batch_size=5, preprocessing=None, draws=None, **kwargs) -> Batches:
     preprocessing = preprocessing or Preprocessing(RESOLUTION, center_crop=False, random_flip=True)
     draws = draws or TrainingDraws(0, (4, 2, 2), 0.5)
-    return Batches(source, preprocessing, draws, batch_size, first, last, **{"window": WINDOW, "seed": 0, **kwargs})
+    return Batches(source, preprocessing, draws, batch_size, first, last, **STREAMED | kwargs)
 
 
 def samples_of(batches, num_workers=0) -> dict[int, dict]:
     """What a loader gives, by ordinal."""
     samples = {}
-    for batch in build_loader(batches, num_workers, pin_memory=False):
-        for i, ordinal in enumerate(batch["ordinal"].tolist()):
+    for batch in read_batches(batches, num_workers):
+        for i, ordinal in enumerate(batch["ordinal"]):
             assert ordinal not in samples
             draws = {f"draws/{name}": values[i] for name, values in batch["draws"].items()}
             samples[ordinal] = {name: batch[name][i] for name in ("pixel_values", "condition")} | draws
@@ -94,7 +98,7 @@ def samples_of(batches, num_workers=0) -> dict[int, dict]:
 
 
 def conditions_of(batches) -> list[int]:
-    return [label for batch in batches for label in batch["condition"].tolist()]
+    return [label for batch in read_batches(batches, 0) for label in batch["condition"].tolist()]
 
 
 def assert_same_samples(first: dict[int, dict], second: dict[int, dict]) -> None:
@@ -139,17 +143,36 @@ def test_pixels_belong_to_their_label(source):
 
 
 def test_a_stream_from_any_ordinal_is_the_tail_of_the_whole(source, three_epochs):
-    for first in range(EPOCHS * NUM_ROWS - 2):
+    for first in range(0, EPOCHS * NUM_ROWS - 2, 7):
         last = min(first + 9, EPOCHS * NUM_ROWS)
         tail = {ordinal: three_epochs[ordinal] for ordinal in range(first, last)}
         assert_same_samples(samples_of(batches_of(source, first, last)), tail)
 
 
-@pytest.mark.parametrize("window", [1, 7, 40, 1000])
-def test_every_row_comes_once_per_epoch_whatever_the_window(source, window):
-    labels = conditions_of(batches_of(source, last=2 * NUM_ROWS, window=window))
+@pytest.mark.parametrize("num_streams", [1, 5, 16, 1000])
+@pytest.mark.parametrize("buffer_size", [1, 37, 1000])
+def test_every_row_comes_once_per_epoch_whatever_the_streams(source, num_streams, buffer_size):
+    labels = conditions_of(batches_of(source, last=2 * NUM_ROWS, num_streams=num_streams, buffer_size=buffer_size))
     assert sorted(labels[:NUM_ROWS]) == sorted(labels[NUM_ROWS:]) == list(range(NUM_ROWS))
     assert labels[:NUM_ROWS] != labels[NUM_ROWS:]
+
+
+def test_each_process_reads_its_own_streams_alone(numbered):
+    """Of four processes and twelve streams each reads a quarter of the rows, and no more than a row of each stream beyond."""
+    for process in range(4):
+        source, read = open_sources(str(numbered)).train, []
+        read_storage = source.storage.read
+
+        def spy(block, start, read_storage=read_storage, read=read):
+            for row in read_storage(block, start):
+                read.append(row.index)
+                yield row
+
+        source.storage.read = spy
+        wanted = conditions_of(batches_of(source, last=96, batch_size=3, process=process, num_processes=4))
+        assert len(wanted) == 24
+        assert set(wanted) <= set(read)
+        assert len(read) <= NUM_ROWS / 4 + 3
 
 
 def test_rows_come_once_when_blocks_hold_several_shards(numbered, monkeypatch):
@@ -176,11 +199,11 @@ def test_the_order_does_not_depend_on_the_draws(source, three_epochs):
     assert conditions_of(other_draws) == [int(three_epochs[i]["condition"]) for i in range(NUM_ROWS)]
 
 
-def test_the_last_batch_may_be_smaller_or_empty(source):
+def test_the_last_batch_may_be_smaller(source):
     parts = [
         samples_of(batches_of(source, last=11, batch_size=4, process=process, num_processes=2)) for process in (0, 1)
     ]
-    assert [sorted(part) for part in parts] == [[0, 1, 2, 3, 8, 9, 10], [4, 5, 6, 7]]
+    assert [sorted(part) for part in parts] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9]]
 
 
 # ---- splits
@@ -266,7 +289,7 @@ def gradient(width=48, height=RESOLUTION) -> PIL.Image.Image:
 
 def preprocess(image: PIL.Image.Image | bytes, ordinal=0, **kwargs) -> torch.Tensor:
     encoded = image if isinstance(image, bytes) else encode(image)
-    row = vaerepa.data.source.Row(0, {"bytes": encoded, "path": None}, 0)
+    row = vaerepa.data.source.Row(0, 0, {"bytes": encoded, "path": None})
     return Preprocessing(**{"resolution": RESOLUTION, **kwargs})(row, ordinal)
 
 
@@ -439,10 +462,11 @@ def test_an_image_that_cannot_be_read_is_skipped_and_named(tmp_path, name):
     batch = next(iter(batches_of(source, last=8, batch_size=8)))
     assert 5 not in batch["condition"].tolist()
     assert len(batch["skipped"]) == 1
-    assert batch["skipped"][0].startswith("row 5 (embedded image): ")
+    assert batch["skipped"][0][0] == 5
+    assert batch["skipped"][0][1].startswith("row 5 (embedded image): ")
 
 
-def test_the_next_of_the_window_stands_in_and_all_processes_agree(tmp_path, source):
+def test_the_next_of_the_stream_stands_in_and_all_processes_agree(tmp_path, source):
     bad = {3: BAD_IMAGES["truncated jpeg"], 7: BAD_IMAGES["text"], 8: BAD_IMAGES["nothing"], 30: BAD_IMAGES["text"]}
     folder = write_split(tmp_path, rows(range(NUM_ROWS), bad), shards=SHARDS, batch_size=5)
     damaged = open_sources(str(folder)).train
@@ -450,22 +474,59 @@ def test_the_next_of_the_window_stands_in_and_all_processes_agree(tmp_path, sour
     expected, lost = [], []
     for ordinal in range(last):
         epoch, place = divmod(ordinal, NUM_ROWS)
-        start = epoch * NUM_ROWS + place // WINDOW * WINDOW
-        window = order[start : min(start + WINDOW, (epoch + 1) * NUM_ROWS)]
-        turned = window[ordinal - start :] + window[: ordinal - start]
+        stream = order[epoch * NUM_ROWS : (epoch + 1) * NUM_ROWS][place % STREAMS :: STREAMS]
+        turned = stream[place // STREAMS :] + stream[: place // STREAMS]
         good = next(i for i, label in enumerate(turned) if label not in bad)
         expected.append(turned[good])
-        lost += turned[:good]
+        lost += turned[:1] if good else []
     whole = batches_of(damaged, last=last)
     assert conditions_of(whole) == expected
-    skipped = [line for batch in whole for line in batch["skipped"]]
-    assert [int(line.split()[1]) for line in skipped] == lost
+    assert [index for batch in read_batches(whole, 0) for index, _ in batch["skipped"]] == lost
     for num_workers in (0, 2):
         parts = [
             samples_of(batches_of(damaged, last=last, process=process, num_processes=2), num_workers)
             for process in (0, 1)
         ]
         assert_same_samples(samples_of(whole), parts[0] | parts[1])
+
+
+def test_a_row_of_another_stream_stands_in_where_its_own_has_no_other(tmp_path):
+    source = open_sources(str(write_split(tmp_path, rows(range(3), {1: b"no image"})))).train
+    seen = conditions_of(batches_of(source, last=3, num_streams=3))
+    assert len(seen) == 3
+    assert set(seen) == {0, 2}
+
+
+def test_ten_thousand_images_of_which_three_hundred_are_damaged(tmp_path):
+    """Each of the ten ways is counted, and no other image is missed."""
+    png = encode(picture(0))
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 0xFF
+    damages = [
+        *BAD_IMAGES.values(),
+        bytes(flipped),
+        b"\0" * 512,
+        encode(picture(0), "WEBP")[:200],
+        encode(picture(0), "GIF")[:300],
+    ]
+    assert len(damages) == 10
+    good = [encode(picture(i, (16, 16))) for i in range(50)]
+    damaged = set(np.random.default_rng(0).permutation(10_000)[:300].tolist())
+    kinds = dict(zip(sorted(damaged), damages * 30, strict=True))
+    images = [kinds[i] if i in kinds else good[i % 50] for i in range(10_000)]
+    columns = {
+        "image": [None if content is None else {"bytes": content, "path": None} for content in images],
+        "label": list(range(10_000)),
+    }
+    source = open_sources(str(write_split(tmp_path, columns, shards=[2000, 5000, 3000]))).train
+    batches = batches_of(source, last=10_000, batch_size=100, num_streams=4, buffer_size=400)
+    seen, skipped = [], []
+    for batch in read_batches(batches, 2):
+        seen += batch["condition"].tolist()
+        skipped += [index for index, _ in batch["skipped"]]
+    assert sorted(skipped) == sorted(damaged)
+    assert len(seen) == 10_000
+    assert set(seen) == set(range(10_000)) - damaged
 
 
 def test_a_sample_with_a_stand_in_keeps_its_draws(tmp_path, three_epochs):
@@ -478,16 +539,15 @@ def test_a_sample_with_a_stand_in_keeps_its_draws(tmp_path, three_epochs):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_window_without_an_image_is_an_error(tmp_path, num_workers):
+def test_a_stream_without_an_image_is_an_error(tmp_path, num_workers):
     folder = write_split(tmp_path, rows(range(9), dict.fromkeys(range(9), b"no image")))
-    loader = build_loader(batches_of(open_sources(str(folder)).train, last=9), num_workers, pin_memory=False)
-    message = "no error"
+    batches, message = batches_of(open_sources(str(folder)).train, last=9), "no error"
     try:
-        list(loader)
+        list(read_batches(batches, num_workers))
     except DataError as error:
         message = str(error)
         error.with_traceback(None)  # it would hold the loader's worker, which takes seconds to stop as garbage
-    assert re.search(r"none of \d+ images in a row can be decoded; the last: row \d", message)
+    assert re.search(r"none of 9 images in a row can be decoded; the first: row \d", message)
 
 
 # ---- image folders
@@ -514,13 +574,13 @@ def test_an_image_folder_takes_its_classes_from_folder_names(image_folder):
 
 def test_images_of_a_folder_stay_on_disk_until_they_are_needed(image_folder):
     sources = open_sources(str(image_folder))
-    images = [row.image for block in range(sources.train.num_blocks) for row in sources.train.read_block(block)]
+    images = [row.image for block in range(len(sources.train.block_sizes)) for row in sources.train.read_block(block)]
     assert all(image["bytes"] is None and Path(image["path"]).is_file() for image in images)
     missing = image_folder / "cat" / "20.png"
     missing.unlink()
     batch = next(iter(batches_of(sources.train, last=7, batch_size=7)))
     assert len(batch["skipped"]) == 1
-    assert str(missing) in batch["skipped"][0]
+    assert str(missing) in batch["skipped"][0][1]
 
 
 def test_an_image_folder_with_splits(image_folder):
@@ -594,7 +654,7 @@ def test_held_out_labels_must_be_known(tmp_path):
         ({"validation_split": "0"}, "--validation_split 0: a fraction must lie between 0 and 1"),
         ({"validation_split": "0.00001"}, "--validation_split 1e-05 holds out 0 of 4 images"),
         ({"validation_split": "0.99999"}, "--validation_split 0.99999 holds out 4 of 4 images"),
-        ({"config_name": "large"}, "--dataset_name .* cannot be opened: .*large"),
+        ({"config_name": "large"}, "the data set .* cannot be opened: .*large"),
     ],
 )
 def test_what_the_data_set_does_not_have_is_refused_by_name(tmp_path, options, words):
@@ -616,12 +676,12 @@ def test_an_empty_split_is_refused(tmp_path, empty):
 def test_a_folder_without_data_is_refused(tmp_path):
     for name in ("missing", "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(OptionError, match=rf"--dataset_name .*{name} cannot be opened"):
+        with pytest.raises(OptionError, match=rf"the data set .*{name} cannot be opened"):
             open_sources(str(tmp_path / name))
 
 
 def test_an_image_folder_without_classes_is_refused(tmp_path):
     for red in (10, 20):
         solid("RGB", (red, 0, 0)).save(tmp_path / f"{red}.png")
-    with pytest.raises(OptionError, match="--label_column label: the data set has the columns image"):
+    with pytest.raises(OptionError, match=r"--label_column is missing: none of the data set's columns \(image\)"):
         open_sources(str(tmp_path))

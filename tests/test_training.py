@@ -21,7 +21,7 @@ def test_the_first_step_computes_the_papers_loss(train, data, vae):
     run = train(max_train_steps=1, seed=3)
     logged = read_metrics(run, "train/loss", "train/denoising_loss", "train/alignment_loss_vae")[0]
     source = open_sources(str(data)).train
-    batch = next(iter(Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 16, 3)))
+    batch = next(iter(Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
     draws, t = batch["draws"], batch["draws"]["t"].float().view(-1, 1, 1, 1)
     transformer = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
     dit.initialize(transformer, 3)
@@ -83,13 +83,13 @@ def test_a_restart_after_alignment_stopped_is_exact(train, tmp_path):
 
 
 def test_a_step_with_nan_is_skipped(train, monkeypatch):
-    encode, calls = latents.encode, []
+    draw, calls = latents.draw, []
 
     def sometimes_nan(*args):
         calls.append(0)
-        return encode(*args) * (float("nan") if len(calls) == 5 else 1.0)  # three calls measure, so the second step
+        return draw(*args) * (float("nan") if len(calls) == 5 else 1.0)  # three calls measure, so the second step
 
-    monkeypatch.setattr(latents, "encode", sometimes_nan)
+    monkeypatch.setattr(latents, "draw", sometimes_nan)
     run = train(max_train_steps=4, checkpointing_steps=1, num_validation_samples=0)
     weights = [load_file(run / f"checkpoint-{step}/state/transformer.safetensors") for step in (1, 2, 3, 4)]
     same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(weights)]
@@ -99,13 +99,13 @@ def test_a_step_with_nan_is_skipped(train, monkeypatch):
 
 
 def test_many_bad_steps_in_a_row_stop_the_run(train, monkeypatch, capfd):
-    encode, calls = latents.encode, []
+    draw, calls = latents.draw, []
 
     def nan_from_the_fifth(*args):
         calls.append(0)
-        return encode(*args) * (float("nan") if len(calls) > 5 else 1.0)
+        return draw(*args) * (float("nan") if len(calls) > 5 else 1.0)
 
-    monkeypatch.setattr(latents, "encode", nan_from_the_fifth)
+    monkeypatch.setattr(latents, "draw", nan_from_the_fifth)
     run = train(code=1, max_train_steps=50, max_skipped_steps=3, checkpointing_steps=2)
     assert "the gradients were not finite in the last 3 steps" in capfd.readouterr().err
     newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

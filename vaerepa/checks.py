@@ -25,6 +25,8 @@ POSITIVE = (
     "patch_size",
     "resolution",
     "shuffle_buffer_size",
+    "num_streams",
+    "max_train_samples",
     "alignment_block",
     "alignment_beta",
     "alignment_layers",
@@ -56,6 +58,7 @@ NOT_NEGATIVE = (
     "num_validation_samples",
     "validation_guidance_scale",
 )
+MIN_BAD_IMAGES = 10  # fewer say nothing about the data
 CUSTOM_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "patch_size")
 
 
@@ -89,12 +92,31 @@ def check_options(options: Options) -> None:
         )
     if options.report_to != "none":
         check_tracker(options.report_to)
-    if options.dataset_name is None:
-        raise OptionError("--dataset_name is missing: give a data set's Hub id, or a local folder in the Hub's layout.")
+    check_data(options)
     if options.pretrained_model_name_or_path is None:
         transformer_size(options)
     elif given_size := [name for name in CUSTOM_SIZE if getattr(options, name) is not None]:
         raise OptionError(f"--{given_size[0]} goes with training from scratch; a pretrained transformer has its own.")
+
+
+def check_data(options: Options) -> None:
+    """Checks the options of the data against each other.
+
+    Raises:
+        OptionError: none, two, or no such local data set; a cache where there can be none.
+    """
+    if options.dataset_name is None and options.train_data_dir is None:
+        raise OptionError(
+            "--dataset_name is missing: give a data set's Hub id, or a local folder in the Hub's layout; or --train_data_dir."
+        )
+    if options.dataset_name is not None and options.train_data_dir is not None:
+        raise OptionError("--dataset_name and --train_data_dir name two data sets; give one of them.")
+    if options.train_data_dir is not None and not Path(options.train_data_dir).exists():
+        raise OptionError(f"--train_data_dir {options.train_data_dir}: there is no such folder or file.")
+    if options.latents_cache is not None and not options.center_crop:
+        raise OptionError("--latents_cache needs --center_crop: a random crop is another image in every epoch.")
+    if options.precompute_latents_only and options.latents_cache is None:
+        raise OptionError("--precompute_latents_only needs --latents_cache, the folder to fill.")
 
 
 def check_tracker(name: str) -> None:
@@ -235,13 +257,13 @@ def locked_output_dir(output_dir: Path) -> Iterator[None]:
         yield
 
 
-def check_shared(output_dir: Path, accelerator: Accelerator) -> None:
-    """Checks that all nodes see the same output folder; every process must call it.
+def check_shared(folder: Path, accelerator: Accelerator) -> None:
+    """Checks that all nodes see the same folder; every process must call it.
 
     Raises:
         OptionError: some do not.
     """
-    mark = output_dir / f".seen-by-{broadcast_object_list([os.getpid()])[0]}"
+    mark = folder / f".seen-by-{broadcast_object_list([os.getpid()])[0]}"
     if accelerator.is_main_process:
         mark.touch()
     accelerator.wait_for_everyone()
@@ -250,7 +272,7 @@ def check_shared(output_dir: Path, accelerator: Accelerator) -> None:
         mark.unlink()
     if not seen.all():
         raise OptionError(
-            f"--output_dir {output_dir} is not the same folder for all processes ({int(seen.sum())} of {len(seen)} see what "
+            f"{folder} is not the same folder for all processes ({int(seen.sum())} of {len(seen)} see what "
             "the first writes); choose one on a file system that all nodes share."
         )
 

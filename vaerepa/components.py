@@ -34,25 +34,57 @@ def open_components(options: Options) -> Components:
     Raises:
         OptionError: one of them is not there, or does not fit the options.
     """
-    pretrained, where = None, {"revision": options.revision, "variant": options.variant, "cache_dir": options.cache_dir}
+    pretrained = None
     if options.pretrained_model_name_or_path:
-        pretrained = dit.load_pipeline(options.pretrained_model_name_or_path, **where)
-    vae = load_vae(options, where)
-    sources = open_sources(
-        options.dataset_name,
-        options.image_column,
-        options.label_column,
-        options.train_split,
-        options.validation_split,
-        options.dataset_config_name,
-        options.cache_dir,
-    )
+        pretrained = dit.load_pipeline(options.pretrained_model_name_or_path, **hub_location(options))
+    vae, sources = open_vae_and_data(options)
     return Components(vae, sources, build_objective(options, pretrained, len(sources.id2label)), pretrained)
 
 
-def load_vae(options: Options, where: dict[str, str | None]) -> nn.Module:
+def open_vae_and_data(options: Options) -> tuple[nn.Module, Sources]:
+    """What latents are made from.
+
+    Raises:
+        OptionError: one of them is not there, or does not fit the options.
+    """
+    return load_vae(options), open_data(options)
+
+
+def hub_location(options: Options) -> dict[str, str | None]:
+    """Where --revision and its like point."""
+    return {"revision": options.revision, "variant": options.variant, "cache_dir": options.cache_dir}
+
+
+def open_data(options: Options) -> Sources:
+    """The data that are asked for.
+
+    Raises:
+        OptionError: they are not there, or the options ask of them what they do not have.
+    """
+    sources = open_sources(
+        options.train_data_dir or options.dataset_name,
+        options.train_split,
+        options.validation_split,
+        options.image_column,
+        options.label_column,
+        options.caption_column,
+        options.dataset_config_name,
+        options.dataset_revision,
+        options.cache_dir,
+        options.max_train_samples,
+        options.seed,
+    )
+    if sources.train.holds_latents and options.random_flip:
+        raise OptionError("--random_flip: the data set holds latents, which cannot be flipped; leave it off.")
+    if sources.train.holds_latents and options.latents_cache:
+        raise OptionError("--latents_cache: the data set holds latents already; leave it off.")
+    return sources
+
+
+def load_vae(options: Options) -> nn.Module:
     """The VAE that is asked for, the fine-tuned pipeline's own, or the paper's."""
     name = options.pretrained_vae_model_name_or_path or options.pretrained_model_name_or_path or DEFAULT_VAE
+    where = hub_location(options)
     if options.pretrained_vae_model_name_or_path and options.pretrained_model_name_or_path:
         where = {"cache_dir": options.cache_dir}  # revision and variant are the pipeline's
     return latents.load_vae(name, **where)

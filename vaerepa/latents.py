@@ -28,7 +28,7 @@ def load_vae(
     vae = CLASSES[kind].from_pretrained(
         name_or_path, subfolder=subfolder, variant=variant, torch_dtype=torch.get_default_dtype(), **where
     )
-    if _has_posterior(vae) and any(config.get(key) for key in ("shift_factor", "latents_mean", "latents_std")):
+    if has_posterior(vae) and any(config.get(key) for key in ("shift_factor", "latents_mean", "latents_std")):
         vae = fold_normalization(vae)
     return vae.eval().requires_grad_(False)
 
@@ -75,27 +75,57 @@ def latent_channels(vae: ModelMixin) -> int:
 def downsampling_factor(vae: ModelMixin) -> int:
     """Pixels per latent pixel along one side."""
     return 2 ** (
-        len(vae.config.block_out_channels if _has_posterior(vae) else vae.config.encoder_block_out_channels) - 1
+        len(vae.config.block_out_channels if has_posterior(vae) else vae.config.encoder_block_out_channels) - 1
     )
 
 
+def latent_shape(vae: ModelMixin, resolution: int) -> tuple[int, int, int]:
+    """Shape (C, h, w) of the latents of a square image."""
+    side = resolution // downsampling_factor(vae)
+    return latent_channels(vae), side, side
+
+
 @torch.no_grad()
-def encode(vae: ModelMixin, pixel_values: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
-    """Encodes images to scaled latents, (mean + std * noise) * scaling_factor, outside autocast.
+def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor, in_bf16: bool = False) -> torch.Tensor:
+    """Encodes images to mean and standard deviation of their posteriors, outside the run's autocast, unscaled.
 
     Args:
         pixel_values: uint8 images, shape (B, 3, H, W).
-        posterior_noise: standard normal, shape (B, C, h, w); AutoencoderTiny, without a posterior, ignores it.
+        in_bf16: computes in bfloat16, see `agrees_in_bf16`.
+
+    Returns:
+        Shape (B, 2C, h, w) in the VAE's dtype, the means first; of AutoencoderTiny, which has none, the latents (B, C, h, w).
+    """
+    images = pixel_values.to(vae.dtype) / 127.5 - 1.0
+    if images.device.type == "cuda":
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=in_bf16):
+        if not has_posterior(vae):
+            return vae.encode(images).latents.to(vae.dtype).contiguous()
+        posterior = vae.encode(images).latent_dist
+        return torch.cat([posterior.mean, posterior.std], 1).to(vae.dtype).contiguous()
+
+
+def draw(vae: ModelMixin, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
+    """Draws scaled latents, (mean + std * noise) * scaling_factor.
+
+    Args:
+        moments: as from `encode_moments`, in any dtype; latents (B, C, h, w) are taken as they are.
+        posterior_noise: standard normal, shape (B, C, h, w).
 
     Returns:
         Latents of shape (B, C, h, w) in the VAE's dtype.
     """
-    images = pixel_values.to(vae.dtype) / 127.5 - 1.0
-    with torch.autocast(images.device.type, enabled=False):
-        if not _has_posterior(vae):
-            return vae.encode(images).latents * vae.config.scaling_factor
-        posterior = vae.encode(images).latent_dist
-        return (posterior.mean + posterior.std * posterior_noise.to(vae.dtype)) * vae.config.scaling_factor
+    mean, *std = moments.to(vae.dtype).split(latent_channels(vae), dim=1)
+    drawn = mean + std[0] * posterior_noise.to(vae.dtype) if std else mean
+    return drawn * vae.config.scaling_factor
+
+
+def agrees_in_bf16(vae: ModelMixin, pixel_values: torch.Tensor, tolerance: float = 0.01) -> bool:
+    """Whether bfloat16 moves the means of these images' latents by less than `tolerance` of their deviation."""
+    channels = latent_channels(vae)
+    exact, fast = (encode_moments(vae, pixel_values, in_bf16)[:, :channels].float() for in_bf16 in (False, True))
+    return bool((fast - exact).square().mean().sqrt() <= tolerance * exact.std())
 
 
 def statistics(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +133,8 @@ def statistics(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
 
 
-def _has_posterior(vae: ModelMixin) -> bool:
+def has_posterior(vae: ModelMixin) -> bool:
+    """Whether it encodes to a distribution."""
     return isinstance(vae, AutoencoderKL)
 
 

@@ -36,7 +36,7 @@ def write_card(path: Path, template: Path, options: Options, facts: dict) -> Non
         template_path=str(template),
         name=Path(options.output_dir).name,
         resolution=options.resolution,
-        dataset=_public_name(options.dataset_name),
+        dataset=_public_name(options.train_data_dir or options.dataset_name),
         base=_public_name(options.pretrained_model_name_or_path),
         aligned=options.alignment != "none",
         guidance_scale=options.validation_guidance_scale,

@@ -60,7 +60,14 @@ class Options:
     dataset_name: str | None = option(
         None, "Data set: a Hub id, or a local folder in the Hub's layout. It is streamed.", resume="fixed", group="Data"
     )
+    train_data_dir: str | None = option(
+        None,
+        "Local data instead of --dataset_name: a folder of images in folders by class, of parquet files, of webdataset tar "
+        "shards, what save_to_disk wrote, the vae-sd layout of REPA and SRA, or one such file.",
+        resume="fixed",
+    )
     dataset_config_name: str | None = option(None, "Config of the data set, when it has several.", resume="fixed")
+    dataset_revision: str | None = option(None, "Revision of the data set on the Hub.", resume="fixed")
     train_split: str = option("train", "Split to train on.", resume="fixed")
     validation_split: str | None = option(
         None,
@@ -68,17 +75,42 @@ class Options:
         "Default: the data set's own validation or test split, if it has one.",
         resume="fixed",
     )
-    image_column: str = option("image", "Column with the images.", resume="fixed")
-    label_column: str = option("label", "Column with the class labels (ClassLabel or integers).", resume="fixed")
+    image_column: str | None = option(
+        None,
+        "Column with the images. Default: found from the features; a column `moments` or `latents` goes before.",
+        resume="fixed",
+    )
+    label_column: str | None = option(
+        None, "Column with the class labels (ClassLabel or integers). Default: found from the features.", resume="fixed"
+    )
+    caption_column: str | None = option(
+        None, "Column with captions, kept in the latents cache. Default: found from the features.", resume="fixed"
+    )
+    max_train_samples: int | None = option(
+        None, "Train on so many images, drawn at random by --seed. Default: on all.", resume="fixed"
+    )
     cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.")
     resolution: int = option(256, "Images are resized and cropped to this many pixels square.", resume="fixed")
     center_crop: bool = option(
         True, "Crop the centre, as ADM, DiT and SiT do; otherwise a random square.", resume="fixed"
     )
     random_flip: bool = option(False, "Flip images horizontally at random. The paper does not.", resume="fixed")
-    shuffle_buffer_size: int = option(
-        1000, "Images are shuffled within windows of this many, over shuffled shards.", resume="fixed"
+    num_streams: int = option(
+        16,
+        "Places of the data set that are read at once. Each belongs to one data worker, if this is a multiple of devices x "
+        "workers. The order depends on it, not on those.",
+        resume="fixed",
     )
+    shuffle_buffer_size: int = option(
+        1000, "Images are shuffled within so many, over all streams; shards are shuffled too.", resume="fixed"
+    )
+    latents_cache: str | None = option(
+        None,
+        "Folder where the latents' moments are kept, in half precision: written in the first epoch, read in the others. "
+        "Not with a random crop.",
+        resume="schedule",
+    )
+    precompute_latents_only: bool = option(False, "Fill --latents_cache with all processes, and exit.")
     max_bad_fraction: float = option(
         0.05,
         "Stop when more than this share of the images cannot be read. Those are skipped, and counted in the metrics.",

@@ -26,9 +26,11 @@ def draw_normal(seed: int, name: str, ordinal: int) -> float:
     return NormalDist().inv_cdf(draw_uniform(seed, name, ordinal))
 
 
-def draw_noise(seed: int, name: str, ordinal: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """A standard normal float32 tensor of `shape`, on the CPU."""
-    return torch.randn(shape, generator=generator(seed, name, ordinal), dtype=torch.float32)
+def draw_noise(
+    seed: int, name: str, ordinal: int, shape: tuple[int, ...], out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A standard normal float32 tensor of `shape`, on the CPU; into `out` where that is given."""
+    return torch.randn(shape, generator=generator(seed, name, ordinal), dtype=torch.float32, out=out)
 
 
 def draw_permutation(seed: int, name: str, size: int, *ordinals: int) -> torch.Tensor:

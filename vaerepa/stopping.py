@@ -59,7 +59,9 @@ def ignore_signals(worker: int) -> None:
 
 def command_to_go_on() -> str:
     """The command line of this process again, with a restart from the newest checkpoint."""
-    arguments = sys.argv[1:]
-    if "--resume_from_checkpoint" not in arguments:
-        arguments = [*arguments, "--resume_from_checkpoint", "latest"]
-    return f"accelerate launch {shlex.join([sys.argv[0], *arguments])}"
+    return command_again(*([] if "--resume_from_checkpoint" in sys.argv else ["--resume_from_checkpoint", "latest"]))
+
+
+def command_again(*more: str) -> str:
+    """The command line of this process again."""
+    return f"accelerate launch {shlex.join([*sys.argv, *more])}"

@@ -1,16 +1,23 @@
-"""Data: what a split holds (source), in which order it is read (order), how it becomes batches (images, loader)."""
+"""Data: from files to latents on the device, one room after the other.
 
-from vaerepa.data.loader import Batches, DataError, Preprocessing, TrainingDraws, ValidationDraws, build_loader
-from vaerepa.data.source import Source, Sources, open_sources
+source (rows in blocks) and opening (which data set, columns and splits) -> order (streams, windows, epochs) -> images
+(decoding, crop) -> loader (batches of all processes and workers) -> latents_cache -> feed (what a training step receives).
+"""
+
+from vaerepa.data.feed import Feed
+from vaerepa.data.loader import Batches, DataError, Preprocessing, TrainingDraws, ValidationDraws, read_batches
+from vaerepa.data.opening import Sources, open_sources
+from vaerepa.data.source import Source
 
 __all__ = [
     "Batches",
     "DataError",
+    "Feed",
     "Preprocessing",
     "Source",
     "Sources",
     "TrainingDraws",
     "ValidationDraws",
-    "build_loader",
     "open_sources",
+    "read_batches",
 ]

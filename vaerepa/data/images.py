@@ -5,9 +5,9 @@ from io import BytesIO
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad bytes
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what bad bytes raise
 
 
 def read_image(image: dict | None) -> Image.Image:
@@ -30,7 +30,10 @@ def decode_image(encoded: bytes) -> Image.Image:
     Raises:
         UNREADABLE: the bytes are no image, an incomplete one, or a far too large one.
     """
-    image = Image.open(BytesIO(encoded))
+    try:
+        image = Image.open(BytesIO(encoded))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{len(encoded)} bytes that are no image of a known format") from error
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":

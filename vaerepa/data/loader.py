@@ -1,17 +1,25 @@
-"""Batches: decoded images, labels and the named draws of each sample, from any ordinal on."""
+"""Batches: images or cached moments, labels and the named draws of each sample, from any ordinal on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vaerepa.data import images
+from vaerepa.data.latents_cache import LatentsCache, to_moments
 from vaerepa.data.order import ShuffledReader
 from vaerepa.data.source import Row, Source
+from vaerepa.errors import OptionError
 from vaerepa.objectives import draw_timestep
 from vaerepa.randomness import draw_noise, draw_uniform
 from vaerepa.stopping import ignore_signals
+
+MAX_STAND_INS = 1000  # more damaged images in a row are no accident
+Draws = Callable[[Sequence[int]], dict[str, torch.Tensor]]
 
 
 class DataError(RuntimeError):
@@ -36,13 +44,16 @@ class Preprocessing:
             left, top = (draw_uniform(self.seed, f"crop {axis}", ordinal) for axis in "xy")
             image = images.crop_square(image, self.resolution, left, top)
         pixels = images.to_pixels(image)
-        flip = self.random_flip and draw_uniform(self.seed, "flip", ordinal) < 0.5
-        return pixels.flip(-1) if flip else pixels
+        return pixels.flip(-1) if self.flips(ordinal) else pixels
+
+    def flips(self, ordinal: int) -> bool:
+        """Whether this sample sees its image flipped."""
+        return self.random_flip and draw_uniform(self.seed, "flip", ordinal) < 0.5
 
 
 @dataclass(frozen=True)
 class TrainingDraws:
-    """Time, noise, posterior noise and label drop of a training sample."""
+    """Time, noise, posterior noise and label drop of training samples."""
 
     seed: int
     latent_shape: tuple[int, int, int]
@@ -52,54 +63,64 @@ class TrainingDraws:
     logit_std: float = 1.0
     mode_scale: float = 1.29
 
-    def __call__(self, ordinal: int) -> dict[str, torch.Tensor | float | bool]:
+    def __call__(self, ordinals: Sequence[int]) -> dict[str, torch.Tensor]:
+        density = (self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale)
         return {
-            "t": draw_timestep(
-                self.seed, ordinal, self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale
-            ),
-            "noise": draw_noise(self.seed, "noise", ordinal, self.latent_shape),
-            "posterior": draw_noise(self.seed, "posterior", ordinal, self.latent_shape),
-            "drop": draw_uniform(self.seed, "drop", ordinal) < self.label_dropout,
+            "t": torch.tensor([draw_timestep(self.seed, o, *density) for o in ordinals], dtype=torch.float64),
+            "noise": stack_noise(self.seed, "noise", ordinals, self.latent_shape),
+            "posterior": stack_noise(self.seed, "posterior", ordinals, self.latent_shape),
+            "drop": torch.tensor([draw_uniform(self.seed, "drop", o) < self.label_dropout for o in ordinals]),
         }
 
 
 @dataclass(frozen=True)
 class ValidationDraws:
-    """The same for a held-out sample: the i-th is seen at noise level i mod `levels`, under noise that no seed changes."""
+    """The same for held-out samples: the i-th is seen at noise level i mod `levels`, under noise that no seed changes."""
 
     latent_shape: tuple[int, int, int]
     levels: int = 10
 
-    def __call__(self, ordinal: int) -> dict[str, torch.Tensor | float | bool]:
+    def __call__(self, ordinals: Sequence[int]) -> dict[str, torch.Tensor]:
         return {
-            "t": (ordinal % self.levels + 0.5) / self.levels,
-            "noise": draw_noise(0, "validation noise", ordinal, self.latent_shape),
-            "posterior": draw_noise(0, "validation posterior", ordinal, self.latent_shape),
-            "drop": False,
+            "t": torch.tensor([(o % self.levels + 0.5) / self.levels for o in ordinals], dtype=torch.float64),
+            "noise": stack_noise(0, "validation noise", ordinals, self.latent_shape),
+            "posterior": stack_noise(0, "validation posterior", ordinals, self.latent_shape),
+            "drop": torch.zeros(len(ordinals), dtype=torch.bool),
         }
+
+
+def stack_noise(seed: int, name: str, ordinals: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
+    """One named noise per ordinal, shape (B, *shape)."""
+    noise = torch.empty(len(ordinals), *shape, dtype=torch.float32)
+    for place, ordinal in enumerate(ordinals):
+        draw_noise(seed, name, ordinal, shape, out=noise[place])
+    return noise
 
 
 class Batches(IterableDataset):
     """Micro-batches of one process, in an order that no number of processes or workers changes.
 
-    Micro-batch m of process r holds the ordinals first + (m * processes + r) * batch_size and following.
+    Of R processes the r-th takes the ordinals first + r, first + r + R and so on, `batch_size` of them at a time. Each of its
+    W data workers makes a part of every micro-batch, of every W-th of those ordinals, and so reads every (R W)-th stream
+    alone where their number divides by R W; `read_batches` joins the parts.
 
-    Each is a dictionary of pixel_values (B, 3, H, W) uint8, condition (B,) labels, ordinal (B,), draws (as above, B first)
-    and skipped: a line for each image that could not be decoded, for which the next of its window stands in.
+    Samples come from the cache where it holds their row; else they have pixels, or moments of the data set's own.
     """
 
     def __init__(
         self,
         source: Source,
         preprocessing: Preprocessing,
-        draws: Callable[[int], dict],
+        draws: Draws,
         batch_size: int,
         first: int,
         last: int,
-        window: int,
+        num_streams: int,
+        buffer_size: int,
         seed: int,
         process: int = 0,
         num_processes: int = 1,
+        cache: LatentsCache | None = None,
     ):
         self.source = source
         self.preprocessing = preprocessing
@@ -107,41 +128,135 @@ class Batches(IterableDataset):
         self.batch_size = batch_size
         self.first = first
         self.last = last
-        self.window = window
+        self.num_streams = num_streams
+        self.buffer_size = buffer_size
         self.seed = seed
         self.process = process
         self.num_processes = num_processes
+        self.cache = cache
 
     def __iter__(self) -> Iterator[dict]:
-        reader = ShuffledReader(self.source, self.seed, self.window)
+        source = self.source
+        if self.cache is not None and self.cache.holds(source.members):
+            source = source.without_content()
+        reader = ShuffledReader(source, self.seed, self.num_streams, self.buffer_size)
         worker = get_worker_info()
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         stride = self.num_processes * self.batch_size
-        for start in range(self.first + index * stride, self.last, workers * stride):
-            start += self.process * self.batch_size
-            ordinals = range(start, min(start + self.batch_size, self.last))
-            if ordinals:  # the last held-out batch may leave nothing for this process
-                yield self._batch(reader, ordinals)
+        for start in range(self.first, self.last, stride):
+            ordinals = range(start + self.process, min(start + stride, self.last), self.num_processes)
+            own = ordinals[(index - start // self.num_processes) % workers :: workers]
+            yield self._read_part(reader, own)
 
-    def _batch(self, reader: ShuffledReader, ordinals: range) -> dict:
-        skipped: list[str] = []
-        samples = [self._sample(reader, ordinal, skipped) for ordinal in ordinals]
-        return {**default_collate(samples), "skipped": skipped}
+    def _read_part(self, reader: ShuffledReader, ordinals: Sequence[int]) -> dict:
+        """The samples of these ordinals; `skipped` has number and reason of every row that another stands in for."""
+        part: dict = {"ordinal": list(ordinals), "skipped": []}
+        if not ordinals:
+            return part
+        rows, contents = zip(*(self._read_sample(reader, o, part["skipped"]) for o in ordinals), strict=True)
+        has_moments = [isinstance(content, np.ndarray) for content in contents]
+        part |= {
+            "index": [row.index for row in rows],
+            "caption": [row.caption for row in rows],
+            "condition": torch.tensor([row.label for row in rows]),
+            "has_moments": has_moments,
+            "flipped": [self.preprocessing.flips(ordinal) for ordinal in ordinals],
+            "draws": self.draws(ordinals),
+        }
+        if any(has_moments):
+            part["moments"] = torch.from_numpy(np.stack([c for c in contents if isinstance(c, np.ndarray)]))
+        if not all(has_moments):
+            part["pixel_values"] = torch.stack([c for c in contents if isinstance(c, torch.Tensor)])
+        return part
 
-    def _sample(self, reader: ShuffledReader, ordinal: int, skipped: list[str]) -> dict:
-        for row in reader.rows_from(ordinal):
+    def _read_sample(
+        self, reader: ShuffledReader, ordinal: int, skipped: list
+    ) -> tuple[Row, torch.Tensor | np.ndarray]:
+        """A row, and its pixels or moments."""
+        reason = ""
+        for row in islice(reader.rows_from(ordinal), MAX_STAND_INS):
             try:
-                pixels = self.preprocessing(row, ordinal)
+                content = self._read_content(row, ordinal)
             except images.UNREADABLE as error:
-                path = (row.image or {}).get("path")
-                skipped.append(f"row {row.index} ({path or 'embedded image'}): {error}")
-                continue
-            return {"pixel_values": pixels, "condition": row.label, "ordinal": ordinal, "draws": self.draws(ordinal)}
-        raise DataError(f"none of {self.window} images in a row can be decoded; the last: {skipped[-1]}")
+                if not reason:  # a stand-in that fails too counts where its own turn is
+                    reason = f"row {row.index} ({self._place_of(row)}): {error}"
+                    skipped.append((row.index, reason))
+            else:
+                return content
+        in_a_row = min(MAX_STAND_INS, len(self.source))
+        raise DataError(f"none of {in_a_row} images in a row can be decoded; the first: {reason}")
+
+    def _place_of(self, row: Row) -> str:
+        if self.cache is not None and row.index in self.cache:
+            return "as the latents cache says"
+        path = (row.image or {}).get("path") if row.moments is None else row.moments
+        return str(path or "embedded image")
+
+    def _read_content(self, row: Row, ordinal: int) -> tuple[Row, torch.Tensor | np.ndarray]:
+        if self.cache is not None and row.index in self.cache:
+            cached = self.cache.read(row.index, self.preprocessing.flips(ordinal))
+            if cached.error is not None:
+                raise ValueError(cached.error)
+            return Row(row.index, cached.label, caption=cached.caption), cached.moments
+        if row.moments is None:
+            return row, self.preprocessing(row, ordinal)
+        array = row.moments if isinstance(row.moments, np.ndarray) else np.load(row.moments, allow_pickle=False)
+        try:
+            return row, to_moments(array, self.draws.latent_shape, f"row {row.index}")
+        except OptionError as error:
+            raise DataError(str(error)) from error
 
 
-def build_loader(batches: Batches, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Runs the batches in worker processes."""
+def build_loader(batches: Batches, num_workers: int, pin_memory: bool = False) -> DataLoader:
+    """Runs the batches in worker processes; gives parts of batches, one of each worker in turn."""
     return DataLoader(
         batches, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=ignore_signals
     )
+
+
+def read_batches(batches: Batches, num_workers: int, device: torch.device | str = "cpu") -> Iterator[dict]:
+    """Micro-batches on the device, their samples in the order of their ordinals; none that is empty.
+
+    Each is a dictionary of pixel_values (B', 3, H, W) uint8 and moments (B - B', 2C or C, h, w), of the samples whose
+    has_moments is False and True; condition (B,) labels, draws (as above, B first); lists of ordinal, index, flipped and
+    caption; and skipped: number and reason of each row that could not be read, for which another stands in.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    parts: list[dict] = []
+    for part in build_loader(batches, num_workers, pin_memory=on_gpu):
+        parts.append(send_to_device(part, device, non_blocking=on_gpu))
+        if len(parts) == max(1, num_workers):
+            full, parts = [part for part in parts if part["ordinal"]], []
+            if full:
+                yield join(full)
+
+
+def join(parts: list[dict]) -> dict:
+    """One batch of the parts that were made of it, in the order of the ordinals; the k-th has every len(parts)-th of them."""
+    if len(parts) == 1:
+        return parts[0]
+    parts = sorted(parts, key=lambda part: part["ordinal"][0])
+    joined: dict = {"skipped": [line for part in parts for line in part["skipped"]]}
+    for name in ("ordinal", "index", "caption", "has_moments", "flipped"):
+        joined[name] = _interleave([part[name] for part in parts], [None] * sum(len(part[name]) for part in parts))
+    joined["condition"] = _interleave_tensors([part["condition"] for part in parts])
+    joined["draws"] = {name: _interleave_tensors([part["draws"][name] for part in parts]) for name in parts[0]["draws"]}
+    for name, kept in (("moments", True), ("pixel_values", False)):
+        tensors = [part[name] for part in parts if name in part]
+        if len(tensors) == len(parts) and all(has == kept for has in joined["has_moments"]):
+            joined[name] = _interleave_tensors(tensors)
+        elif tensors:  # the others of this batch are of the other kind
+            ordinals = [o for p in parts for o, has in zip(p["ordinal"], p["has_moments"], strict=True) if has == kept]
+            order = sorted(range(len(ordinals)), key=ordinals.__getitem__)
+            joined[name] = torch.cat(tensors)[torch.tensor(order, device=tensors[0].device)]
+    return joined
+
+
+def _interleave_tensors(parts: list[torch.Tensor]) -> torch.Tensor:
+    return _interleave(parts, parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:]))
+
+
+def _interleave(parts: list, whole):
+    for place, part in enumerate(parts):
+        whole[place :: len(parts)] = part
+    return whole

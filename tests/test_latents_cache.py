@@ -1,0 +1,337 @@
+"""The latents cache: what trains is what it holds, also in the epoch that writes it; exact restarts; stale ones are refused."""
+
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Array3D, ClassLabel, Dataset, Features, Image, Value, load_dataset
+from diffusers import AutoencoderKL
+
+from tests.conftest import read_metrics
+from tests.test_restart import EXACT, assert_same_end
+from vaerepa import latents
+from vaerepa.data import Preprocessing, latents_cache
+from vaerepa.data.latents_cache import CacheKey, LatentsCache, checksum
+from vaerepa.data.opening import open_sources
+from vaerepa.errors import OptionError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+STEPS = 12  # of 8 images each: two epochs of 40 images and two steps
+
+
+@pytest.fixture(scope="module")
+def data(data, tmp_path_factory):
+    """The tests' pictures, with two of them damaged."""
+    folder = tmp_path_factory.mktemp("some_damaged") / "pictures"
+    shutil.copytree(data, folder)
+    path = folder / "data/train-00001-of-00003.parquet"
+    features = Features({"image": Image(), "label": ClassLabel(names=["ash", "birch, white birch", "cedar"])})
+    rows = Dataset.from_parquet(str(path)).cast_column("image", Image(decode=False)).to_list()
+    for row in (2, 7):
+        rows[row]["image"] = {"bytes": b"no image", "path": None}
+    Dataset.from_list(rows, features=features).to_parquet(path)
+    return folder
+
+
+@pytest.fixture
+def options(data, tmp_path):
+    return {**EXACT, "dataset_name": data, "latents_cache": tmp_path / "cache", "max_bad_fraction": 1.0}
+
+
+def precompute(train, folder, **options):
+    train(**options, latents_cache=folder, precompute_latents_only=True, output_dir=folder.with_name("nothing"))
+    assert not list(folder.with_name("nothing").glob("checkpoint-*"))
+    return folder
+
+
+def rows_in(folder) -> list[int]:
+    return sorted(
+        i for path in folder.glob("*.arrow") for i in pa.ipc.open_file(path).read_all().column("index").to_pylist()
+    )
+
+
+@pytest.mark.parametrize("flips", [{}, {"random_flip": True}], ids=["plain", "flips"])
+def test_what_trains_is_what_the_cache_holds(train, options, tmp_path, flips):
+    """The run that writes the cache ends where one does that found it complete, to the last bit."""
+    writing = train(**options | flips, max_train_steps=STEPS, output_dir=tmp_path / "writing")
+    assert rows_in(tmp_path / "cache") == list(range(40))
+    ahead = precompute(
+        train, tmp_path / "ahead", **{k: v for k, v in (options | flips).items() if k != "latents_cache"}
+    )
+    assert rows_in(ahead) == list(range(40))
+    reading = train(
+        **options | flips | {"latents_cache": ahead}, max_train_steps=STEPS, output_dir=tmp_path / "reading"
+    )
+    assert_same_end(writing, reading, step=STEPS)
+    counts = [
+        [line["train/skipped_images"] for line in read_metrics(run, "train/skipped_images")]
+        for run in (writing, reading)
+    ]
+    assert counts[0] == counts[1]
+    assert counts[0][-1] >= 4  # two in each of two epochs
+
+
+def test_a_cache_changes_no_more_than_a_rounding(train, options, tmp_path):
+    """Same order, draws and stand-ins as without it; the moments are in half precision."""
+    cached = train(**options | {"random_flip": True}, max_train_steps=STEPS, output_dir=tmp_path / "cached")
+    plain = train(
+        **options | {"random_flip": True, "latents_cache": None}, max_train_steps=STEPS, output_dir=tmp_path / "plain"
+    )
+    for one, other in zip(read_metrics(cached, "train/loss"), read_metrics(plain, "train/loss"), strict=True):
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=2e-3)
+        assert one["train/loss"] != other["train/loss"]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_restarts_are_exact(train, options, tmp_path, workers):
+    """Stops within the epoch that writes, at its end, one step after it, and twice in a row."""
+    options = options | {"dataloader_num_workers": workers, "random_flip": True}
+    whole = train(**options, max_train_steps=STEPS, output_dir=tmp_path / "whole")
+    options["latents_cache"] = tmp_path / "other"
+    for steps in (3, 5, 6, 6, 8, STEPS):
+        run = train(**options, max_train_steps=steps, output_dir=tmp_path / "pieces", resume_from_checkpoint="latest")
+    assert_same_end(whole, run, step=STEPS)
+    assert rows_in(tmp_path / "other") == list(range(40))
+
+
+def test_restarts_are_exact_on_two_processes(launch, options, tmp_path):
+    options = options | {"dataloader_num_workers": 1}
+    whole = launch(2, **options, max_train_steps=STEPS, output_dir=tmp_path / "whole")
+    options["latents_cache"] = tmp_path / "other"
+    for steps in (4, 6, STEPS):
+        run = launch(
+            2, **options, max_train_steps=steps, output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
+        )
+    assert_same_end(whole, run, step=STEPS)
+    assert sorted(set(rows_in(tmp_path / "other"))) == list(range(40))
+
+
+def test_a_part_is_completed_and_a_damaged_shard_made_again(train, options, tmp_path, caplog):
+    precompute(train, tmp_path / "cache", **{k: v for k, v in options.items() if k != "latents_cache"})
+    (shard,) = (tmp_path / "cache").glob("*.arrow")
+    whole = train(**options, max_train_steps=STEPS, output_dir=tmp_path / "whole")
+    shard.write_bytes(shard.read_bytes()[:-20])
+    again = train(**options, max_train_steps=STEPS, output_dir=tmp_path / "again")
+    assert "is damaged, and its images are encoded again" in caplog.text
+    assert_same_end(whole, again, step=STEPS)
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_run(train, options, tmp_path, monkeypatch, caplog):
+    """The first shard cannot be written: its images are encoded again, and the run ends the same."""
+    whole = train(**options, max_train_steps=STEPS, output_dir=tmp_path / "whole")
+    options["latents_cache"] = tmp_path / "other"
+    write, limits = latents_cache._write_shard, []
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_onto_a_full_disk(*arguments):
+        limits.append(hard if limits else 6_000)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[-1], hard))
+        try:
+            return write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    monkeypatch.setattr(latents_cache, "_write_shard", write_onto_a_full_disk)
+    again = train(**options, max_train_steps=STEPS, output_dir=tmp_path / "again")
+    assert "40 rows could not be written" in caplog.text
+    assert_same_end(whole, again, step=STEPS)
+    assert not list((tmp_path / "other").glob("*.unfinished"))
+    assert rows_in(tmp_path / "other") == list(range(40))  # of the second epoch
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"resolution": 32}, ["--resolution 16", "another shape"]),
+        ({"random_flip": True}, ["--no_random_flip"]),
+        ({"dataset_name": "other data"}, ["other data, or another revision"]),
+        ({"pretrained_vae_model_name_or_path": "other VAE"}, ["another VAE"]),
+    ],
+)
+def test_a_stale_cache_is_refused_with_the_reason(train, options, data, vae, tmp_path, capfd, change, words):
+    precompute(train, tmp_path / "cache", **{k: v for k, v in options.items() if k != "latents_cache"})
+    if "dataset_name" in change:
+        change = {"dataset_name": tmp_path / "other"}
+        shutil.copytree(data, tmp_path / "other")
+        file = tmp_path / "other/data/train-00000-of-00003.parquet"
+        Dataset.from_parquet(str(file)).select(range(17)).to_parquet(file)
+    if "pretrained_vae_model_name_or_path" in change:
+        model = AutoencoderKL.from_pretrained(vae)
+        with torch.no_grad():
+            model.quant_conv.bias[0] += 1e-3
+        model.save_pretrained(tmp_path / "vae")
+        change = {"pretrained_vae_model_name_or_path": tmp_path / "vae"}
+    before = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    train(code=2, **options | change)
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --latents_cache")
+    assert all(word in error for word in words), error
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == before
+
+
+def test_it_does_not_matter_where_data_and_cache_lie(train, options, data, tmp_path):
+    precompute(train, tmp_path / "cache", **{k: v for k, v in options.items() if k != "latents_cache"})
+    shutil.copytree(data, tmp_path / "moved_data")
+    shutil.move(tmp_path / "cache", tmp_path / "moved_cache")
+    moved = {"dataset_name": tmp_path / "moved_data", "latents_cache": tmp_path / "moved_cache"}
+    train(**options | moved, max_train_steps=2)
+    assert rows_in(tmp_path / "moved_cache") == list(range(40))
+
+
+def test_a_stopped_precomputation_goes_on(train, options, tmp_path, monkeypatch, caplog):
+    encode, calls = latents.encode_moments, []
+
+    def encode_until_asked_to_stop(*arguments):
+        calls.append(0)
+        if len(calls) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(*arguments)
+
+    monkeypatch.setattr(latents, "encode_moments", encode_until_asked_to_stop)
+    options = options | {"precompute_latents_only": True}
+    train(**options)
+    assert "stopped by SIGTERM. Go on with" in caplog.text
+    assert 0 < len(rows_in(tmp_path / "cache")) < 40
+    train(**options)
+    assert rows_in(tmp_path / "cache") == list(range(40))
+    assert (
+        len(calls) == 40 - 2 + 1
+    )  # each image once, the two damaged ones never, and one that stood in for another early
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_many_bad_images_end_the_precomputation(train, options, tmp_path, capfd):
+    bad = io.BytesIO()
+    PIL.Image.new("RGB", (16, 16)).save(bad, "PNG")
+    (tmp_path / "bad/data").mkdir(parents=True)
+    contents = [bad.getvalue() if index % 2 else b"no image" for index in range(64)]
+    rows = {"image": [{"bytes": content, "path": None} for content in contents], "label": [0, 1] * 32}
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=2)})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "bad/data/train-00000-of-00001.parquet")
+    options = options | {"dataset_name": tmp_path / "bad", "max_bad_fraction": 0.05}
+    train(code=1, precompute_latents_only=True, **options)
+    assert "32 of 64 images could not be read" in capfd.readouterr().err
+    assert rows_in(tmp_path / "cache") == list(range(64))
+
+
+# ---- data sets of latents
+
+
+@torch.no_grad()
+def write_moments(data, vae, path) -> None:
+    """The training images' moments as a data set of its own, in the shards of the images."""
+    model, source = latents.load_vae(str(vae)), open_sources(str(data)).train
+    features = Features({"moments": Array3D((8, 8, 8), "float16"), "label": Value("int64")})
+    for block in range(3):
+        rows = list(source.read_block(block))
+        pixels = [Preprocessing(16)(row, 0)[None] for row in rows]
+        moments = [latents.encode_moments(model, p)[0].half().numpy() for p in pixels]
+        columns = {"moments": moments, "label": [row.label for row in rows]}
+        (path / "data").mkdir(parents=True, exist_ok=True)
+        file = path / f"data/train-{block:05d}-of-00003.parquet"
+        Dataset.from_dict(columns, features=features).to_parquet(file)
+
+
+def test_a_data_set_of_moments_trains_like_the_cache(train, request, vae, tmp_path):
+    pictures = request.getfixturevalue("pictures")
+    write_moments(pictures, vae, tmp_path / "moments")
+    cached = train(**EXACT, dataset_name=pictures, max_train_steps=STEPS, latents_cache=tmp_path / "cache")
+    direct = train(
+        **EXACT,
+        dataset_name=None,
+        train_data_dir=tmp_path / "moments",
+        max_train_steps=STEPS,
+        output_dir=tmp_path / "direct",
+    )
+    assert_same_end(cached, direct, step=STEPS)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twenty-one whole pictures in three shards of one row group."""
+    folder, random = tmp_path_factory.mktemp("whole"), np.random.default_rng(3)
+    (folder / "data").mkdir()
+    features = Features({"image": Image(), "label": Value("int64")})
+    for shard, count in enumerate((9, 4, 8)):
+        pixels = list(random.integers(0, 256, (count, 20, 24, 3), dtype=np.uint8))
+        rows = {"image": pixels, "label": [int(i) for i in random.integers(0, 3, count - 1)] + [2]}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"data/train-{shard:05d}-of-00003.parquet")
+    return folder
+
+
+def test_latents_in_a_data_set_cannot_be_flipped_or_cached_again(train, pictures, vae, tmp_path, capfd):
+    write_moments(pictures, vae, tmp_path / "moments")
+    for option in ({"random_flip": True}, {"latents_cache": tmp_path / "cache"}):
+        train(code=2, dataset_name=None, train_data_dir=tmp_path / "moments", **option)
+        assert "the data set holds latents" in capfd.readouterr().err
+
+
+# ---- the files
+
+
+def test_rows_of_several_writers_captions_and_errors(tmp_path):
+    key = CacheKey("v", "d", 16, "centre", True, (2, 2, 2))
+    one, other = (LatentsCache(tmp_path / "cache", key, 10) for _ in range(2))
+    arrays = [np.random.default_rng(i).standard_normal((2, 2, 2)).astype(np.float16) for i in range(10)]
+    for i in range(4):
+        one.add(i, [arrays[i], -arrays[i]], label=i, caption=f"number {i}")
+    other.add(6, [arrays[6], -arrays[6]], label=6, caption=["six", "half a dozen"])
+    other.add_unreadable(7, "no image")
+    assert 6 not in other  # what is pending is not there yet
+    one.flush()
+    other.flush()
+    one.reload()
+    members = np.isin(np.arange(10), [0, 1, 2, 3, 6, 7])
+    assert one.holds(members)
+    assert not one.holds(np.ones(10, bool))
+    assert (one.count(np.ones(10, bool)), one.count_unreadable(members)) == (6, 1)
+    for i in (0, 1, 2, 3, 6):
+        assert np.array_equal(one.read(i).moments, arrays[i])
+        assert np.array_equal(one.read(i, flipped=True).moments, -arrays[i])
+        assert one.read(i).label == i
+    assert (one.read(2).caption, one.read(6).caption) == ("number 2", ["six", "half a dozen"])
+    assert (one.read(7).moments, one.read(7).error) == (None, "no image")
+
+
+def test_its_shards_are_a_data_set_by_themselves(train, pictures, tmp_path):
+    precompute(train, tmp_path / "cache", dataset_name=pictures)
+    rows = load_dataset("arrow", data_files=str(tmp_path / "cache/*.arrow"), split="train", cache_dir=tmp_path / "hf")
+    assert sorted(rows["index"]) == list(range(21))
+    assert len(rows[0]["moments"]) == 8 * 8 * 8
+    assert json.loads((tmp_path / "cache/key.json").read_text())["resolution"] == 16
+
+
+def test_the_checksum_sees_every_weight(vae):
+    model = AutoencoderKL.from_pretrained(vae)
+    before = checksum(model)
+    with torch.no_grad():
+        model.decoder.conv_out.bias[0] += 1e-4
+    assert checksum(model) != before
+
+
+def test_a_folder_with_another_key_is_refused(tmp_path):
+    key = CacheKey("v", "d", 16, "centre", True, (2, 2, 2))
+    LatentsCache(tmp_path, key, 10)
+    (tmp_path / "key.json").write_text("{")
+    with pytest.raises(OptionError, match="cannot be used"):
+        LatentsCache(tmp_path, key, 10)
+
+
+@torch.no_grad()
+def test_moments_and_draws_are_those_of_the_posterior(vae):
+    model = latents.load_vae(str(vae))
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    posterior = model.encode(pixels / 127.5 - 1).latent_dist
+    drawn = latents.draw(model, latents.encode_moments(model, pixels), noise)
+    torch.testing.assert_close(drawn, (posterior.mean + posterior.std * noise) * model.config.scaling_factor)
+    assert latents.agrees_in_bf16(model, pixels, tolerance=0.05)
+    assert not latents.agrees_in_bf16(model, pixels, tolerance=1e-6)

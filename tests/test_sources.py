@@ -1,0 +1,268 @@
+"""Data sets of all kinds that --dataset_name and --train_data_dir open: what is found in them, and that every row comes."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+
+from tests.test_data import encode, image_folder, numbered, picture, write_split
+from vaerepa.data import Batches, DataError, Preprocessing, TrainingDraws, open_sources, read_batches
+from vaerepa.data.opening import find_columns
+from vaerepa.errors import OptionError
+
+__all__ = ["image_folder", "numbered"]  # fixtures
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than cores
+]
+SHAPE = (4, 2, 2)
+
+
+def read_epoch(source, num_workers=0, **kwargs) -> dict[str, list]:
+    """One epoch's columns, in the order in which they come."""
+    settings = {
+        "batch_size": 4,
+        "first": 0,
+        "last": len(source),
+        "num_streams": 3,
+        "buffer_size": 9,
+        "seed": 0,
+    } | kwargs
+    batches = Batches(source, Preprocessing(16), TrainingDraws(0, SHAPE, 0.1), **settings)
+    columns: dict[str, list] = {"condition": [], "caption": [], "moments": [], "pixel_values": []}
+    for batch in read_batches(batches, num_workers):
+        for name, values in columns.items():
+            values += list(batch.get(name, ()))
+    columns["condition"] = [int(label) for label in columns["condition"]]
+    return columns
+
+
+@pytest.fixture
+def tars(tmp_path) -> Path:
+    """Webdataset shards of unequal size: png, cls and txt; red tells the number."""
+    number = 0
+    for shard, size in enumerate((5, 2, 6)):
+        with tarfile.open(tmp_path / f"train-{shard:04d}.tar", "w") as tar:
+            for _ in range(size):
+                content = {
+                    "png": encode(PIL.Image.new("RGB", (20, 16), (10 * number, 0, 0))),
+                    "cls": str(number % 3).encode(),
+                    "txt": f"picture {number}".encode(),
+                }
+                for kind, data in content.items():
+                    member = tarfile.TarInfo(f"{number:06d}.{kind}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                number += 1
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def counts_are_kept_here(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_webdataset_shards(tars, num_workers):
+    sources = open_sources(str(tars))
+    columns = read_epoch(sources.train, num_workers)
+    numbers = [int(pixels[0, 0, 0]) // 10 for pixels in columns["pixel_values"]]
+    assert sorted(numbers) == list(range(13))
+    assert columns["condition"] == [number % 3 for number in numbers]
+    assert columns["caption"] == [f"picture {number}" for number in numbers]
+    assert sources.id2label == {0: "0", 1: "1", 2: "2"}
+
+
+def test_the_rows_of_tar_shards_are_counted_once_and_again_when_they_change(tars, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    for expected in (1, 1, 2):
+        if expected == 2:
+            shard = tars / "train-0001.tar"
+            shard.write_bytes((tars / "train-0000.tar").read_bytes())
+        assert len(open_sources(str(tars)).train) == (13 if expected == 1 else 16)
+        assert caplog.text.count("counting the rows of 3 files") == expected
+
+
+def test_a_single_tar_or_parquet_file(tars, numbered):
+    assert len(open_sources(str(tars / "train-0000.tar")).train) == 5
+    parquet = next((numbered / "data").glob("train-00000-*.parquet"))
+    assert sorted(read_epoch(open_sources(str(parquet)).train)["condition"]) == list(range(18))
+
+
+FEATURES = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+@pytest.mark.parametrize("in_splits", [True, False])
+def test_a_saved_data_set(tmp_path, in_splits, num_workers):
+    rows = {
+        "image": [{"bytes": encode(picture(i)), "path": None} for i in range(11)],
+        "label": [i % 2 for i in range(11)],
+    }
+    saved = Dataset.from_dict(rows, features=FEATURES)
+    (DatasetDict(train=saved, test=saved.select(range(3))) if in_splits else saved).save_to_disk(tmp_path / "saved")
+    sources = open_sources(str(tmp_path / "saved"))
+    assert sources.id2label == {0: "a", 1: "b"}
+    assert (len(sources.train), len(sources.validation or ())) == (11, 3 if in_splits else 0)
+    assert sorted(read_epoch(sources.train, num_workers)["condition"]) == [0] * 6 + [1] * 5
+
+
+def test_a_saved_selection_holds_its_rows_alone(tmp_path):
+    rows = {"image": [{"bytes": encode(picture(i)), "path": None} for i in range(9)], "label": list(range(9))}
+    features = Features({"image": Image(), "label": Value("int64")})
+    Dataset.from_dict(rows, features=features).select([8, 2, 5]).save_to_disk(tmp_path / "saved")
+    assert sorted(read_epoch(open_sources(str(tmp_path / "saved")).train)["condition"]) == [2, 5, 8]
+
+
+def test_an_image_folder_in_many_streams_and_workers(image_folder):
+    source = open_sources(str(image_folder)).train
+    columns = read_epoch(source, num_workers=3, num_streams=6)
+    seen = sorted(
+        (int(p[0, 0, 0]), label) for p, label in zip(columns["pixel_values"], columns["condition"], strict=True)
+    )
+    assert seen == [(10, 0), (20, 0), (30, 0), (40, 0), (110, 1), (120, 1), (130, 1)]
+
+
+# ---- data sets of latents
+
+
+def moments_of(index: int) -> np.ndarray:
+    return np.random.default_rng(index).standard_normal((8, 2, 2)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "feature", [Array3D((8, 2, 2), "float32"), List(Value("float32")), List(Value("float16"), length=32)], ids=str
+)
+@pytest.mark.parametrize("name", ["moments", "latents"])
+def test_a_data_set_that_holds_moments(tmp_path, feature, name):
+    arrays = [moments_of(i) if isinstance(feature, Array3D) else moments_of(i).ravel() for i in range(9)]
+    columns = {name: arrays, "label": list(range(9)), "image": [None] * 9}
+    features = Features({name: feature, "label": Value("int64"), "image": Image()})
+    source = open_sources(str(write_split(tmp_path, columns, features=features, shards=[4, 5]))).train
+    assert source.holds_latents
+    read = read_epoch(source, num_workers=2)
+    assert sorted(read["condition"]) == list(range(9))
+    for label, moments in zip(read["condition"], read["moments"], strict=True):
+        torch.testing.assert_close(moments.float(), torch.from_numpy(moments_of(label)), atol=2e-3, rtol=2e-3)
+
+
+def write_npy_layout(folder: Path, count: int) -> Path:
+    """As REPA's preprocessing leaves it: vae-sd/00000/img-mean-std-00000000.npy and vae-sd/dataset.json."""
+    labels = []
+    for i in range(count):
+        name = f"{i // 4:05d}/img-mean-std-{i:08d}.npy"
+        (folder / "vae-sd" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "vae-sd" / name, moments_of(i))
+        labels.append([name, i])
+    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder
+
+
+@pytest.mark.parametrize("where", ["", "vae-sd"])
+def test_the_layout_of_repa_and_sra(tmp_path, where):
+    source = open_sources(str(write_npy_layout(tmp_path, 11) / where)).train
+    read = read_epoch(source, num_workers=2)
+    assert sorted(read["condition"]) == list(range(11))
+    for label, moments in zip(read["condition"], read["moments"], strict=True):
+        assert torch.equal(moments, torch.from_numpy(moments_of(label)))
+
+
+def test_a_damaged_npy_file_is_skipped_and_named(tmp_path):
+    folder = write_npy_layout(tmp_path, 8)
+    for i, content in (
+        (2, b""),
+        (5, b"no array"),
+        (6, (folder / "vae-sd/00001/img-mean-std-00000006.npy").read_bytes()[:99]),
+    ):
+        (folder / f"vae-sd/{i // 4:05d}/img-mean-std-{i:08d}.npy").write_bytes(content)
+    source = open_sources(str(folder)).train
+    batches = Batches(source, Preprocessing(16), TrainingDraws(0, SHAPE, 0.1), 8, 0, 8, 2, 8, 0)
+    batch = next(read_batches(batches, 0))
+    assert sorted(index for index, _ in batch["skipped"]) == [2, 5, 6]
+    assert set(batch["condition"].tolist()) == {0, 1, 3, 4, 7}
+
+
+def test_latents_of_another_shape_are_refused(tmp_path):
+    source = open_sources(str(write_npy_layout(tmp_path, 4))).train
+    batches = Batches(source, Preprocessing(16), TrainingDraws(0, (4, 8, 8), 0.1), 2, 0, 4, 2, 4, 0)
+    with pytest.raises(DataError, match=r"row \d holds 32 numbers; expected 512 .* or 256 .*--resolution"):
+        next(read_batches(batches, 0))
+
+
+@pytest.mark.parametrize("content", [{}, {"labels": None}])
+def test_the_layout_without_labels_is_refused(tmp_path, content):
+    (tmp_path / "vae-sd").mkdir()
+    (tmp_path / "vae-sd" / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(OptionError, match="has no `labels`: expected a list"):
+        open_sources(str(tmp_path))
+
+
+# ---- columns
+
+
+NAMED = ClassLabel(names=["a"])
+NUMBER, TEXT = Value("int64"), Value("string")
+
+
+@pytest.mark.parametrize(
+    ("features", "image", "label", "caption"),
+    [
+        ({"image": Image(), "label": NAMED}, "image", "label", None),
+        ({"photo": Image(), "kind": NAMED, "note": TEXT}, "photo", "kind", None),
+        ({"mask": Image(), "img": Image(), "cls": NUMBER, "txt": TEXT}, "img", "cls", "txt"),
+        (
+            {"coarse_label": NAMED, "fine_label": NAMED, "jpg": Image(), "captions": List(TEXT)},
+            "jpg",
+            "fine_label",
+            "captions",
+        ),
+    ],
+)
+def test_columns_are_found_from_the_features(features, image, label, caption):
+    found = find_columns(Features(features), None, None, None)
+    assert (found.image, found.label, found.caption) == (image, label, caption)
+
+
+@pytest.mark.parametrize(
+    ("features", "words"),
+    [
+        ({"image": Image(), "text": TEXT}, "--label_column is missing: .*image, text.*folders"),
+        ({"left": Image(), "right": Image(), "label": NAMED}, "--image_column is missing: .*left, right, label"),
+        ({"image": Image(), "one": NAMED, "two": NAMED}, "--label_column is missing"),
+    ],
+)
+def test_columns_that_are_not_clear_are_asked_for(features, words):
+    with pytest.raises(OptionError, match=words):
+        find_columns(Features(features), None, None, None)
+
+
+def test_images_are_taken_before_moments_when_they_are_named():
+    features = Features({"image": Image(), "moments": List(Value("float32")), "label": NAMED})
+    assert find_columns(features, None, None, None).image is None
+    found = find_columns(features, "image", None, None)
+    assert (found.image, found.moments) == ("image", None)
+
+
+# ---- fewer samples
+
+
+def test_so_many_samples_are_drawn_by_the_seed(numbered):
+    drawn = [open_sources(str(numbered), max_train_samples=30, seed=seed).train for seed in (0, 0, 1)]
+    labels = [sorted(read_epoch(source)["condition"]) for source in drawn]
+    assert [len(set(own)) for own in labels] == [30, 30, 30]
+    assert labels[0] == labels[1] != labels[2]
+    assert len(open_sources(str(numbered), max_train_samples=1000).train) == 100
+
+
+def test_held_out_samples_are_not_among_them(numbered):
+    sources = open_sources(str(numbered), validation_split="0.3", max_train_samples=20)
+    train, held_out = (set(read_epoch(source)["condition"]) for source in (sources.train, sources.validation))
+    assert len(train) == 20
+    assert not train & held_out

@@ -1,0 +1,209 @@
+"""The feed: micro-batches with clean latents on the device, from images, from the cache, or from a data set of latents."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from vaerepa import latents
+from vaerepa.data.latents_cache import CacheKey, LatentsCache, checksum, rounded
+from vaerepa.data.loader import Batches, Draws, Preprocessing, ValidationDraws, read_batches
+from vaerepa.data.source import Source
+from vaerepa.options import Options
+
+logger = get_logger(__name__)
+
+MAX_NAMED_IMAGES = 5
+NUM_COMPARED_IMAGES = 16
+
+
+class Feed:
+    """Reads, encodes and keeps.
+
+    Args:
+        vae: on the device.
+        source: what is trained on.
+        latent_shape: (C, h, w).
+
+    Raises:
+        OptionError: --latents_cache cannot be used.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        accelerator: Accelerator,
+        vae: nn.Module,
+        source: Source,
+        latent_shape: tuple[int, int, int],
+    ):
+        self.options = options
+        self.accelerator = accelerator
+        self.vae = vae
+        self.source = source
+        self.latent_shape = latent_shape
+        self.num_skipped = 0  # images that this process could not read
+        self.cache = open_cache(options, vae, source, latent_shape) if options.latents_cache else None
+        self.encode_in_bf16 = False
+        readers = accelerator.num_processes * max(1, options.dataloader_num_workers)
+        if options.num_streams % readers:
+            logger.warning(
+                f"--num_streams {options.num_streams} is no multiple of {accelerator.num_processes} processes x "
+                f"{options.dataloader_num_workers} data workers: several read the same rows, to use each once"
+            )
+
+    def choose_precision(self, draws: Draws) -> None:
+        """Encodes in bfloat16 where the run does and it moves the latents little; every process must call it."""
+        if self.accelerator.device.type != "cuda" or self.accelerator.mixed_precision != "bf16":
+            return
+        count = min(NUM_COMPARED_IMAGES, len(self.source))
+        batch = next(self.read(self.source, draws, count, 0, count, share=False))
+        if "pixel_values" in batch:
+            agrees = latents.agrees_in_bf16(self.vae, batch["pixel_values"])
+            self.encode_in_bf16 = broadcast_object_list([agrees])[0]
+            logger.info(f"the VAE encodes in {'bfloat16' if self.encode_in_bf16 else 'float32'}")
+
+    def training_batches(self, draws: Draws, first: int, last: int) -> Iterator[dict]:
+        """This process's share of the samples `first` to `last`, with `latents` (B, C, h, w) as drawn from the posterior.
+
+        Until the cache holds every image it is written along the way, and taken up at the end of each epoch.
+        """
+        epoch, batch = len(self.source), self.options.global_batch_size
+        while first < last:
+            writes = self.cache is not None and not self.cache.holds(self.source.members)
+            end_of_epoch = -(-(first // epoch + 1) * epoch // batch) * batch
+            end = min(last, end_of_epoch) if writes else last
+            yield from self._ahead(self.read(self.source, draws, self.options.train_batch_size, first, end, self.cache))
+            if writes:
+                self.take_up_cache()
+            first = end
+
+    def missing_batches(self, draws: Draws) -> Iterator[dict]:
+        """This process's share of one epoch, for the sake of what the cache is given by it."""
+        batch_size = self.options.train_batch_size
+        return self._ahead(self.read(self.source, draws, batch_size, 0, len(self.source), self.cache))
+
+    def flush(self) -> None:
+        """Writes what the cache is still to hold of the images encoded so far."""
+        if self.cache is not None:
+            self.cache.flush()
+
+    def take_up_cache(self) -> None:
+        """Writes what is pending, and reads what all processes wrote; every process must call it."""
+        self.flush()
+        self.accelerator.wait_for_everyone()
+        self.cache.reload()
+        logger.info(f"the latents cache holds {self.cache.count(self.source.members)} of {len(self.source)} images")
+
+    def read(
+        self,
+        source: Source,
+        draws: Draws,
+        batch_size: int,
+        first: int,
+        last: int,
+        cache: LatentsCache | None = None,
+        share: bool = True,
+    ) -> Iterator[dict]:
+        """Batches of the samples `first` to `last` of any source; with `share` this process's part of them."""
+        options, held_out = self.options, isinstance(draws, ValidationDraws)
+        preprocessing = Preprocessing(
+            options.resolution, options.center_crop or held_out, options.random_flip and not held_out, options.seed
+        )
+        batches = Batches(
+            source,
+            preprocessing,
+            draws,
+            batch_size,
+            first,
+            last,
+            options.num_streams,
+            options.shuffle_buffer_size,
+            seed=0 if held_out else options.seed,
+            process=self.accelerator.process_index if share else 0,
+            num_processes=self.accelerator.num_processes if share else 1,
+            cache=cache,
+        )
+        for batch in read_batches(batches, options.dataloader_num_workers, self.accelerator.device):
+            if share and not held_out:  # what is only measured is read again
+                self._count_skipped(batch, cache)
+            batch["latents"] = latents.draw(self.vae, self._moments(batch, cache), batch["draws"]["posterior"])
+            yield batch
+
+    def _moments(self, batch: dict, cache: LatentsCache | None) -> torch.Tensor:
+        """Of each sample, those at hand or encoded now; as the cache holds them, or will."""
+        if "pixel_values" not in batch:
+            return batch["moments"]
+        pixels = batch["pixel_values"]
+        encoded = self._encode(pixels, one_by_one=cache is not None)
+        if cache is not None:
+            encoded = rounded(encoded)
+            self._keep(cache, batch, encoded, pixels)
+        if "moments" not in batch:
+            return encoded
+        has_moments = torch.tensor(batch["has_moments"], device=encoded.device)
+        moments = encoded.new_empty(len(has_moments), *encoded.shape[1:])
+        moments[has_moments], moments[~has_moments] = batch["moments"].to(encoded.dtype), encoded
+        return moments
+
+    def _encode(self, pixels: torch.Tensor, one_by_one: bool) -> torch.Tensor:
+        # the images beside it in a batch must not change a bit of what a cache holds; on a GPU they may, by a rounding
+        parts = pixels.split(1) if one_by_one and pixels.device.type == "cpu" else [pixels]
+        return torch.cat([latents.encode_moments(self.vae, part, self.encode_in_bf16) for part in parts])
+
+    def _keep(self, cache: LatentsCache, batch: dict, encoded: torch.Tensor, pixels: torch.Tensor) -> None:
+        samples = [i for i, has_moments in enumerate(batch["has_moments"]) if not has_moments]
+        variants = [encoded.cpu().numpy()]
+        if cache.key.flips:
+            variants.append(rounded(self._encode(pixels.flip(-1), one_by_one=True)).cpu().numpy())
+        labels = batch["condition"].tolist()
+        for place, i in enumerate(samples):
+            own = [variant[place] for variant in variants]
+            cache.add(batch["index"][i], own[::-1] if batch["flipped"][i] else own, labels[i], batch["caption"][i])
+
+    def _count_skipped(self, batch: dict, cache: LatentsCache | None) -> None:
+        for index, line in batch["skipped"]:
+            self.num_skipped += 1
+            if self.num_skipped <= MAX_NAMED_IMAGES:
+                logger.warning(f"skipped an image that cannot be read: {line}", main_process_only=False)
+            if cache is not None:
+                cache.add_unreadable(index, line.split("): ", 1)[-1])
+
+    def _ahead(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """On a GPU, queues the encoding of the next batch on a stream of its own, beside the step that trains on this one."""
+        device = self.accelerator.device
+        if device.type != "cuda":
+            yield from batches
+            return
+        stream = torch.cuda.Stream(device)
+
+        def queue_next() -> dict | None:
+            with torch.cuda.stream(stream):
+                return next(batches, None)
+
+        upcoming = queue_next()
+        while upcoming is not None:
+            batch = upcoming
+            torch.cuda.current_stream(device).wait_stream(stream)
+            for tensor in (batch["latents"], batch["condition"], *batch["draws"].values()):
+                tensor.record_stream(torch.cuda.current_stream(device))
+            upcoming = queue_next()
+            yield batch
+
+
+def open_cache(options: Options, vae: nn.Module, source: Source, latent_shape: tuple[int, int, int]) -> LatentsCache:
+    """The cache of --latents_cache, checked against VAE, data and options."""
+    channels, height, width = latent_shape
+    key = CacheKey(
+        vae=checksum(vae),
+        data=source.storage.revision,
+        resolution=options.resolution,
+        crop="centre",
+        flips=options.random_flip,
+        shape=(channels * (2 if latents.has_posterior(vae) else 1), height, width),
+    )
+    return LatentsCache(Path(options.latents_cache), key, len(source.members))

@@ -1,0 +1,247 @@
+"""The latents cache: what the VAE made of each image, on disk as Arrow files that are mapped into memory.
+
+A row holds the moments of the posterior (mean, then deviation, unscaled), so that each epoch draws anew from it, those of the
+flipped image where images are flipped, label and caption; or the reason why its image cannot be read. A shard takes its name
+when it is whole; shards of several processes, or runs, lie beside each other.
+"""
+
+import json
+import logging
+import mmap
+import os
+import uuid
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from vaerepa.errors import OptionError
+
+logger = logging.getLogger(__name__)
+
+KEY = "key.json"
+ROWS_PER_SHARD = 4096
+DTYPE = np.float16
+VARIANTS = ("moments", "moments_flipped")
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What the content of a cache depends on."""
+
+    vae: str  # checksum of its weights
+    data: str  # revision of the split that is trained on
+    resolution: int
+    crop: str
+    flips: bool
+    shape: tuple[int, int, int]  # of the moments
+
+
+class CachedRow(NamedTuple):
+    """A row as the cache holds it; `error` says why there are no moments."""
+
+    moments: np.ndarray | None
+    label: int
+    caption: str | list[str] | None
+    error: str | None
+
+
+def checksum(module: nn.Module) -> str:
+    """Of names and values of all weights."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class LatentsCache:
+    """The rows of one split, read and written by their numbers.
+
+    Args:
+        folder: where the shards lie; it is made.
+        key: what they must have been made from.
+        num_rows: of the split.
+
+    Raises:
+        OptionError: the folder holds a cache made from something else, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, key: CacheKey, num_rows: int):
+        self.folder = folder
+        self.key = key
+        self.num_rows = num_rows
+        self._pending: dict[int, dict] = {}
+        _check_key(folder, key)
+        self.reload()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_shards": {}, "_pending": {}}  # each process maps the files itself
+
+    def reload(self) -> None:
+        """Takes up what all processes have written so far."""
+        self._paths = sorted(self.folder.glob("*.arrow"))
+        self._shards: dict[int, _Shard] = {}
+        self._shard_of = np.full(self.num_rows, -1, dtype=np.int32)
+        self._place_of = np.zeros(self.num_rows, dtype=np.int32)
+        for number, path in enumerate(self._paths):
+            try:
+                index = self._shard(number).index
+            except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
+                logger.warning(f"{path} is damaged, and its images are encoded again: {error}")
+                continue
+            self._shard_of[index] = number
+            self._place_of[index] = np.arange(len(index))
+
+    def __contains__(self, index: int) -> bool:
+        return self._shard_of[index] >= 0
+
+    def holds(self, members: np.ndarray) -> bool:
+        """Whether every row that `members` marks is there."""
+        return bool((self._shard_of[members] >= 0).all())
+
+    def count(self, members: np.ndarray) -> int:
+        """How many of the rows that `members` marks are there."""
+        return int((self._shard_of[members] >= 0).sum())
+
+    def count_unreadable(self, members: np.ndarray) -> int:
+        """How many of the rows that `members` marks are there without moments."""
+        shards = [self._shard(number) for number in np.unique(self._shard_of[self._shard_of >= 0])]
+        unreadable = np.zeros(self.num_rows, dtype=bool)
+        for shard in shards:
+            unreadable[shard.index[shard.errors.is_valid().to_numpy()]] = True
+        return int((unreadable & members).sum())
+
+    def read(self, index: int, flipped: bool = False) -> CachedRow:
+        """The row of this number, which must be there; its moments are a view of the mapped file."""
+        return self._shard(int(self._shard_of[index])).read(int(self._place_of[index]), flipped)
+
+    def add(self, index: int, variants: list[np.ndarray], label: int, caption: str | list[str] | None) -> None:
+        """Takes a row to be written: moments in the cache's dtype, and those of the flipped image if there are any."""
+        if index not in self and index not in self._pending:
+            arrays = dict(zip(VARIANTS, variants, strict=False))
+            self._pending[index] = {"label": label, "caption": caption, "error": None, **arrays}
+            if len(self._pending) >= ROWS_PER_SHARD:
+                self.flush()
+
+    def add_unreadable(self, index: int, error: str) -> None:
+        """Takes a row whose image cannot be read."""
+        if index not in self and index not in self._pending:
+            nothing = np.zeros(self.key.shape, DTYPE)
+            arrays = dict.fromkeys(VARIANTS[: 1 + self.key.flips], nothing)
+            self._pending[index] = {"label": -1, "caption": None, "error": error, **arrays}
+
+    def flush(self) -> None:
+        """Writes what was taken as a shard of its own; where it cannot be written, the rows are encoded again some day."""
+        if not self._pending:
+            return
+        rows, self._pending = self._pending, {}
+        path = self.folder / f"{uuid.uuid4().hex}.arrow"
+        unfinished = path.with_suffix(".unfinished")
+        try:
+            _write_shard(unfinished, rows, self.key)
+            os.replace(unfinished, path)
+        except (OSError, pa.ArrowException) as error:
+            unfinished.unlink(missing_ok=True)
+            logger.warning(
+                f"--latents_cache: {len(rows)} rows could not be written ({error}); they are encoded again later"
+            )
+
+    def _shard(self, number: int) -> "_Shard":
+        if number not in self._shards:
+            self._shards[number] = _Shard(self._paths[number], self.key)
+        return self._shards[number]
+
+
+class _Shard:
+    """One mapped file."""
+
+    def __init__(self, path: Path, key: CacheKey):
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        table = pa.ipc.open_file(pa.py_buffer(mapped)).read_all().combine_chunks()
+        self.index = table.column("index").to_numpy()
+        self.labels = table.column("label").to_numpy()
+        self.captions, self.errors = table.column("caption"), table.column("error")
+        self.variants = [
+            table.column(name).chunk(0).flatten().to_numpy(zero_copy_only=True).reshape(-1, *key.shape)
+            for name in VARIANTS[: 1 + key.flips]
+        ]
+        self.has_errors = self.errors.null_count < len(self.errors)
+        self.has_captions = self.captions.null_count < len(self.captions)
+
+    def read(self, place: int, flipped: bool) -> CachedRow:
+        error = self.errors[place].as_py() if self.has_errors else None
+        caption = self.captions[place].as_py() if self.has_captions else None
+        return CachedRow(self.variants[flipped][place] if error is None else None, self.labels[place], caption, error)
+
+
+def _write_shard(path: Path, rows: dict[int, dict], key: CacheKey) -> None:
+    size = int(np.prod(key.shape))
+    columns: dict[str, pa.Array] = {"index": pa.array(list(rows), pa.int64())}
+    columns["label"] = pa.array([row["label"] for row in rows.values()], pa.int64())
+    for name in ("caption", "error"):
+        values = [row[name] for row in rows.values()]
+        columns[name] = pa.array(values, None if any(isinstance(value, list) for value in values) else pa.string())
+    for name in VARIANTS[: 1 + key.flips]:
+        values = np.stack([row[name] for row in rows.values()]).ravel()
+        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values), size)
+    table = pa.table(columns)
+    with path.open("wb") as file:
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_key(folder: Path, key: CacheKey) -> None:
+    """Gives a new cache its key, and compares that of an old one."""
+    wanted = json.loads(json.dumps(asdict(key)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / KEY).exists():
+            temporary = folder / f".{uuid.uuid4().hex}"
+            temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+            os.replace(temporary, folder / KEY)
+        found = json.loads((folder / KEY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--latents_cache {folder} cannot be used: {error}") from error
+    reasons = {
+        "vae": "another VAE",
+        "data": "other data, or another revision of them",
+        "resolution": f"--resolution {found.get('resolution')}",
+        "crop": f"the crop `{found.get('crop')}`",
+        "flips": "--random_flip" if found.get("flips") else "--no_random_flip",
+        "shape": f"latents of another shape, {found.get('shape')}",
+    }
+    stale = [reason for name, reason in reasons.items() if found.get(name) != wanted[name]]
+    if stale:
+        raise OptionError(
+            f"--latents_cache {folder} was made with {', and '.join(stale)}. Choose another folder, or remove it."
+        )
+
+
+def to_moments(array: np.ndarray, latent_shape: tuple[int, int, int], where: str) -> np.ndarray:
+    """Brings the moments or latents of a data set, flat or not, to (2C, h, w) or (C, h, w).
+
+    Raises:
+        OptionError: they are of another size.
+    """
+    channels, height, width = latent_shape
+    if array.size not in (channels * height * width, 2 * channels * height * width):
+        raise OptionError(
+            f"{where} holds {array.size} numbers; expected {2 * channels * height * width} (mean and deviation of "
+            f"{channels} x {height} x {width} latents) or {channels * height * width} (latents). VAE and --resolution must be "
+            "those that the data set was made with."
+        )
+    return array.reshape(-1, height, width)
+
+
+def rounded(moments: torch.Tensor) -> torch.Tensor:
+    """As the cache will hold them."""
+    return moments.to(torch.float16)

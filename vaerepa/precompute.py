@@ -1,0 +1,64 @@
+"""--precompute_latents_only: fills the latents cache ahead of training, on all processes."""
+
+import sys
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from vaerepa import checks, components, latents
+from vaerepa.data import DataError, Feed, TrainingDraws
+from vaerepa.options import Options
+from vaerepa.stopping import StopRequest, command_again
+
+logger = get_logger(__name__)
+
+FLUSH_STEPS = 200
+
+
+def precompute_latents(options: Options, accelerator: Accelerator) -> None:
+    """Encodes every image that the cache does not hold yet; a signal stops it, and the same command goes on.
+
+    Raises:
+        OptionError: VAE, data or cache cannot be opened, or do not fit.
+        DataError: too many images cannot be read.
+    """
+    with accelerator.main_process_first():
+        vae, sources = components.open_vae_and_data(options)
+    checks.check_geometry(options, latents.downsampling_factor(vae), patch_size=1)
+    shape, count = latents.latent_shape(vae, options.resolution), len(sources.train)
+    with accelerator.main_process_first():
+        feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape)
+    checks.check_shared(feed.cache.folder, accelerator)
+    draws = TrainingDraws(options.seed, shape, options.label_dropout)
+    feed.choose_precision(draws)
+    share = options.train_batch_size * accelerator.num_processes
+    progress = tqdm(total=count, desc="images", disable=not accelerator.is_local_main_process)
+    done = feed.cache.count(sources.train.members)
+    logger.info(f"{options.latents_cache} holds {done} of {count} images; encoding the others")
+    with logging_redirect_tqdm(), StopRequest(accelerator.num_processes) as stop:
+        batches = feed.missing_batches(draws)
+        for step in range(-(-count // share)):
+            next(batches, None)  # the last may have nothing for this process
+            progress.update(min(share, count - step * share))
+            if step % FLUSH_STEPS == FLUSH_STEPS - 1:
+                feed.flush()
+            if stop.is_agreed():
+                break
+        progress.close()
+        feed.take_up_cache()
+        complete = feed.cache.holds(sources.train.members)
+        if not complete:
+            reason = f"stopped by {stop.reason}" if stop.reason else "some latents could not be written"
+            logger.warning(f"{reason}. Go on with\n    {command_again()}")
+    bad = feed.cache.count_unreadable(sources.train.members)
+    if bad >= checks.MIN_BAD_IMAGES and bad > options.max_bad_fraction * count:
+        raise DataError(
+            f"{bad} of {count} images could not be read, more than --max_bad_fraction {options.max_bad_fraction}; the log "
+            "names the first. Mend the data and remove the cache, or raise it."
+        )
+    if complete:
+        logger.info(f"done: train with --latents_cache {options.latents_cache}; {bad} images cannot be read")
+    elif not stop.reason:
+        sys.exit(1)
