@@ -1,0 +1,201 @@
+"""How fast the data come: decoding, encoding, and samples from the latents cache, beside the usual ways to do the same.
+
+    python -m benchmarks.data --train_data_dir path/to/images --pretrained_vae_model_name_or_path path/to/vae
+
+Rounds of all ways are alternated, and the median of each is printed. Without --train_data_dir, JPEG pictures of 500 x 375
+pixels are made of smooth noise.
+"""
+
+import argparse
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, Features, Image, Value, load_dataset
+from PIL import Image as PILImage
+from PIL import ImageFilter
+from torch.utils.data import DataLoader
+
+from vaerepa import latents
+from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources, read_batches
+from vaerepa.data.images import crop_square, resize_shorter_side, to_pixels
+from vaerepa.data.latents_cache import CacheKey, LatentsCache
+from vaerepa.data.source import NumberedRows, Source
+
+LATENTS = (4, 32, 32)
+BATCH = 256
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.data", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--train_data_dir", help="Images and labels, as train_vaerepa.py takes them.")
+    add("--pretrained_vae_model_name_or_path", help="VAE whose encoder is measured; without it, none is.")
+    add("--resolution", type=int, default=256, help="Pixels of a side.")
+    add("--num_images", type=int, default=1000, help="Images that are decoded in a round.")
+    add("--num_encoded", type=int, default=32, help="Images that are encoded in a round.")
+    add("--num_cached", type=int, default=20_000, help="Samples that are read from cache and .npy files in a round.")
+    add("--num_workers", type=int, default=2, help="Data workers.")
+    add("--rounds", type=int, default=3, help="Rounds of each way.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    Accelerator()  # for its logging
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        ways = {
+            "decode and crop, ours": lambda: ours(args),
+            "decode and crop, datasets + DataLoader": lambda: plain(args),
+            "from the cache, draws included": lambda: from_cache(cache, args.num_workers),
+            "from .npy files one by one, draws included": lambda: from_npy(npy, args.num_workers),
+            "from the cache, first read from disk": lambda: from_cache(forgotten(cache), args.num_workers),
+            "from .npy files, first read from disk": lambda: from_npy(forgotten(npy), args.num_workers),
+        }
+        args.train_data_dir = args.train_data_dir or str(make_images(folder / "images", args.num_images))
+        cache, npy = write_latents(folder, args.num_cached)
+        if args.pretrained_vae_model_name_or_path:
+            vae = latents.load_vae(args.pretrained_vae_model_name_or_path)
+            pixels = torch.randint(0, 256, (args.num_encoded, 3, args.resolution, args.resolution), dtype=torch.uint8)
+            ways["encode"] = lambda: [latents.encode_moments(vae, part) for part in pixels.split(8)]
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(args.rounds):
+            for name, way in ways.items():
+                rates[name].append(rate_of(way))
+    print("| | a second, median | lowest | highest |\n|---|---|---|---|")
+    for name, values in rates.items():
+        print(f"| {name} | {median(values):.0f} | {min(values):.0f} | {max(values):.0f} |")
+
+
+def rate_of(way: Callable[[], Iterable]) -> float:
+    """Samples a second, from the first batch on: what starting workers takes is left out, and what they had ready counts."""
+    count, start = 0, None
+    for batch in way():
+        now = time.perf_counter()
+        if start is None:
+            start = now
+        else:
+            count += len(batch)
+    return count / (now - start)
+
+
+# ---- images
+
+
+def make_images(folder: Path, count: int) -> Path:
+    random, encoded = np.random.default_rng(0), []
+    for _ in range(20):
+        noise = PILImage.fromarray(random.integers(0, 256, (375, 500, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        noise.filter(ImageFilter.GaussianBlur(2)).save(buffer, "JPEG", quality=90)
+        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    rows = {"image": [encoded[i % 20] for i in range(count)], "label": [i % 10 for i in range(count)]}
+    (folder / "data").mkdir(parents=True)
+    features = Features({"image": Image(), "label": Value("int64")})
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "data/train-00000-of-00001.parquet", batch_size=100)
+    return folder
+
+
+def ours(args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """As a run without a cache reads them: pixels, labels and all draws."""
+    source = open_sources(args.train_data_dir).train
+    side = args.resolution // 8
+    draws = TrainingDraws(0, (4, side, side), 0.1)
+    batches = Batches(source, Preprocessing(args.resolution), draws, 32, 0, args.num_images, 16, 1000, 0)
+    for batch in read_batches(batches, args.num_workers):
+        yield batch["pixel_values"]
+
+
+def plain(args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """As a script without a data room of its own does: the stream, its shuffle buffer, map and DataLoader."""
+    path = Path(args.train_data_dir)
+    where = {"path": "parquet", "data_files": str(path)} if path.is_file() else {"path": str(path)}
+    stream = load_dataset(**where, split="train", streaming=True).reshard().shuffle(seed=0, buffer_size=1000)
+
+    def preprocess(row: dict) -> dict:
+        image = crop_square(resize_shorter_side(row["image"].convert("RGB"), args.resolution), args.resolution)
+        return {"pixel_values": to_pixels(image), "label": row["label"]}
+
+    stream = stream.map(preprocess, remove_columns=stream.column_names).take(args.num_images)
+    for batch in DataLoader(stream, batch_size=32, num_workers=args.num_workers):
+        yield batch["pixel_values"]
+
+
+# ---- latents
+
+
+def write_latents(folder: Path, count: int) -> tuple[LatentsCache, "NpyFiles"]:
+    """The same moments in our cache and in the layout of REPA and SRA, which is float32."""
+    channels, *sides = LATENTS
+    key = CacheKey("benchmark", "benchmark", 256, "centre", False, (2 * channels, *sides))
+    cache, random, labels = LatentsCache(folder / "cache", key, count), np.random.default_rng(0), []
+    for i in range(count):
+        moments = np.abs(random.standard_normal(key.shape, dtype=np.float32))
+        cache.add(i, [moments.astype(np.float16)], i % 1000, None)
+        name = f"{i // 1000:05d}/img-mean-std-{i:08d}.npy"
+        (folder / "vae-sd" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "vae-sd" / name, moments)
+        labels.append([name, i % 1000])
+    (folder / "vae-sd/dataset.json").write_text(json.dumps({"labels": labels}))
+    cache.flush()
+    cache.reload()
+    return cache, NpyFiles(folder / "vae-sd")
+
+
+def forgotten(files: "LatentsCache | NpyFiles") -> "LatentsCache | NpyFiles":
+    """The same files, no longer in the kernel's page cache, as those of a data set larger than memory."""
+    if isinstance(files, LatentsCache):
+        files.reload()  # lets go of the maps
+    for path in files.folder.rglob("*.*"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return files
+
+
+class NpyFiles(torch.utils.data.Dataset):
+    """One np.load per sample."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.labels = json.loads((folder / "dataset.json").read_text())["labels"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        name, label = self.labels[index]
+        return torch.from_numpy(np.load(self.folder / name)), label
+
+
+def from_cache(cache: LatentsCache, num_workers: int) -> Iterator[torch.Tensor]:
+    """As a run with a complete cache reads them."""
+    source = Source(NumberedRows([1000] * (cache.num_rows // 1000)))
+    draws = TrainingDraws(0, LATENTS, 0.1)
+    batches = Batches(source, Preprocessing(256), draws, BATCH, 0, len(source), 16, 1000, 0, cache=cache)
+    for batch in read_batches(batches, num_workers):
+        mean, std = batch["moments"].float().chunk(2, dim=1)
+        yield (mean + std * batch["draws"]["posterior"]) * 0.18215
+
+
+def from_npy(files: NpyFiles, num_workers: int) -> Iterator[torch.Tensor]:
+    """As those trainers read them, with what they draw for a step: posterior, noise, time and label drop."""
+    for moments, labels in DataLoader(files, batch_size=BATCH, shuffle=True, num_workers=num_workers):
+        mean, std = moments.chunk(2, dim=1)
+        torch.randn_like(mean), torch.rand(len(labels)), torch.rand(len(labels)) < 0.1
+        yield (mean + std * torch.randn_like(mean)) * 0.18215
+
+
+if __name__ == "__main__":
+    main()
