@@ -146,6 +146,8 @@ def train(options: Options) -> None:
     output_dir = Path(options.output_dir)
     with checks.locked_output_dir(output_dir) if accelerator.is_main_process else nullcontext():
         checks.check_shared(output_dir, accelerator)
+        if options.latents_cache:
+            checks.check_shared(Path(options.latents_cache), accelerator)
         checkpoint = on_main_process(accelerator, lambda: checks.find_checkpoint(options, warn=logger.warning))
         position = checkpoints.load_position(checkpoint) if checkpoint else {"step": 0}
         if checkpoint:

@@ -73,7 +73,7 @@ def message_of(capfd) -> str:
         ({"caption_column": "label"}, ["--caption_column label", "expected text"]),
         ({"num_streams": 0}, ["--num_streams 0", "above 0"]),
         ({"latents_cache": "{}/cache", "no_center_crop": True}, ["--latents_cache needs --center_crop"]),
-        ({"latents_cache": "{}/file"}, ["--latents_cache", "cannot be used"]),
+        ({"latents_cache": "{}/file"}, ["file cannot be used"]),
         ({"precompute_latents_only": True}, ["--precompute_latents_only needs --latents_cache"]),
         ({"dataset_name": "{}/unlabelled"}, ["run from -1 to 1", "expected 0 to"]),
         ({"dataset_name": "{}/no_rows"}, ["`train` has no rows"]),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -128,6 +129,27 @@ def test_an_image_folder_in_many_streams_and_workers(image_folder):
         (int(p[0, 0, 0]), label) for p, label in zip(columns["pixel_values"], columns["condition"], strict=True)
     )
     assert seen == [(10, 0), (20, 0), (30, 0), (40, 0), (110, 1), (120, 1), (130, 1)]
+
+
+def test_images_in_an_archive(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(7):
+        (pictures / f"{i}.png").write_bytes(encode(PIL.Image.new("RGB", (20, 16), (10 * i, 0, 0))))
+    lines = [json.dumps({"file_name": f"{i}.png", "label": i}) for i in range(7)]
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "zipped").mkdir()
+    shutil.make_archive(str(tmp_path / "zipped" / "train"), "zip", pictures)
+    columns = read_epoch(open_sources(str(tmp_path / "zipped")).train, num_workers=2)
+    assert sorted(columns["condition"]) == list(range(7))
+    assert [int(pixels[0, 0, 0]) // 10 for pixels in columns["pixel_values"]] == columns["condition"]
+
+
+@pytest.mark.parametrize("name", ["train.tar", "train.parquet"])
+def test_files_that_are_damaged_are_an_error_in_one_sentence(tmp_path, name):
+    (tmp_path / name).write_bytes(b"neither tar nor parquet " * 100)
+    with pytest.raises(OptionError, match=r"cannot be (opened|read)"):
+        open_sources(str(tmp_path / name))
 
 
 # ---- data sets of latents

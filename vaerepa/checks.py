@@ -263,6 +263,10 @@ def check_shared(folder: Path, accelerator: Accelerator) -> None:
     Raises:
         OptionError: some do not.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{folder} cannot be used: {error.strerror}.") from error
     mark = folder / f".seen-by-{broadcast_object_list([os.getpid()])[0]}"
     if accelerator.is_main_process:
         mark.touch()

@@ -74,7 +74,7 @@ class Feed:
         """
         epoch, batch = len(self.source), self.options.global_batch_size
         while first < last:
-            writes = self.cache is not None and not self.cache.holds(self.source.members)
+            writes = self.cache is not None and not self._all_hold_all()
             end_of_epoch = -(-(first // epoch + 1) * epoch // batch) * batch
             end = min(last, end_of_epoch) if writes else last
             yield from self._ahead(self.read(self.source, draws, self.options.train_batch_size, first, end, self.cache))
@@ -98,6 +98,11 @@ class Feed:
         self.accelerator.wait_for_everyone()
         self.cache.reload()
         logger.info(f"the latents cache holds {self.cache.count(self.source.members)} of {len(self.source)} images")
+
+    def _all_hold_all(self) -> bool:
+        """Whether the cache is complete in the eyes of all processes; another run may be writing into it."""
+        complete = torch.tensor([self.cache.holds(self.source.members)], device=self.accelerator.device)
+        return bool(self.accelerator.gather(complete).all())
 
     def read(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset_builder
+from datasets.exceptions import DatasetsError
 from datasets.features.features import Array2D, Array3D, List
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
@@ -23,6 +25,7 @@ from vaerepa.randomness import draw_permutation, draw_uniform
 
 logger = logging.getLogger(__name__)
 
+UNREADABLE = (OSError, ValueError, tarfile.TarError, DatasetsError)
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # for a file by itself
 HELD_OUT_NAMES = ("validation", "valid", "val", "test")
 # by these names columns are found when they are not given
@@ -121,12 +124,12 @@ def open_collection(
         else:
             builder = load_dataset_builder(name_or_path, config_name, revision=revision, cache_dir=cache_dir)
         splits = builder.as_streaming_dataset()
-    except (OSError, ValueError) as error:  # missing or empty data sets and missing configs are such
+    except UNREADABLE as error:  # missing and empty data sets, missing configs, damaged files
         raise OptionError(f"the data set {name_or_path} cannot be opened: {' '.join(str(error).split())}") from error
     features = next(iter(splits.values())).features
 
     def open_split(name: str, columns: Columns) -> Storage:
-        if isinstance(builder, ImageFolder):
+        if isinstance(builder, ImageFolder) and _lies_in_files(splits[name]):
             return _tabulate(splits[name], columns)
         return _stream(builder, name, splits[name], columns, cache_dir)
 
@@ -158,6 +161,13 @@ def _open_moment_files(path: Path) -> Collection:
     files = MomentFiles([folder / name for name in names], list(numbers), revision)
     features = Features({"moments": Array3D((1, 1, 1), "float32"), "label": Value("int64")})
     return Collection(features, ["train"], lambda name, columns: files)
+
+
+def _lies_in_files(images: IterableDataset) -> bool:
+    """Whether each image has a file of its own; in an archive they are read one after the other."""
+    column = next(name for name, feature in images.features.items() if isinstance(feature, Image))
+    first = next(iter(images.select_columns([column]).decode(False)), {column: {"bytes": None}})
+    return first[column]["bytes"] is None
 
 
 def _tabulate(dataset: IterableDataset, columns: Columns) -> TableRows:
@@ -286,7 +296,10 @@ def _is_array(feature: object) -> bool:
 
 
 def _open_split(collection: Collection, name: str, columns: Columns) -> Source:
-    source = Source(collection.open_split(name, columns))
+    try:
+        source = Source(collection.open_split(name, columns))
+    except UNREADABLE as error:
+        raise OptionError(f"the split `{name}` cannot be read: {' '.join(str(error).split())}") from error
     if len(source) == 0:
         raise OptionError(f"the split `{name}` has no rows.")
     return source
