@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -59,7 +60,9 @@ def main() -> None:
             "decode and crop, ours": lambda: ours(args),
             "decode and crop, datasets + DataLoader": lambda: plain(args),
             "from the cache, draws included": lambda: from_cache(cache, args.num_workers),
+            "the draws alone, of each sample by name": lambda: draws_alone(args.num_cached, args.num_workers),
             "from .npy files one by one, draws included": lambda: from_npy(npy, args.num_workers),
+            "the same, with the draws of each sample by name": lambda: ours_from_npy(npy, args.num_workers),
             "from the cache, first read from disk": lambda: from_cache(forgotten(cache), args.num_workers),
             "from .npy files, first read from disk": lambda: from_npy(forgotten(npy), args.num_workers),
         }
@@ -68,7 +71,7 @@ def main() -> None:
         if args.pretrained_vae_model_name_or_path:
             vae = latents.load_vae(args.pretrained_vae_model_name_or_path)
             pixels = torch.randint(0, 256, (args.num_encoded, 3, args.resolution, args.resolution), dtype=torch.uint8)
-            ways["encode"] = lambda: [latents.encode_moments(vae, part) for part in pixels.split(8)]
+            ways["encode"] = lambda: (latents.encode_moments(vae, part) for part in pixels.split(8))
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(args.rounds):
             for name, way in ways.items():
@@ -186,6 +189,24 @@ def from_cache(cache: LatentsCache, num_workers: int) -> Iterator[torch.Tensor]:
     batches = Batches(source, Preprocessing(256), draws, BATCH, 0, len(source), 16, 1000, 0, cache=cache)
     for batch in read_batches(batches, num_workers):
         mean, std = batch["moments"].float().chunk(2, dim=1)
+        yield (mean + std * batch["draws"]["posterior"]) * 0.18215
+
+
+def draws_alone(count: int, num_workers: int) -> Iterator[torch.Tensor]:
+    """What the draws cost by themselves, and with them any way to read what they are made for."""
+    draws = TrainingDraws(0, LATENTS, 0.1)
+    with ThreadPoolExecutor(num_workers) as threads:
+        for drawn in threads.map(draws, [range(i, i + BATCH) for i in range(0, count, BATCH)]):
+            yield drawn["noise"]
+
+
+def ours_from_npy(files: NpyFiles, num_workers: int) -> Iterator[torch.Tensor]:
+    """As a run of ours on that layout reads them."""
+    source = open_sources(str(files.folder)).train
+    draws = TrainingDraws(0, LATENTS, 0.1)
+    batches = Batches(source, Preprocessing(256), draws, BATCH, 0, len(source), 16, 1000, 0)
+    for batch in read_batches(batches, num_workers):
+        mean, std = batch["moments"].chunk(2, dim=1)
         yield (mean + std * batch["draws"]["posterior"]) * 0.18215
 
 

@@ -1,12 +1,15 @@
 """Batches: images or cached moments, labels and the named draws of each sample, from any ordinal on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from accelerate.utils.operations import recursively_apply
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vaerepa.data import images
@@ -18,6 +21,7 @@ from vaerepa.objectives import draw_timestep
 from vaerepa.randomness import draw_noise, draw_uniform
 from vaerepa.stopping import ignore_signals
 
+PARTS_AHEAD = 2
 MAX_STAND_INS = 1000  # more damaged images in a row are no accident
 Draws = Callable[[Sequence[int]], dict[str, torch.Tensor]]
 
@@ -135,13 +139,19 @@ class Batches(IterableDataset):
         self.num_processes = num_processes
         self.cache = cache
 
+    @property
+    def are_cached(self) -> bool:
+        """Whether the cache holds all there is to read."""
+        return self.cache is not None and self.cache.holds(self.source.members)
+
     def __iter__(self) -> Iterator[dict]:
-        source = self.source
-        if self.cache is not None and self.cache.holds(source.members):
-            source = source.without_content()
-        reader = ShuffledReader(source, self.seed, self.num_streams, self.buffer_size)
         worker = get_worker_info()
-        index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        return self.read_parts(worker.id, worker.num_workers) if worker else self.read_parts(0, 1)
+
+    def read_parts(self, index: int, workers: int) -> Iterator[dict]:
+        """What one of so many workers makes: a part of every batch."""
+        source = self.source.without_content() if self.are_cached else self.source
+        reader = ShuffledReader(source, self.seed, self.num_streams, self.buffer_size)
         stride = self.num_processes * self.batch_size
         for start in range(self.first, self.last, stride):
             ordinals = range(start + self.process, min(start + stride, self.last), self.num_processes)
@@ -207,11 +217,38 @@ class Batches(IterableDataset):
             raise DataError(str(error)) from error
 
 
-def build_loader(batches: Batches, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """Runs the batches in worker processes; gives parts of batches, one of each worker in turn."""
+def run_workers(batches: Batches, num_workers: int, pin_memory: bool) -> Iterable[dict]:
+    """Parts of batches, one of each worker in turn.
+
+    Workers are processes where images are decoded, and threads where all is cached: there, to hand a sample from one process
+    to another would cost more than to read and draw it.
+    """
+    if num_workers and batches.are_cached:
+        return run_threads(batches, num_workers, pin_memory)
     return DataLoader(
         batches, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=ignore_signals
     )
+
+
+def run_threads(batches: Batches, num_workers: int, pin_memory: bool) -> Iterator[dict]:
+    """The same in threads, each of which is a few parts ahead."""
+
+    def read(parts: Iterator[dict]) -> dict | None:
+        part = next(parts, None)
+        return recursively_apply(torch.Tensor.pin_memory, part) if pin_memory else part
+
+    workers = [(ThreadPoolExecutor(1), batches.read_parts(i, num_workers)) for i in range(num_workers)]
+    upcoming = deque(thread.submit(read, parts) for _ in range(PARTS_AHEAD) for thread, parts in workers)
+    try:
+        for thread, parts in cycle(workers):
+            part = upcoming.popleft().result()
+            if part is None:
+                return
+            upcoming.append(thread.submit(read, parts))
+            yield part
+    finally:
+        for thread, _ in workers:
+            thread.shutdown(cancel_futures=True)
 
 
 def read_batches(batches: Batches, num_workers: int, device: torch.device | str = "cpu") -> Iterator[dict]:
@@ -223,7 +260,7 @@ def read_batches(batches: Batches, num_workers: int, device: torch.device | str 
     """
     on_gpu = torch.device(device).type == "cuda"
     parts: list[dict] = []
-    for part in build_loader(batches, num_workers, pin_memory=on_gpu):
+    for part in run_workers(batches, num_workers, pin_memory=on_gpu):
         parts.append(send_to_device(part, device, non_blocking=on_gpu))
         if len(parts) == max(1, num_workers):
             full, parts = [part for part in parts if part["ordinal"]], []
