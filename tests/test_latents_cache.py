@@ -274,6 +274,16 @@ def test_latents_in_a_data_set_cannot_be_flipped_or_cached_again(train, pictures
         assert "the data set holds latents" in capfd.readouterr().err
 
 
+def test_latents_of_a_vae_that_normalises_are_refused(train, pictures, vae, tmp_path, capfd):
+    write_moments(pictures, vae, tmp_path / "moments")
+    shutil.copytree(vae, tmp_path / "vae")
+    config = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps(config | {"shift_factor": 0.1}))
+    options = {"dataset_name": None, "pretrained_vae_model_name_or_path": tmp_path / "vae"}
+    train(code=2, train_data_dir=tmp_path / "moments", **options)
+    assert "this VAE shifts or normalises its own" in capfd.readouterr().err
+
+
 # ---- the files
 
 

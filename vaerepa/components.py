@@ -47,7 +47,13 @@ def open_vae_and_data(options: Options) -> tuple[nn.Module, Sources]:
     Raises:
         OptionError: one of them is not there, or does not fit the options.
     """
-    return load_vae(options), open_data(options)
+    vae, sources = load_vae(options), open_data(options)
+    if sources.train.holds_latents and latents.is_folded(vae):
+        raise OptionError(
+            "the data set holds latents, and this VAE shifts or normalises its own, which is not known of those in a data set. "
+            "Train on images (--image_column names them), with --latents_cache."
+        )
+    return vae, sources
 
 
 def hub_location(options: Options) -> dict[str, str | None]:

@@ -60,11 +60,17 @@ def fold_normalization(vae: AutoencoderKL) -> AutoencoderKL:
     weight = folded.post_quant_conv.weight
     folded.post_quant_conv.bias.add_(weight[..., 0, 0] @ shift.to(vae.dtype))
     weight.div_(scale.to(vae.dtype).view(1, -1, 1, 1))
+    folded.is_folded = True
     return folded
 
 
 def _per_channel(value: float | list, channels: int) -> torch.Tensor:
     return torch.as_tensor(value, dtype=torch.float32).flatten().expand(channels)
+
+
+def is_folded(vae: ModelMixin) -> bool:
+    """Whether its latents are not those that the VAE as published gives."""
+    return getattr(vae, "is_folded", False)
 
 
 def latent_channels(vae: ModelMixin) -> int:
