@@ -51,11 +51,11 @@ class ShuffledReader:
         return self._streams[number]
 
     def _open_stream(self, epoch: int, number: int) -> "_Stream":
-        lengths = [len(range(k, len(self.source), self.num_streams)) for k in range(number + 1)]
-        start = sum(lengths[:-1])
+        shortest, longer_ones = divmod(len(self.source), self.num_streams)
+        start, length = number * shortest + min(number, longer_ones), shortest + (number < longer_ones)
         return _Stream(
-            lambda first: islice(self._read_epoch(start + first), lengths[-1] - first),
-            lengths[-1],
+            lambda first: islice(self._read_epoch(start + first), length - first),
+            length,
             self.window,
             lambda window, size: draw_permutation(self.seed, "window", size, epoch, number, window).tolist(),
         )

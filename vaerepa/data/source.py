@@ -126,9 +126,7 @@ class TableRows:
         self.labels = label_range(self.dataset[:][columns.label].to_pylist()) if len(dataset) else (0, 0)
         self.revision = revision
         self.holds_latents = columns.moments is not None
-        self.block_rows = [
-            len(part) for part in np.array_split(range(len(dataset)), min(len(dataset), MAX_BLOCKS) or 1)
-        ]
+        self.block_rows = even_blocks(len(dataset))
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
 
     def read(self, block: int, start: int) -> Iterator[Row]:
@@ -147,7 +145,7 @@ class MomentFiles:
         self.row_labels = labels
         self.labels = label_range(labels)
         self.revision = revision
-        self.block_rows = [len(part) for part in np.array_split(range(len(paths)), min(len(paths), MAX_BLOCKS) or 1)]
+        self.block_rows = even_blocks(len(paths))
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
 
     def read(self, block: int, start: int) -> Iterator[Row]:
@@ -167,6 +165,11 @@ class NumberedRows:
     def read(self, block: int, start: int) -> Iterator[Row]:
         for index in range(self._block_starts[block] + start, self._block_starts[block + 1]):
             yield Row(index, -1)
+
+
+def even_blocks(num_rows: int) -> list[int]:
+    """Sizes of as many blocks as are of use, for rows that can be read from anywhere."""
+    return [len(part) for part in np.array_split(range(num_rows), min(num_rows, MAX_BLOCKS) or 1)]
 
 
 def rows_of(table: pa.Table, first: int, columns: Columns) -> Iterator[Row]:
