@@ -226,22 +226,6 @@ def _check_key(folder: Path, key: CacheKey) -> None:
         )
 
 
-def to_moments(array: np.ndarray, latent_shape: tuple[int, int, int], where: str) -> np.ndarray:
-    """Brings the moments or latents of a data set, flat or not, to (2C, h, w) or (C, h, w).
-
-    Raises:
-        OptionError: they are of another size.
-    """
-    channels, height, width = latent_shape
-    if array.size not in (channels * height * width, 2 * channels * height * width):
-        raise OptionError(
-            f"{where} holds {array.size} numbers; expected {2 * channels * height * width} (mean and deviation of "
-            f"{channels} x {height} x {width} latents) or {channels * height * width} (latents). VAE and --resolution must be "
-            "those that the data set was made with."
-        )
-    return array.reshape(-1, height, width)
-
-
 def rounded(moments: torch.Tensor) -> torch.Tensor:
     """As the cache will hold them."""
     return moments.to(torch.float16)

@@ -13,10 +13,9 @@ from accelerate.utils.operations import recursively_apply
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vaerepa.data import images
-from vaerepa.data.latents_cache import LatentsCache, to_moments
+from vaerepa.data.latents_cache import LatentsCache
 from vaerepa.data.order import ShuffledReader
 from vaerepa.data.source import Row, Source
-from vaerepa.errors import OptionError
 from vaerepa.objectives import draw_timestep
 from vaerepa.randomness import draw_noise, draw_uniform
 from vaerepa.stopping import ignore_signals
@@ -99,6 +98,22 @@ def stack_noise(seed: int, name: str, ordinals: Sequence[int], shape: tuple[int,
     for place, ordinal in enumerate(ordinals):
         draw_noise(seed, name, ordinal, shape, out=noise[place])
     return noise
+
+
+def to_moments(array: np.ndarray, latent_shape: tuple[int, int, int], where: str) -> np.ndarray:
+    """Brings the moments or latents of a data set, flat or not, to (2C, h, w) or (C, h, w).
+
+    Raises:
+        DataError: they are of another size.
+    """
+    channels, height, width = latent_shape
+    if array.size not in (channels * height * width, 2 * channels * height * width):
+        raise DataError(
+            f"{where} holds {array.size} numbers; expected {2 * channels * height * width} (mean and deviation of "
+            f"{channels} x {height} x {width} latents) or {channels * height * width} (latents). VAE and --resolution must be "
+            "those that the data set was made with."
+        )
+    return array.reshape(-1, height, width)
 
 
 class Batches(IterableDataset):
@@ -211,10 +226,7 @@ class Batches(IterableDataset):
         if row.moments is None:
             return row, self.preprocessing(row, ordinal)
         array = row.moments if isinstance(row.moments, np.ndarray) else np.load(row.moments, allow_pickle=False)
-        try:
-            return row, to_moments(array, self.draws.latent_shape, f"row {row.index}")
-        except OptionError as error:
-            raise DataError(str(error)) from error
+        return row, to_moments(array, self.draws.latent_shape, f"row {row.index}")
 
 
 def run_workers(batches: Batches, num_workers: int, pin_memory: bool) -> Iterable[dict]:

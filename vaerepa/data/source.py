@@ -65,9 +65,10 @@ class Source:
         self.members = np.ones(self.block_starts[-1], dtype=bool) if members is None else members
         counts = np.cumsum(np.concatenate([[0], self.members]))
         self.block_sizes = np.diff(counts[self.block_starts])
+        self._length = int(counts[-1])  # asked for with every sample
 
     def __len__(self) -> int:
-        return int(self.block_sizes.sum())
+        return self._length
 
     @property
     def holds_latents(self) -> bool:
@@ -123,7 +124,8 @@ class TableRows:
     def __init__(self, dataset: Dataset, columns: Columns, revision: str):
         self.dataset = dataset.select_columns(columns.names()).with_format("arrow")
         self.columns = columns
-        self.labels = label_range(self.dataset[:][columns.label].to_pylist()) if len(dataset) else (0, 0)
+        labels = self.dataset.select_columns([columns.label])[:]
+        self.labels = label_range(labels[columns.label].to_pylist())
         self.revision = revision
         self.holds_latents = columns.moments is not None
         self.block_rows = even_blocks(len(dataset))
