@@ -13,8 +13,9 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,20 @@ from vaerepa import (
     speed,
     throughput,
 )
-from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext
+from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, stored_heads
 from vaerepa.components import build_alignments, build_transformer, open_components
 from vaerepa.data import DataError, Feed, Sources, TrainingDraws, ValidationDraws
 from vaerepa.ema import EMA, share_of_start
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import held_out_loss
 from vaerepa.families import dit
+from vaerepa.hub import access
+from vaerepa.hub.uploader import Uploader
+from vaerepa.layout import all_checkpoints, folder_of, step_of
 from vaerepa.logs import MetricsFile, Window, plot_curves
 from vaerepa.options import Options, as_plain, changed_options, parse_options, write_config
 from vaerepa.precompute import precompute_latents
+from vaerepa.privacy import public_values, redact, take_token
 from vaerepa.stopping import StopRequest, command_to_go_on
 
 logger = get_logger(__name__)
@@ -89,6 +94,7 @@ class Run:
     learning_rate: Callable[[int], float] | None = None
     skipped_in_a_row: torch.Tensor | None = None  # steps, counted on the device
     num_skipped_before: int = 0  # by all, before the restart
+    uploader: Uploader | None = None  # on the main process, with --push_to_hub
     validated_step: int | None = None
     stop_reason: str | None = None
 
@@ -121,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         train(options)
     except (OptionError, DataError, TrainingError, checkpoints.CheckpointError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, OptionError):
-            print(f"\nerror: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+            print(f"\nerror: {redact(str(error)).strip().splitlines()[-1]}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
     except torch.OutOfMemoryError:
         print(f"\nerror: out of GPU memory. {speed.next_memory_lever(options)}", file=sys.stderr)
@@ -135,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(options: Options) -> None:
     """The story: check, build, loop, save."""
     checks.check_options(options)
+    options = take_token(options)
     accelerator = build_accelerator(options)
     options = checks.resolve_batch_sizes(options, accelerator.num_processes)
     if options.dry_run:
@@ -152,18 +159,19 @@ def train(options: Options) -> None:
         position = checkpoints.load_position(checkpoint) if checkpoint else {"step": 0}
         if checkpoint:
             checks.check_past(position["options"], options, checkpoint)
-        run = build_run(options, accelerator, position)
-        if checkpoint:
-            restore_weights(run, checkpoint)
-        prepare(run)
-        if checkpoint:
-            restore_optimizer(run, checkpoint, position)
-        begin(run, checkpoint, position)
-        with logging_redirect_tqdm():
+        with uploading(options, accelerator) as uploader, logging_redirect_tqdm():
+            run = build_run(options, accelerator, position)
+            run.uploader = uploader
+            if checkpoint:
+                restore_weights(run, checkpoint)
+            prepare(run)
+            if checkpoint:
+                restore_optimizer(run, checkpoint, position)
+            begin(run, checkpoint, position)
             loop(run)
             if run.stop_reason is None:
                 finish(run)
-        accelerator.end_training()
+            accelerator.end_training()
 
 
 # --- build ------------------------------------------------------------------------------------------------------------
@@ -193,6 +201,16 @@ def build_accelerator(options: Options) -> Accelerator:
     return accelerator
 
 
+def uploading(options: Options, accelerator: Accelerator) -> AbstractContextManager[Uploader | None]:
+    """Who pushes to the Hub while the context lasts, and waits for it at its end; None on all but the main process."""
+    if not options.push_to_hub:
+        return nullcontext()
+    repo_id = on_main_process(accelerator, lambda: access.open_repository(options))
+    if not accelerator.is_main_process:
+        return nullcontext()
+    return Uploader(Path(options.output_dir), repo_id, options.hub_revision, options.hub_strategy)
+
+
 def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run:
     """Builds what is trained, and all that a step works on."""
     with accelerator.main_process_first():
@@ -213,6 +231,11 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         step=position["step"],
         metrics=MetricsFile(Path(options.output_dir, "metrics.jsonl")),
     )
+    if position.get("num_images", len(run.sources.train)) != len(run.sources.train):
+        raise OptionError(
+            f"the data set had {position['num_images']} images in this run's past, and has {len(run.sources.train)}; give the "
+            "same data, or start a new run in another --output_dir."
+        )
     if "latent_statistics" in position:
         run.latent_statistics, run.feed.encode_in_bf16 = position["latent_statistics"], position["encode_in_bf16"]
     else:
@@ -224,8 +247,19 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     heads = {a.name: a.method.build_head(width, channels, options.seed) for a in run.alignments}
     block_of = {a.name: a.block for a in run.alignments}
     run.model = AlignedTransformer(transformer, dit.blocks(transformer), heads, block_of).to(accelerator.device)
+    if components.heads and not run.step:
+        attach_heads(run, components.heads)
     speed.apply_switches(options, transformer, dit.blocks(transformer), accelerator.device)
     return run
+
+
+def attach_heads(run: Run, heads: stored_heads.StoredHeads) -> None:
+    """Goes on with the alignment heads that lie beside the pipeline which is fine-tuned, where they fit."""
+    if stored_heads.fits(heads, run.model.heads, run.alignments):
+        checkpoints.load_parameters(run.model.heads, heads.tensors)
+        logger.info("its alignment heads are kept")
+    else:
+        logger.info("its alignment heads are for another alignment: new ones are drawn")
 
 
 def measure_latents(run: Run) -> None:
@@ -259,12 +293,12 @@ def restore_weights(run: Run, checkpoint: Path) -> None:
     for decay, average in run.ema.transformers.items() if run.ema else ():
         checkpoints.load_parameters(average, checkpoints.load_tensors(checkpoint, f"ema_{decay}"))
     if run.alignments:
-        heads = checkpoints.load_tensors(checkpoint, "heads")
-        if not heads:
+        heads = stored_heads.load_heads(checkpoint)
+        if heads is None:
             raise OptionError(
                 "--alignment_stop_step cannot be raised: the alignment heads were dropped before this checkpoint."
             )
-        checkpoints.load_parameters(run.model.heads, heads)
+        checkpoints.load_parameters(run.model.heads, heads.tensors)
 
 
 def restore_optimizer(run: Run, checkpoint: Path, position: dict) -> None:
@@ -345,14 +379,19 @@ def loop(run: Run) -> None:
                 check_skipped_images(run)
             is_last = run.step == run.max_train_steps
             stops = stop.is_agreed() and not is_last
-            if run.step % options.checkpointing_steps == 0 or is_last or stops:
+            saves = run.step % options.checkpointing_steps == 0 or is_last or stops
+            if saves:
                 save(run, must_succeed=is_last or stops)
+            if options.validation_steps and run.step % options.validation_steps == 0 and not stops:
+                validate(run)
+            if saves and not is_last and options.hub_strategy != "end":
+                publish(run)  # the last state goes up with the last pictures, in `finish`
+            if run.uploader:
+                run.uploader.tend()
             if stops:
                 run.stop_reason = stop.reason
                 logger.warning(f"stopped by {stop.reason} after step {run.step}. Go on with\n    {command_to_go_on()}")
                 break
-            if options.validation_steps and run.step % options.validation_steps == 0:
-                validate(run)
             if logs_now:
                 stopwatch.restart()
     progress.close()
@@ -488,7 +527,7 @@ def check_skipped_steps(run: Run) -> None:
     """Stops a run that has diverged; its last checkpoint is from before."""
     if run.skipped_in_a_row < run.options.max_skipped_steps:
         return
-    kept = checkpoints.all_checkpoints(run.output_dir)
+    kept = all_checkpoints(run.output_dir)
     raise TrainingError(
         f"the gradients were not finite in the last {int(run.skipped_in_a_row)} steps, up to step {run.step}; the weights "
         f"were not touched by them. The last checkpoint is {kept[-1].name if kept else 'not there yet'}. "
@@ -565,7 +604,8 @@ def save(run: Run, must_succeed: bool) -> None:
     run.feed.flush()
     names = {parameter: name for name, parameter in aligned.named_parameters()}
     position = {
-        "options": as_plain(run.options),
+        "options": public_values(as_plain(run.options)),
+        "num_images": len(run.sources.train),
         "latent_statistics": run.latent_statistics,
         "encode_in_bf16": run.feed.encode_in_bf16,
         "window": run.window.reduce(accelerator),
@@ -575,7 +615,6 @@ def save(run: Run, must_succeed: bool) -> None:
     }
     tensors = {
         "transformer": dict(run.transformer.named_parameters()),
-        "heads": dict(aligned.heads.named_parameters()),
         "optimizer": checkpoints.optimizer_tensors(run.optimizer.optimizer, names),
     }
     for decay, average in run.ema.transformers.items() if run.ema else ():
@@ -586,12 +625,14 @@ def save(run: Run, must_succeed: bool) -> None:
             run.exported_transformer, run.vae, run.objective.scheduler, run.sources.id2label
         )
         dit.write_stock_pipeline(folder, pipeline)
+        stored_heads.save_heads(folder, aligned.heads, run.alignments)
         checkpoints.link_tree(run.output_dir / "vae", folder / "vae")
         shutil.copyfile(PIPELINE_FILE, folder / PIPELINE_FILE.name)
 
     def write() -> None:
         checkpoints.save(run.output_dir, run.step, write_pipeline, tensors, position)
-        checkpoints.purge(run.output_dir, run.options.checkpoints_total_limit)
+        uploads = run.uploader.folders if run.uploader else ()
+        checkpoints.purge(run.output_dir, run.options.checkpoints_total_limit, spared=uploads)
 
     try:
         on_main_process(accelerator, write)
@@ -606,33 +647,55 @@ def finish(run: Run) -> None:
     if run.validated_step != run.step:
         validate(run)
     if run.accelerator.is_main_process:
-        last = checkpoints.folder_of(run.output_dir, run.step)
-        for part in ("transformer", "scheduler"):
+        last = folder_of(run.output_dir, run.step)
+        for part in ("transformer", "scheduler", stored_heads.FOLDER):
             checkpoints.link_tree(last / part, run.output_dir / part)
         shutil.copyfile(last / "model_index.json", run.output_dir / "model_index.json")
-        plot_curves(run.metrics.read(), run.output_dir / "training_curves.png")
-        model_card.write_card(run.output_dir / "README.md", CARD_TEMPLATE, run.options, card_facts(run))
+        publish(run)
         logger.info(f"done: {run.output_dir} loads with DiffusionPipeline.from_pretrained")
+
+
+def publish(run: Run) -> None:
+    """Describes the newest checkpoint in curves and card, and hands it to who pushes it, if anyone does."""
+    checkpoint = folder_of(run.output_dir, run.step)
+    if not run.accelerator.is_main_process or not checkpoint.is_dir():  # it could not be saved
+        return
+    plot_curves(run.metrics.read(), run.output_dir / "training_curves.png")
+    name = run.uploader.repo_id if run.uploader else run.output_dir.resolve().name
+    model_card.write_card(run.output_dir / "README.md", CARD_TEMPLATE, run.options, name, card_facts(run))
+    if run.uploader:
+        run.uploader.push(checkpoint)
 
 
 def card_facts(run: Run) -> dict[str, Any]:
     """What the model card tells beyond the options."""
     grids = sorted((run.output_dir / "samples").glob("*.png"))
-    losses = [line["validation/loss"] for line in run.metrics.read() if "validation/loss" in line]
-    transformer, num_classes = run.exported_transformer, len(run.sources.id2label)
+    transformer, id2label = run.exported_transformer, run.sources.id2label
     return {
         "parameters": f"{sum(parameter.numel() for parameter in transformer.parameters()) / 1e6:.1f}",
-        "num_classes": num_classes,
+        "classes": id2label.values(),
+        "num_classes": len(id2label),
         "steps": run.step,
         "block": run.options.alignment_block or dit.default_alignment_block(transformer.config.num_layers),
-        "label": min(7, num_classes - 1),
+        "label": min(7, len(id2label) - 1),
         "grid": f"samples/{grids[-1].name}" if grids else None,
+        "grid_step": step_of(Path(grids[-1].stem)) if grids else None,
         "curves": "training_curves.png" if (run.output_dir / "training_curves.png").exists() else None,
-        "held_out_loss": f"{losses[-1]:.4f}" if losses else None,
+        "held_out_loss": last_held_out_loss(run),
         "is_flow": objectives.name_of(run.objective.scheduler) == "flow_matching",
         "has_learned_sigma": dit.has_learned_sigma(transformer),
-        "works_in_stock": dit.works_in_stock_pipeline(num_classes),
+        "works_in_stock": dit.works_in_stock_pipeline(len(id2label)),
+        "is_pushed": run.uploader is not None,
+        "machine": throughput.describe_machine(run.accelerator),
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "datasets")),
     }
+
+
+def last_held_out_loss(run: Run) -> float | None:
+    """The newest held-out loss of the average that is exported."""
+    several = run.options.use_ema and len(run.options.ema_decay) > 1
+    key = f"validation/ema_{run.options.ema_decay[0]}/loss" if several else "validation/loss"
+    return next((line[key] for line in reversed(run.metrics.read()) if key in line), None)
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:

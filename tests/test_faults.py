@@ -20,7 +20,8 @@ from datasets import ClassLabel, Dataset, Features, Image
 from tests.conftest import ROOT, launcher, read_metrics
 from tests.test_restart import EXACT, assert_same_end
 from vaerepa import checkpoints
-from vaerepa.checkpoints import all_checkpoints, find_damage, step_of
+from vaerepa.checkpoints import find_damage
+from vaerepa.layout import all_checkpoints, step_of
 
 NUM_KILLS = int(os.environ.get("VAEREPA_TEST_KILLS", "6"))
 STEPS = 120

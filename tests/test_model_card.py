@@ -17,7 +17,7 @@ def test_a_card_tells_the_run(train, data):
     assert card.data.datasets in (None, [])
     assert "| learning_rate | 0.0003 |" in card.text
     assert "samples/step-0000004.png" in card.text
-    assert "Held-out denoising loss" in card.text
+    assert "| held-out denoising loss |" in card.text
     assert "aligns block 2" in card.text
     assert str(data.parent) not in card.content
     assert "variance" not in card.text
@@ -28,7 +28,7 @@ def test_a_card_tells_the_run(train, data):
 def test_what_is_missing_leaves_no_trace(train):
     card = ModelCard.load(train(alignment="none") / "README.md")
     assert "![Samples" not in card.text
-    assert "Held-out" not in card.text
+    assert "## Evaluation" not in card.text
     assert "VAE-REPA](" not in card.text
 
 
@@ -43,7 +43,7 @@ def test_a_learned_variance_is_said_to_be_uncalibrated(train, pipeline):  # noqa
 def test_the_hubs_names_reach_the_metadata(tmp_path):
     template = ROOT / "model_card_template.md"
     options = Options(dataset_name="ILSVRC/imagenet-1k", pretrained_model_name_or_path="facebook/DiT-XL-2-256")
-    write_card(tmp_path / "README.md", template, options, {"works_in_stock": True, "num_classes": 1000})
+    write_card(tmp_path / "README.md", template, options, "me/model", {"works_in_stock": True, "num_classes": 1000})
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.datasets == ["ILSVRC/imagenet-1k"]
     assert card.data.base_model == "facebook/DiT-XL-2-256"

@@ -6,10 +6,9 @@ checkpoint-N is whole, or was damaged later, which the manifest tells.
 
 import json
 import os
-import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-STATE = "state"
-MANIFEST = "manifest.json"
-POSITION = "position.json"
+from vaerepa.layout import MANIFEST, POSITION, STATE, all_checkpoints, folder_of
 
 
 class CheckpointError(RuntimeError):
@@ -62,9 +59,11 @@ def save(
     return final
 
 
-def purge(output_dir: Path, limit: int | None) -> None:
-    """Removes the oldest checkpoints until `limit` are left; one that cannot be removed is left."""
+def purge(output_dir: Path, limit: int | None, spared: Collection[Path] = ()) -> None:
+    """Removes the oldest checkpoints until `limit` are left; one that cannot be removed, or is `spared`, is left."""
     for folder in all_checkpoints(output_dir)[: -limit if limit else 0]:
+        if folder in spared:
+            continue
         # renamed first: a half-deleted folder must not look like a checkpoint
         doomed = folder.with_name(f".{folder.name}.deleted")
         try:
@@ -80,22 +79,6 @@ def remove_leftovers(output_dir: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def all_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders named checkpoint-N, oldest step first."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(folder.name.split("-")[-1])
-
-
-def folder_of(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return output_dir / f"checkpoint-{step}"
-
-
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint: a sentence, or None when every file is as its manifest says."""
     try:
@@ -104,6 +87,8 @@ def find_damage(folder: Path) -> str | None:
         return f"{folder} has no readable {STATE}/{MANIFEST}"
     for name, (size, checksum) in manifest.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{folder}: its manifest names {name}, outside of it"
         if not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != size or _checksum(path) != checksum:

@@ -16,6 +16,8 @@ from accelerate.utils import broadcast_object_list
 from vaerepa import checkpoints
 from vaerepa.errors import OptionError
 from vaerepa.families import dit
+from vaerepa.hub import access, download
+from vaerepa.layout import all_checkpoints, step_of
 from vaerepa.options import Options, changed_options
 
 POSITIVE = (
@@ -92,6 +94,7 @@ def check_options(options: Options) -> None:
         )
     if options.report_to != "none":
         check_tracker(options.report_to)
+    access.check_names(options)
     check_data(options)
     if options.pretrained_model_name_or_path is None:
         transformer_size(options)
@@ -288,7 +291,7 @@ def find_checkpoint(options: Options, warn: Callable[[str], None]) -> Path | Non
         OptionError: the folder asked for is none or is damaged; a new run would mix with another in the output folder.
     """
     output_dir, wanted = Path(options.output_dir), options.resume_from_checkpoint
-    existing = checkpoints.all_checkpoints(output_dir)
+    existing = all_checkpoints(output_dir)
     if wanted is None:
         if existing or (output_dir / "model_index.json").exists():
             raise OptionError(
@@ -301,14 +304,17 @@ def find_checkpoint(options: Options, warn: Callable[[str], None]) -> Path | Non
         if newest is None and existing:
             raise OptionError(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole.")
         return newest
-    folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+    if wanted.startswith(download.PREFIX):
+        folder = download.fetch_checkpoint(wanted, options.cache_dir)
+    else:
+        folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
     if not folder.is_dir():
         names = ", ".join(path.name for path in existing) or "none"
         raise OptionError(f"--resume_from_checkpoint {wanted}: there is no such folder; {output_dir} holds {names}.")
     damage = checkpoints.find_damage(folder)
     if damage:
         raise OptionError(f"--resume_from_checkpoint {wanted}: {damage}; it is no whole checkpoint of this trainer.")
-    newer = [path.name for path in existing if checkpoints.step_of(path) > checkpoints.load_position(folder)["step"]]
+    newer = [path.name for path in existing if step_of(path) > checkpoints.load_position(folder)["step"]]
     if newer:
         raise OptionError(
             f"--resume_from_checkpoint {wanted}: {output_dir} holds newer ones, which this run would overwrite "

@@ -8,6 +8,7 @@ from torch import nn
 
 from vaerepa import checks, latents, objectives
 from vaerepa.alignment import Alignment, VAEAlignment
+from vaerepa.alignment.stored_heads import StoredHeads, load_heads
 from vaerepa.data import Sources, open_sources
 from vaerepa.errors import OptionError
 from vaerepa.families import dit
@@ -26,6 +27,7 @@ class Components:
     sources: Sources
     objective: objectives.Objective
     pretrained: dit.PretrainedPipeline | None
+    heads: StoredHeads | None = None  # which lie beside it
 
 
 def open_components(options: Options) -> Components:
@@ -34,11 +36,13 @@ def open_components(options: Options) -> Components:
     Raises:
         OptionError: one of them is not there, or does not fit the options.
     """
-    pretrained = None
+    pretrained = heads = None
     if options.pretrained_model_name_or_path:
         pretrained = dit.load_pipeline(options.pretrained_model_name_or_path, **hub_location(options))
+        heads = load_heads(options.pretrained_model_name_or_path, options.revision, options.cache_dir)
     vae, sources = open_vae_and_data(options)
-    return Components(vae, sources, build_objective(options, pretrained, len(sources.id2label)), pretrained)
+    objective = build_objective(options, pretrained, len(sources.id2label))
+    return Components(vae, sources, objective, pretrained, heads)
 
 
 def open_vae_and_data(options: Options) -> tuple[nn.Module, Sources]:

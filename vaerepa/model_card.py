@@ -1,12 +1,18 @@
 """The model card of a run: README.md from model_card_template.md, beside the pipeline that it describes."""
 
+import html
+import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vaerepa.options import FIELDS, Options
+from vaerepa.privacy import is_local, public_name
 
+TASK = "unconditional-image-generation"  # the Hub has no tag for generation by class
 SHOWN = (
     "seed",
     "global_batch_size",
@@ -16,33 +22,76 @@ SHOWN = (
     "ema_decay",
     "mixed_precision",
 )
+NUM_NAMED_CLASSES = 20
 
 
-def write_card(path: Path, template: Path, options: Options, facts: dict) -> None:
-    """Renders the card.
+def write_card(path: Path, template: Path, options: Options, name: str, facts: dict[str, Any]) -> None:
+    """Renders the card, and puts it in place in one step.
 
     Args:
-        facts: what the template asks for beyond the options; what is missing leaves no empty heading.
+        name: the repository, user/name, or the name of the run.
+        facts: what the template asks for beyond the options; what is missing leaves no empty heading. `classes` are the
+            names of the classes, `held_out_loss` is the exported weights' loss.
     """
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",  # the Hub has no tag for generation by class
-        tags=["diffusers", "vae-repa" if options.alignment != "none" else "sit", "class-conditional"],
-        datasets=_hub_names([options.dataset_name]) or None,
-        base_model=next(iter(_hub_names([options.pretrained_model_name_or_path])), None),
-    )
-    ModelCard.from_template(
-        data,
+    card = ModelCard.from_template(
+        card_metadata(options, name, facts.get("held_out_loss")),
         template_path=str(template),
-        name=Path(options.output_dir).name,
+        title=plain(name),
+        name=json.dumps(name),
+        classes=_class_list(facts.get("classes", ())),
         resolution=options.resolution,
-        dataset=_public_name(options.train_data_dir or options.dataset_name),
-        base=_public_name(options.pretrained_model_name_or_path),
+        dataset=plain(public_name(_dataset(options))),
+        base=plain(public_name(options.pretrained_model_name_or_path or "")),
+        vae=plain(public_name(options.pretrained_vae_model_name_or_path or "")),
         aligned=options.alignment != "none",
         guidance_scale=options.validation_guidance_scale,
-        options=list(_shown_options(options)),
-        **facts,
-    ).save(path)
+        sampling_steps=options.validation_num_inference_steps,
+        options=[(option, plain(str(value))) for option, value in _shown_options(options)],
+        **{fact: value for fact, value in facts.items() if fact != "classes"},
+    )
+    unfinished = path.with_name(f".{path.name}.new")
+    card.save(unfinished)
+    os.replace(unfinished, path)
+
+
+def card_metadata(options: Options, name: str, held_out_loss: float | None) -> ModelCardData:
+    """The card's head; libraries write it as YAML, so that no name can break it."""
+    base, vae = options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path
+    tags = ["diffusers", "vae-repa" if options.alignment != "none" else "sit", "class-conditional"]
+    results = []
+    if held_out_loss is not None:
+        results.append(
+            EvalResult(
+                task_type=TASK,
+                dataset_type=public_name(_dataset(options)),
+                dataset_name=public_name(_dataset(options)),
+                dataset_split=options.validation_split or "held out",
+                metric_type="loss",
+                metric_name="Held-out denoising loss",
+                metric_value=held_out_loss,
+            )
+        )
+    return ModelCardData(
+        license=options.hub_license,
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=tags,
+        datasets=_hub_names(options.dataset_name) or None,
+        base_model=next(iter(_hub_names(base)), None) or next(iter(_hub_names(None if base else vae)), None),
+        model_name=name,
+        eval_results=results or None,
+    )
+
+
+def plain(text: str) -> str:
+    """Text in one line that Markdown takes for nothing but text."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{character}" if character in "\\`*[]|#" else character for character in text)
+
+
+def _class_list(names: Iterable[str]) -> str:
+    names = [plain(name.split(",")[0]) for name in names]
+    return ", ".join(names[:NUM_NAMED_CLASSES]) + (", …" if len(names) > NUM_NAMED_CLASSES else "")
 
 
 def _shown_options(options: Options) -> Iterable[tuple[str, object]]:
@@ -54,10 +103,9 @@ def _shown_options(options: Options) -> Iterable[tuple[str, object]]:
             yield name, " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def _public_name(name: str | None) -> str | None:
-    """A Hub id as it is; of a local folder its name alone."""
-    return Path(name).name if name and Path(name).exists() else name
+def _dataset(options: Options) -> str:
+    return options.train_data_dir or options.dataset_name or ""
 
 
-def _hub_names(names: Iterable[str | None]) -> list[str]:
-    return [name for name in names if name and not Path(name).exists()]
+def _hub_names(name: str | None) -> list[str]:
+    return [name] if name and not is_local(name) else []

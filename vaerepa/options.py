@@ -12,17 +12,20 @@ import yaml
 
 from vaerepa import families
 from vaerepa.errors import OptionError
+from vaerepa.privacy import public_values
 
 Resume = Literal["fixed", "schedule", "free"]
 
 
-def option(default: Any, help: str, *, resume: Resume = "free", group: str = "") -> Any:
+def option(default: Any, help: str, *, resume: Resume = "free", group: str = "", secret: bool = False) -> Any:
     """A dataclass field with its help text and with what a restart may do to it.
 
     `resume` is "fixed" where another value would change the steps already taken (refused), "schedule" where it changes
-    the steps to come (allowed, and said), "free" where it changes no step at all.
+    the steps to come (allowed, and said), "free" where it changes no step at all. What is `secret` is never shown or saved.
     """
-    return field(default=default, metadata={"help": help, "resume": resume, "group": group})
+    return field(
+        default=default, repr=not secret, metadata={"help": help, "resume": resume, "group": group, "secret": secret}
+    )
 
 
 @dataclass
@@ -255,8 +258,31 @@ class Options:
     )
     checkpoints_total_limit: int | None = option(None, "Keep at most this many checkpoints; the oldest go first.")
     resume_from_checkpoint: str | None = option(
-        None, "Checkpoint to go on from: its folder, or `latest` (starts afresh when there is none)."
+        None,
+        "Checkpoint to go on from: its folder, `latest` (starts afresh when there is none), or hub:user/name, "
+        "hub:user/name@revision for one that --hub_strategy checkpoint pushed.",
     )
+
+    # --- Hub -----------------------------------------------------------------------------------------------------
+    push_to_hub: bool = option(False, "Push the model to the Hub, in the background.", group="Hub")
+    hub_model_id: str | None = option(
+        None, "Repository to push to, user/name. Default: the name of --output_dir, in your own account."
+    )
+    hub_token: str | None = option(
+        None,
+        "Token for the Hub. Better: log in with `hf auth login`, or set HF_TOKEN. It is saved nowhere.",
+        secret=True,
+    )
+    hub_private_repo: bool = option(False, "Make the repository a private one, when it is not there yet.")
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = option(
+        "every_save",
+        "What is pushed when, as in transformers' Trainer: the model at the end; or at every save; or with it the newest "
+        "training state, as last-checkpoint/; or every one, as checkpoint-N/. Each push is a commit with the tag step-N.",
+    )
+    hub_revision: str | None = option(
+        None, "Branch to push to, made when it is not there; its tags are named REVISION-step-N. Default: main."
+    )
+    hub_license: str = option("unknown", "Licence in the model card, as the Hub spells it, for example apache-2.0.")
 
 
 FIELDS: dict[str, Field] = {f.name: f for f in fields(Options)}
@@ -310,7 +336,8 @@ def convert(name: str, value: Any) -> Any:
     try:
         return _convert(kind, value)
     except (TypeError, ValueError) as error:
-        raise OptionError(f"--{name}: expected {_describe(kind)}, got {value!r}.") from error
+        got = "something else" if FIELDS[name].metadata["secret"] else repr(value)
+        raise OptionError(f"--{name}: expected {_describe(kind)}, got {got}.") from error
 
 
 def write_config(options: Options, path: Path) -> None:
@@ -319,13 +346,17 @@ def write_config(options: Options, path: Path) -> None:
 
 
 def as_plain(options: Options) -> dict[str, Any]:
-    """The options as a dictionary that JSON and YAML can hold."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+    """The options as a dictionary that JSON and YAML can hold, but for secrets."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(options).items()
+        if not FIELDS[name].metadata["secret"]
+    }
 
 
 def changed_options(before: dict[str, Any], now: Options, resume: Resume) -> list[str]:
-    """Names the options of one `resume` class that differ between a saved run and this one."""
-    current = as_plain(now)
+    """Names the options of one `resume` class that differ between a saved run, in its public values, and this one."""
+    current = public_values(as_plain(now))
     return [
         f"--{name} was {before[name]!r} and is {current[name]!r}"
         for name, spec in FIELDS.items()

@@ -1,9 +1,11 @@
 """How fast a run is: images per second, time spent waiting for data, model FLOPs utilisation."""
 
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 # dense bf16 peak without sparsity, FLOP/s, from NVIDIA's and AMD's data sheets; the first name found in the device's counts
@@ -63,3 +65,12 @@ def forward_flops(forward: Callable[[], object]) -> int:
     with counter, torch.no_grad():
         forward()
     return counter.get_total_flops()
+
+
+def describe_machine(accelerator: Accelerator) -> str:
+    """Number and kind of the devices, for the model card."""
+    kind = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.machine() + " CPU"
+    count = accelerator.num_processes
+    return (
+        f"{count} {'process' if count == 1 else 'processes'} on {kind}, mixed precision {accelerator.mixed_precision}"
+    )

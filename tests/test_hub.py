@@ -1,0 +1,433 @@
+"""The Hub, over HTTP: what is pushed, what an outage does to it, who may push, going on from it; tests/hub_server.py serves."""
+
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, launcher, read_metrics
+from tests.hub_server import CUT, HubServer, Repo
+from vaerepa.checkpoints import find_damage, purge
+from vaerepa.hub import uploader as uploader_room
+from vaerepa.hub.uploader import Uploader
+from vaerepa.layout import all_checkpoints
+
+TOKEN, READER = "hf_TopSecretTokenOfAnn", "hf_TokenThatMayOnlyRead"
+
+
+@pytest.fixture
+def hub():
+    with HubServer({TOKEN: "ann", READER: "ann"}) as server:
+        server.read_only.add(READER)
+        yield server
+
+
+@pytest.fixture
+def start(hub, arguments, tmp_path):
+    """Starts a tiny run that knows the Hub by its environment, with Ann's token or another."""
+
+    def begin(processes: int = 1, token: str | None = TOKEN, **options) -> subprocess.Popen:
+        command, environment = launcher(processes)
+        environment |= hub.environment(tmp_path / "hf") | ({"HF_TOKEN": token} if token else {})
+        return subprocess.Popen(
+            [*command, "train_vaerepa.py", *arguments(**options)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return begin
+
+
+@pytest.fixture
+def push(start):
+    """Trains to the end and returns what was printed."""
+
+    def run(code: int = 0, **options) -> str:
+        process = start(**options)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == code, output[-3000:]
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A run with three checkpoints, to be copied by who pushes them."""
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def run(finished_run, train, tmp_path) -> Path:
+    if not finished_run.exists():
+        train(output_dir=finished_run, max_train_steps=3, checkpointing_steps=1)
+    return Path(shutil.copytree(finished_run, tmp_path / "copy"))
+
+
+@pytest.fixture
+def uploader(hub, run, tmp_path, monkeypatch):
+    """An uploader of that run, to Ann's repository."""
+    for name, value in (hub.environment(tmp_path / "hf") | {"HF_TOKEN": TOKEN}).items():
+        monkeypatch.setenv(name, value)  # of the processes that it starts
+    monkeypatch.setattr(uploader_room, "FIRST_PAUSE", 0.1)
+    hub.repos[("model", "ann/model")] = Repo()
+    return Uploader(run, "ann/model", None, "every_save")
+
+
+def tend_until(uploader: Uploader, condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        uploader.tend()
+        time.sleep(0.02)
+
+
+def stock_process(code: str, environment: dict[str, str], folder: Path) -> str:
+    """Runs code where nothing of ours can be imported."""
+    code = "import importlib.util\nassert importlib.util.find_spec('vaerepa') is None\n" + code
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def assert_no_secret(*contents: bytes) -> None:
+    for content in contents:
+        assert b"hf_T" not in content
+
+
+# ---- the whole way
+
+
+def test_the_quickstart_streams_from_and_pushes_to_a_hub_that_fails_meanwhile(hub, tmp_path):
+    hub.add("dataset", "ann/digits", ROOT / "configs/quickstart/digits")
+    output_dir = tmp_path / "digits-sit"
+    options = (
+        "--config configs/quickstart.yaml --dataset_name ann/digits --push_to_hub --hub_model_id ann/digits-sit "
+        f"--hub_token {TOKEN} --hub_license apache-2.0 --max_train_steps 48 --train_batch_size 16 --checkpointing_steps 8 "
+        "--validation_steps 24 --num_validation_images 4 --validation_num_inference_steps 3 --num_validation_samples 16 "
+        f"--logging_steps 4 --output_dir {output_dir}"
+    )
+    _, environment = launcher(1)
+    environment |= hub.environment(tmp_path / "hf")
+    log = (tmp_path / "log").open("w+")
+    process = subprocess.Popen(
+        [sys.executable, "train_vaerepa.py", *options.split()], cwd=ROOT, env=environment, stdout=log, stderr=log
+    )
+
+    def wait_for(condition) -> None:
+        end = time.monotonic() + 120
+        while not condition():
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.05)
+
+    wait_for(lambda: ("model", "ann/digits-sit") in hub.repos and "step-8" in hub.model("ann/digits-sit").tags)
+    hub.stop()
+    wait_for(lambda: (output_dir / "checkpoint-32").exists())
+    hub.start()
+    assert process.wait(timeout=120) == 0
+    output = (tmp_path / "log").read_text()
+
+    tags = hub.model("ann/digits-sit").tags
+    assert {"step-8", "step-48"} <= tags.keys()
+    assert output.count("could not be pushed") == 1
+    overtaken = re.search(r"overtook them: step ([\d, ]+)", output)[1].split(", ")
+    assert {f"step-{step}" for step in overtaken} | tags.keys() == {f"step-{step}" for step in range(8, 49, 8)}
+    files = hub.files("ann/digits-sit")
+    assert {"model_index.json", "pipeline_vaerepa.py", "heads/heads.safetensors", "training_curves.png"} <= files.keys()
+    assert {"samples/step-0000024.png", "samples/step-0000048.png", "run_config.yaml"} <= files.keys()
+    assert not any(path.startswith(("state", "checkpoint", "last-checkpoint", "logs")) for path in files)
+    for part in ("transformer/diffusion_pytorch_model.safetensors", "README.md", "model_index.json"):
+        assert files[part] == (output_dir / part).read_bytes()
+    assert 'revision="step-48"' in files["README.md"].decode()
+
+    assert_no_secret(*(body for _, _, body in hub.requests), *(path.encode() for _, path, _ in hub.requests))
+    assert_no_secret(output.encode(), *(p.read_bytes() for p in output_dir.rglob("*") if p.is_file()))
+    for content in files.values():
+        assert str(tmp_path).encode() not in content
+        assert str(ROOT).encode() not in content
+
+    draw = """
+import hashlib, sys, torch
+from diffusers import DiffusionPipeline
+for name, revision in {places}:
+    pipeline = DiffusionPipeline.from_pretrained(name, revision=revision)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline([3, 7], generator=torch.Generator().manual_seed(0), num_inference_steps=3).images[1]
+    print(hashlib.sha256(image.tobytes()).hexdigest())
+"""
+    places = [
+        ("ann/digits-sit", None),
+        ("ann/digits-sit", "step-48"),
+        ("ann/digits-sit", "step-8"),
+        (str(output_dir), None),
+    ]
+    printed = stock_process(draw.format(places=places), hub.environment(tmp_path / "other"), tmp_path).split()
+    assert printed[0] == printed[1] == printed[3] != printed[2]
+
+
+# ---- faults
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("/commit/", 401),
+        ("/commit/", 403),
+        ("/commit/", 409),
+        ("/commit/", 429),
+        ("/preupload/", 500),
+        ("/lfs/[0-9a-f]+$", 503),
+        ("/lfs/[0-9a-f]+$", CUT),
+        ("/commit/", CUT),
+        ("/tag/", 500),
+    ],
+)
+def test_a_push_that_fails_is_tried_again(hub, run, uploader, caplog, path, what):
+    hub.fail(path, what, times=2 if path == "/commit/" else 1)
+    newest = all_checkpoints(run)[-1]
+    with caplog.at_level(logging.INFO):
+        uploader.push(newest)
+        uploader.finish()
+    assert uploader.pushed == newest
+    assert set(hub.model("ann/model").tags) == {"step-3"}
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert hub.files("ann/model", "step-3")[weights] == (newest / weights).read_bytes()
+    assert caplog.text.count("could not be pushed") <= 1
+    assert "by hand" not in caplog.text.replace("Ctrl-C leaves it to be done by hand", "")
+
+
+def test_in_an_outage_the_newest_state_wins_and_none_is_removed_meanwhile(hub, run, uploader, caplog):
+    first, second, third = all_checkpoints(run)
+    hub.stop()
+    uploader.push(first)
+    tend_until(uploader, lambda: uploader.waiting and not uploader.uploading)
+    uploader.push(second)
+    purge(run, 1, spared=uploader.folders)
+    assert second.exists()
+    assert not first.exists()
+    uploader.push(third)
+    hub.start()
+    with caplog.at_level(logging.INFO):
+        uploader.finish()
+    assert set(hub.model("ann/model").tags) == {"step-3"}
+    assert "without a tag on the Hub, as newer ones overtook them: step 1, 2" in caplog.text
+    assert uploader.folders == set()
+
+
+def test_a_repository_deleted_meanwhile_is_named_at_the_end_with_the_command_that_pushes(hub, run, uploader, caplog):
+    del hub.repos[("model", "ann/model")]
+    uploader.push(all_checkpoints(run)[-1])
+    uploader.finish()
+    assert "the Hub does not have step 3: there is no such repository" in caplog.text
+    command = shlex.split(caplog.text.split("by hand with\n")[1].splitlines()[0])
+    hub.repos[("model", "ann/model")] = Repo()
+    result = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "pushed checkpoint-3 to ann/model, tag step-3\n"
+    assert set(hub.model("ann/model").tags) == {"step-3"}
+
+
+def test_what_a_newer_state_lacks_goes_and_a_tag_moves(hub, run, uploader):
+    newest = all_checkpoints(run)[-1]
+    uploader.push(newest)
+    uploader.finish()
+    shutil.rmtree(newest / "heads")
+    uploader.push(newest)
+    uploader.finish()
+    assert "heads/config.json" not in hub.files("ann/model")
+    assert "heads/config.json" not in hub.files("ann/model", "step-3")
+    assert hub.messages("ann/model") == ["Step 3", "Step 3"]
+
+
+def test_a_signal_stops_a_run_and_its_last_state_is_pushed(hub, start, tmp_path):
+    process = start(push_to_hub=True, hub_model_id="ann/model", max_train_steps=4000)
+    end = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output[-3000:]
+    (checkpoint,) = all_checkpoints(tmp_path / "run")
+    assert set(hub.model("ann/model").tags) == {f"step-{checkpoint.name.split('-')[1]}"}
+
+
+# ---- who may push
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (None, "nobody is logged in"),
+        ("hf_TokenOfNobody", "the token is not valid"),
+        (READER, "the token has no right to write there"),
+    ],
+)
+def test_rights_are_checked_before_training(hub, push, tmp_path, token, message):
+    output = push(code=2, token=token, push_to_hub=True, hub_model_id="ann/model")
+    assert f"error: --push_to_hub: {message}" in output
+    assert not (tmp_path / "run" / "vae").exists()
+    assert_no_secret(output.encode())
+
+
+def test_a_hub_that_cannot_be_reached_is_said_before_training(hub, push):
+    hub.stop()
+    assert "cannot be reached" in push(code=2, push_to_hub=True, hub_model_id="ann/model")
+
+
+def test_offline_nothing_is_pushed(train, capsys):
+    train(code=2, push_to_hub=True, hub_model_id="ann/model")
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hub_model_id": "ann/model"}, "--hub_model_id does nothing without --push_to_hub"),
+        ({"push_to_hub": True, "hub_model_id": "../../etc/passwd"}, "--hub_model_id ../../etc/passwd: expected"),
+        ({"push_to_hub": True, "hub_model_id": "ann/mo del"}, "--hub_model_id ann/mo del: expected"),
+        ({"push_to_hub": True, "hub_revision": "../main"}, "--hub_revision ../main: this is no name"),
+        ({"push_to_hub": True, "hub_strategy": "never"}, "--hub_strategy: expected one of end, every_save"),
+        ({"resume_from_checkpoint": "hub:ann/../model"}, "expected hub:user/repo"),
+    ],
+)
+def test_names_are_checked(train, capsys, options, message):
+    train(code=2, **options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_tracker_that_records_the_command_line_is_refused_with_a_token(train, capsys, monkeypatch):
+    monkeypatch.setattr("vaerepa.checks.check_tracker", lambda name: None)  # as if it were installed
+    train(code=2, hub_token=TOKEN, report_to="wandb")
+    error = capsys.readouterr().err
+    assert "--report_to wandb records the command line" in error
+    assert_no_secret(error.encode())
+
+
+# ---- going on from the Hub
+
+
+def state_of(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = output_dir / f"checkpoint-{step}"
+    files = [*sorted((folder / "state").glob("*.safetensors")), folder / "heads/heads.safetensors"]
+    return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def test_another_machine_goes_on_from_the_hub_to_the_bit(hub, train, push, data, tmp_path):
+    common = {"max_train_steps": 6, "checkpointing_steps": 3, "random_flip": True}
+    whole = train(output_dir=tmp_path / "whole", **common)
+    pushed = {"push_to_hub": True, "hub_model_id": "ann/model", "hub_strategy": "checkpoint", "hub_private_repo": True}
+    push(processes=2, output_dir=tmp_path / "first", **common | pushed | {"max_train_steps": 3})
+    assert hub.model("ann/model").private
+    files = hub.files("ann/model")
+    assert {"last-checkpoint/state/optimizer.safetensors", "last-checkpoint/state/manifest.json"} <= files.keys()
+    for content in files.values():
+        assert str(tmp_path).encode() not in content
+        assert str(data).encode() not in content
+
+    moved = Path(shutil.copytree(data, tmp_path / "elsewhere" / data.name))
+    again = common | {"dataset_name": moved, "output_dir": tmp_path / "second"}
+    output = push(**again, resume_from_checkpoint="hub:ann/model@step-3")
+    assert "step 3" in output
+    for name, tensor in state_of(whole, 6).items():
+        assert torch.equal(tensor, state_of(tmp_path / "second", 6)[name]), name
+    assert read_metrics(whole, "train/loss")[3:] == read_metrics(tmp_path / "second", "train/loss")
+
+    tuned = push(
+        **common | {"output_dir": tmp_path / "third", "max_train_steps": 1},
+        pretrained_model_name_or_path="ann/model",
+        **dict.fromkeys(("model", "num_layers", "hidden_size", "num_attention_heads", "patch_size")),
+    )
+    assert "its alignment heads are kept" in tuned
+
+
+def test_a_repository_without_training_state_is_said_to_be_one(hub, run, push):
+    hub.add("model", "ann/model", run / "transformer")
+    output = push(code=2, resume_from_checkpoint="hub:ann/model")
+    assert "this repository holds no training state" in output
+
+
+def test_all_checkpoints_go_into_folders_of_their_own_on_a_branch(hub, run, uploader):
+    hub.model("ann/model").branches["trial"] = hub.model("ann/model").branches["main"]
+    uploader = Uploader(run, "ann/model", "trial", "all_checkpoints")
+    for checkpoint in all_checkpoints(run):
+        uploader.push(checkpoint)
+        uploader.finish()
+    assert set(hub.model("ann/model").tags) == {f"trial-step-{step}" for step in (1, 2, 3)}
+    files = hub.files("ann/model", "trial")
+    assert {f"checkpoint-{step}/state/position.json" for step in (1, 2, 3)} <= files.keys()
+    assert hub.files("ann/model", "main") == {}
+
+
+def test_heads_are_kept_where_they_fit_and_drawn_where_not(run, train, tmp_path, caplog):
+    size = dict.fromkeys(("model", "num_layers", "hidden_size", "num_attention_heads", "patch_size"))
+    options = size | {"pretrained_model_name_or_path": run, "max_train_steps": 1, "learning_rate": 1e-12}
+    with caplog.at_level(logging.INFO):
+        kept = train(output_dir=tmp_path / "kept", **options)
+        assert "its alignment heads are kept" in caplog.text
+        train(output_dir=tmp_path / "drawn", alignment_block=3, **options)
+        assert "its alignment heads are for another alignment" in caplog.text
+    before, after = (load_file(folder / "heads/heads.safetensors") for folder in (run, kept))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor)
+
+
+# ---- what may not be trusted, or told
+
+
+def test_a_manifest_cannot_point_outside_of_its_checkpoint(run):
+    checkpoint = all_checkpoints(run)[-1]
+    for name in ("../../secret", "/etc/passwd"):
+        (checkpoint / "state/manifest.json").write_text(json.dumps({name: [1, 1]}))
+        assert "outside of it" in find_damage(checkpoint)
+
+
+def test_other_data_under_the_same_name_are_refused(train, data, tmp_path, capsys):
+    train(max_train_steps=1)
+    other = Path(shutil.copytree(data, tmp_path / "other" / data.name))
+    (other / "data/train-00001-of-00003.parquet").unlink()
+    train(code=2, dataset_name=other, max_train_steps=2, resume_from_checkpoint="latest")
+    assert "had 40 images in this run's past, and has 31" in capsys.readouterr().err
+
+
+def test_a_pushed_config_names_no_place(hub, run, uploader):
+    uploader.push(all_checkpoints(run)[-1])
+    uploader.finish()
+    config = yaml.safe_load(hub.files("ann/model")["run_config.yaml"])
+    assert "hub_token" not in config
+    assert config["output_dir"] == "run"
+    assert "/" not in config["dataset_name"]
+    assert config["learning_rate"] == 1e-3
+
+
+def test_a_kill_of_the_trainer_leaves_nothing_half_done_on_the_hub(hub, start):
+    process = start(push_to_hub=True, hub_model_id="ann/model", max_train_steps=4000, checkpointing_steps=1)
+    end = time.monotonic() + 120
+    while not hub.repos.get(("model", "ann/model")) or not hub.model("ann/model").tags:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    for oid in hub.model("ann/model").tags.values():
+        files = hub.model("ann/model").commits[oid].files
+        assert {"model_index.json", "README.md", "transformer/diffusion_pytorch_model.safetensors"} <= files.keys()

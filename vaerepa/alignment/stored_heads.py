@@ -1,0 +1,62 @@
+"""Alignment heads in a checkpoint: a folder of their own beside the transformer, which stock diffusers never opens."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vaerepa.alignment.method import Alignment
+
+FOLDER = "heads"
+WEIGHTS = "heads.safetensors"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class StoredHeads:
+    """The parameters of all heads, and the block that each reads, counted from 1, by method."""
+
+    tensors: dict[str, torch.Tensor]
+    block_of: dict[str, int]
+
+
+def save_heads(folder: Path, heads: nn.ModuleDict, alignments: list[Alignment]) -> None:
+    """Writes heads/ into a checkpoint's folder, unless there are none any more."""
+    if not alignments:
+        return
+    (folder / FOLDER).mkdir()
+    tensors = {name: parameter.detach().contiguous() for name, parameter in heads.named_parameters()}
+    save_file(tensors, folder / FOLDER / WEIGHTS)
+    config = {alignment.name: {"block": alignment.block} for alignment in alignments}
+    (folder / FOLDER / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def load_heads(
+    name_or_path: str | Path, revision: str | None = None, cache_dir: str | None = None
+) -> StoredHeads | None:
+    """The heads beside a pipeline in a folder or on the Hub; None where there are none."""
+    if Path(name_or_path).is_dir():
+        weights, config = (Path(name_or_path, FOLDER, name) for name in (WEIGHTS, CONFIG))
+        if not config.is_file():
+            return None
+    else:
+        where = {"repo_id": str(name_or_path), "subfolder": FOLDER, "revision": revision, "cache_dir": cache_dir}
+        try:
+            config, weights = (hf_hub_download(filename=name, **where) for name in (CONFIG, WEIGHTS))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return None
+    block_of = {name: values["block"] for name, values in json.loads(Path(config).read_text(encoding="utf-8")).items()}
+    return StoredHeads(load_file(weights), block_of)
+
+
+def fits(stored: StoredHeads, heads: nn.ModuleDict, alignments: list[Alignment]) -> bool:
+    """Whether stored heads can stand in the place of new ones: same methods, blocks and sizes."""
+    shapes = {name: parameter.shape for name, parameter in heads.named_parameters()}
+    return stored.block_of == {a.name: a.block for a in alignments} and shapes == {
+        name: tensor.shape for name, tensor in stored.tensors.items()
+    }

@@ -1,0 +1,74 @@
+"""Before training: the repository is there, and may be written to."""
+
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from vaerepa.errors import OptionError
+from vaerepa.hub.push import what_went_wrong
+from vaerepa.options import Options
+
+REVISION = re.compile(r"(?!.*(\.\.|//))\w[\w./-]*")
+
+
+def check_names(options: Options) -> None:
+    """Checks the Hub's options against each other, without asking the Hub.
+
+    Raises:
+        OptionError: an option that does nothing, a name that the Hub does not take, a token that would be recorded.
+    """
+    if not options.push_to_hub:
+        for name in ("hub_model_id", "hub_revision", "hub_private_repo"):
+            if getattr(options, name):
+                raise OptionError(f"--{name} does nothing without --push_to_hub.")
+    if options.hub_token and options.report_to not in ("none", "tensorboard"):
+        raise OptionError(
+            f"--report_to {options.report_to} records the command line, and with it --hub_token. Give the token in the "
+            "environment, as HF_TOKEN, or log in with `hf auth login`."
+        )
+    if options.hub_revision is not None and not REVISION.fullmatch(options.hub_revision):
+        raise OptionError(f"--hub_revision {options.hub_revision}: this is no name for a branch.")
+    try:
+        validate_repo_id(options.hub_model_id or "name")
+        validate_repo_id(Path(options.output_dir).resolve().name if options.push_to_hub else "name")
+    except HFValidationError as error:
+        raise OptionError(
+            f"--hub_model_id {options.hub_model_id or Path(options.output_dir).resolve().name}: expected user/name, of letters, "
+            "digits, and - _ . between them."
+        ) from error
+
+
+def open_repository(options: Options) -> str:
+    """Makes the repository and its branch, unless they are there, and returns its id.
+
+    Raises:
+        OptionError: nobody is logged in, the Hub cannot be reached, or refuses.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise OptionError(
+            "--push_to_hub: HF_HUB_OFFLINE is set. Unset it, or push later with `python -m vaerepa.hub.push`."
+        )
+    if get_token() is None:
+        raise OptionError("--push_to_hub: nobody is logged in. Run `hf auth login`, or set HF_TOKEN.")
+    api, repo_id = HfApi(), options.hub_model_id or Path(options.output_dir).resolve().name
+    try:
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        api.create_repo(repo_id, private=options.hub_private_repo or None, exist_ok=True)
+        api.auth_check(repo_id, write=True)
+        if options.hub_revision:
+            api.create_branch(repo_id, branch=options.hub_revision, exist_ok=True)
+        ModelCard(f"---\nlicense: {options.hub_license}\n---\n").validate()
+    except HfHubHTTPError as error:
+        raise OptionError(f"--push_to_hub: {what_went_wrong(error)} ({repo_id}).") from error
+    except ValueError as error:
+        raise OptionError(f"--hub_license {options.hub_license}: {what_went_wrong(error)}") from error
+    except Exception as error:  # the network: its kinds differ between versions of huggingface_hub
+        raise OptionError(
+            f"--push_to_hub: {os.environ.get('HF_ENDPOINT', 'the Hub')} cannot be reached: {what_went_wrong(error)}."
+        ) from error
+    return repo_id

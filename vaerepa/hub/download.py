@@ -1,0 +1,51 @@
+"""--resume_from_checkpoint hub:user/repo[@revision]: a checkpoint that --hub_strategy checkpoint pushed."""
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from vaerepa.errors import OptionError
+from vaerepa.hub.push import LAST_CHECKPOINT, what_went_wrong
+from vaerepa.layout import MANIFEST, POSITION, STATE
+
+PREFIX = "hub:"
+CHECKPOINT = re.compile(rf"({LAST_CHECKPOINT}|checkpoint-\d+)/{STATE}/{re.escape(MANIFEST)}")
+
+
+def fetch_checkpoint(name: str, cache_dir: str | None) -> Path:
+    """Downloads the newest checkpoint of a repository into the Hub's cache, and returns its folder there.
+
+    Args:
+        name: hub:user/repo, or hub:user/repo@revision.
+
+    Raises:
+        OptionError: no such repository or revision, or no training state in it.
+    """
+    flag = f"--resume_from_checkpoint {name}"
+    repo_id, _, revision = name.removeprefix(PREFIX).partition("@")
+    where = {"repo_id": repo_id, "revision": revision or None}
+    try:
+        folders = [m[1] for path in HfApi().list_repo_files(**where) if (m := CHECKPOINT.fullmatch(path))]
+        if not folders:
+            raise OptionError(
+                f"{flag}: this repository holds no training state; --hub_strategy checkpoint pushes it. Its weights can be "
+                f"fine-tuned, with --pretrained_model_name_or_path {repo_id}."
+            )
+        newest = max(folders, key=lambda folder: _step(folder, where, cache_dir))
+        return Path(snapshot_download(**where, allow_patterns=f"{newest}/*", cache_dir=cache_dir), newest)
+    except HFValidationError as error:
+        raise OptionError(f"{flag}: expected hub:user/repo, or hub:user/repo@revision.") from error
+    except OptionError:
+        raise
+    except Exception as error:  # the network's kinds differ between versions of huggingface_hub
+        raise OptionError(f"{flag}: {what_went_wrong(error)}.") from error
+
+
+def _step(folder: str, where: dict[str, str | None], cache_dir: str | None) -> int:
+    if folder != LAST_CHECKPOINT:
+        return int(folder.split("-")[-1])
+    position = hf_hub_download(**where, filename=f"{folder}/{STATE}/{POSITION}", cache_dir=cache_dir)
+    return int(json.loads(Path(position).read_text(encoding="utf-8"))["step"])

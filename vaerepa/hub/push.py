@@ -1,0 +1,125 @@
+"""One push: a checkpoint's pipeline, with its card and pictures, becomes a commit and a tag.
+
+    python -m vaerepa.hub.push outputs/vaerepa --hub_model_id user/name
+
+The trainer runs this command in the background; by hand it pushes the newest checkpoint of a run.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars
+
+from vaerepa.layout import STATE, all_checkpoints, folder_of, step_of
+from vaerepa.privacy import public_values, redact
+
+STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+LAST_CHECKPOINT = "last-checkpoint"
+PIPELINE_FOLDERS = ("transformer/", "vae/", "scheduler/", "heads/")  # what a newer state may lack goes from these
+
+
+def push(output_dir: Path, checkpoint: Path, repo_id: str, revision: str | None, strategy: str) -> str:
+    """Commits a finished checkpoint and tags it; returns the tag.
+
+    Args:
+        strategy: as --hub_strategy; it decides whether and where the training state goes up.
+
+    Raises:
+        HfHubHTTPError, or an error of the network: nothing was committed, or the tag is missing.
+    """
+    api, step = HfApi(), step_of(checkpoint)
+    files = published_files(output_dir, checkpoint, strategy)
+    own_folders = (
+        tuple({f"{path.split('/')[0]}/" for path in files if path.startswith(LAST_CHECKPOINT)}) + PIPELINE_FOLDERS
+    )
+    there = api.list_repo_files(repo_id, revision=revision)
+    stale = [path for path in there if path.startswith(own_folders) and path not in files]
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationAdd(path, content) for path, content in files.items()]
+        + [CommitOperationDelete(path) for path in stale],
+        commit_message=f"Step {step}",
+        revision=revision,
+    )
+    tag = f"step-{step}" if revision in (None, "main") else f"{revision}-step-{step}"
+    _set_tag(api, repo_id, tag, commit.oid)
+    return tag
+
+
+def published_files(output_dir: Path, checkpoint: Path, strategy: str) -> dict[str, bytes | Path]:
+    """What goes up, by its place in the repository."""
+    in_checkpoint = {str(p.relative_to(checkpoint)): p for p in sorted(checkpoint.rglob("*")) if p.is_file()}
+    files = {place: path for place, path in in_checkpoint.items() if not place.startswith(f"{STATE}/")}
+    # read at once: the run goes on and will write them anew
+    pictures = [*sorted((output_dir / "samples").glob("*.png")), output_dir / "training_curves.png"]
+    for path in (output_dir / "README.md", *pictures):
+        if path.is_file():
+            files[str(path.relative_to(output_dir))] = path.read_bytes()
+    config = yaml.safe_load((output_dir / "run_config.yaml").read_text(encoding="utf-8"))
+    files["run_config.yaml"] = yaml.safe_dump(public_values(config), sort_keys=False).encode()
+    if strategy in ("checkpoint", "all_checkpoints"):
+        folder = LAST_CHECKPOINT if strategy == "checkpoint" else checkpoint.name
+        files |= {f"{folder}/{place}": path for place, path in in_checkpoint.items()}
+    return files
+
+
+def _set_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
+    try:
+        api.create_tag(repo_id, tag=tag, revision=commit)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:
+            raise
+        api.delete_tag(repo_id, tag=tag)  # of this step before a restart
+        api.create_tag(repo_id, tag=tag, revision=commit)
+
+
+def what_went_wrong(error: Exception) -> str:
+    """One line about an error of the Hub or of the network, without a token in it."""
+    response = getattr(error, "response", None)
+    meaning = {
+        401: "the token is not valid, or there is no such repository; log in anew with `hf auth login`",
+        403: "the token has no right to write there",
+        404: "there is no such repository; `hf repos create` makes one",
+        429: "too many requests",
+    }
+    status = getattr(response, "status_code", None)
+    if status in meaning:
+        return f"{meaning[status]} (status {status})"
+    return redact(" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Pushes the newest checkpoint of a run, or the one that is named."""
+    parser = argparse.ArgumentParser(prog="python -m vaerepa.hub.push", description=main.__doc__)
+    parser.add_argument("output_dir", type=Path, help="The run's --output_dir.")
+    parser.add_argument("--hub_model_id", required=True, help="Repository, user/name; it must exist.")
+    parser.add_argument("--hub_revision", help="Branch to push to. Default: main.")
+    parser.add_argument("--hub_strategy", choices=STRATEGIES, default="every_save", help="As in training.")
+    parser.add_argument("--step", type=int, help="Step of the checkpoint. Default: the newest.")
+    options = parser.parse_args(arguments)
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what fails is told once, by who called
+    kept = all_checkpoints(options.output_dir)
+    checkpoint = folder_of(options.output_dir, options.step) if options.step is not None else kept[-1] if kept else None
+    if checkpoint is None or not checkpoint.is_dir():
+        print(f"error: {checkpoint or options.output_dir} is no checkpoint, or holds none", file=sys.stderr)
+        return 2
+    try:
+        tag = push(options.output_dir, checkpoint, options.hub_model_id, options.hub_revision, options.hub_strategy)
+    except Exception as error:  # whatever the network, the Hub or the disk came up with is one line for who called
+        print(f"error: {what_went_wrong(error)}", file=sys.stderr)
+        return 1
+    print(f"pushed {checkpoint.name} to {options.hub_model_id}, tag {tag}")
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # no thread of a client may hold up who waits for this

@@ -1,0 +1,131 @@
+"""Uploads in the background: each push is a process of its own, so that nothing in it can block or end the training."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from accelerate.logging import get_logger
+
+from vaerepa.layout import step_of
+from vaerepa.privacy import redact
+
+logger = get_logger(__name__)
+
+ROOT = Path(__file__).parents[2]
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between attempts; each pause is twice the one before
+LAST_ATTEMPTS = 4  # when training is over
+
+
+class Uploader:
+    """Pushes the newest checkpoint that it was given; one that is overtaken while the Hub cannot be reached is left out.
+
+    Args:
+        command: the options of vaerepa.hub.push for this repository.
+    """
+
+    def __init__(self, output_dir: Path, repo_id: str, revision: str | None, strategy: str):
+        self.output_dir, self.repo_id = output_dir, repo_id
+        options = {"hub_model_id": repo_id, "hub_revision": revision, "hub_strategy": strategy}
+        self.command = ["-m", "vaerepa.hub.push", str(output_dir)]
+        self.command += [part for name, value in options.items() if value for part in (f"--{name}", value)]
+        self.waiting: Path | None = None
+        self.uploading: Path | None = None
+        self.pushed: Path | None = None
+        self._process: subprocess.Popen | None = None
+        self._overtaken: list[int] = []
+        self._failures = 0  # since the last success
+        self._next_attempt = 0.0
+        self._reason = ""
+
+    def __enter__(self) -> "Uploader":
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._abandon()
+        else:
+            self.finish()
+
+    @property
+    def folders(self) -> set[Path]:
+        """Checkpoints that must not be removed now."""
+        return {folder for folder in (self.waiting, self.uploading) if folder}
+
+    def push(self, checkpoint: Path) -> None:
+        """Takes the newest checkpoint; returns at once."""
+        if self.waiting is not None:
+            self._overtaken.append(step_of(self.waiting))
+        self.waiting = checkpoint
+        self.tend()
+
+    def tend(self) -> None:
+        """Looks after the upload that is under way, and begins the next; returns at once."""
+        if self._process is not None and self._process.poll() is not None:
+            self._end_attempt()
+        if self._process is None and self.waiting is not None and time.monotonic() >= self._next_attempt:
+            self._begin_attempt()
+
+    def finish(self) -> None:
+        """Waits for the newest checkpoint to be pushed, and says how to do it by hand when it cannot be."""
+        attempts_before = self._failures
+        if self.folders:
+            logger.info(f"pushing to {self.repo_id}; Ctrl-C leaves it to be done by hand")
+        try:
+            while self.folders and self._failures - attempts_before < LAST_ATTEMPTS:
+                self.tend()
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            self._reason = "interrupted"
+        if left := self.waiting or self.uploading:
+            self._abandon()
+            logger.error(
+                f"the Hub does not have step {step_of(left)}: {self._reason}. Push it by hand with\n"
+                f"    {shlex.join(['python', *self.command])}"
+            )
+
+    def _begin_attempt(self) -> None:
+        self.uploading, self.waiting = self.waiting, None
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        self._process = subprocess.Popen(
+            [sys.executable, *self.command, "--step", str(step_of(self.uploading))],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,  # signals from the terminal are the trainer's
+        )
+
+    def _end_attempt(self) -> None:
+        output = redact(self._process.stdout.read()).strip().splitlines()
+        succeeded, checkpoint = self._process.returncode == 0, self.uploading
+        self._process, self.uploading = None, None
+        if succeeded:
+            self.pushed, self._failures, self._next_attempt = checkpoint, 0, 0.0
+            logger.info(output[-1] if output else f"pushed {checkpoint.name}")
+            if self._overtaken:
+                steps = ", ".join(map(str, self._overtaken))
+                logger.warning(f"without a tag on the Hub, as newer ones overtook them: step {steps}")
+                self._overtaken = []
+            return
+        self._reason = (output[-1] if output else "the upload ended without a word").removeprefix("error: ")
+        if self.waiting is None:
+            self.waiting = checkpoint
+        else:
+            self._overtaken.append(step_of(checkpoint))
+        if self._failures == 0:
+            logger.warning(
+                f"step {step_of(checkpoint)} could not be pushed to {self.repo_id}: {self._reason}. Training goes on, and the "
+                "newest state is tried again."
+            )
+        self._next_attempt = time.monotonic() + min(FIRST_PAUSE * 2**self._failures, LONGEST_PAUSE)
+        self._failures += 1
+
+    def _abandon(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = self.uploading = self.waiting = None
