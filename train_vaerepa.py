@@ -179,7 +179,7 @@ def train(options: Options) -> None:
 
 def build_accelerator(options: Options) -> Accelerator:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    for chatty in ("httpx", "datasets", "fsspec"):
+    for chatty in ("httpx", "httpx2", "datasets", "fsspec"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         accelerator = Accelerator(

@@ -1,11 +1,29 @@
 """The model card: parsed by huggingface_hub, true to the run, silent about this machine."""
 
-from huggingface_hub import ModelCard
+import re
+
+import pytest
+import yaml
+from huggingface_hub import EvalResult, ModelCard
 
 from tests.conftest import ROOT
 from tests.test_finetuning import PRETRAINED, pipeline  # noqa: F401
 from vaerepa.model_card import write_card
 from vaerepa.options import Options
+
+# in part, from https://huggingface.co/docs/hub/repositories-licenses and huggingface.js, packages/tasks/src/pipelines.ts
+LICENSES = {
+    "apache-2.0",
+    "mit",
+    "openrail",
+    "creativeml-openrail-m",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-nc-4.0",
+    "other",
+    "unknown",
+}
+PIPELINE_TAGS = {"unconditional-image-generation", "text-to-image", "image-to-image"}
 
 
 def test_a_card_tells_the_run(train, data):
@@ -47,3 +65,48 @@ def test_the_hubs_names_reach_the_metadata(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.datasets == ["ILSVRC/imagenet-1k"]
     assert card.data.base_model == "facebook/DiT-XL-2-256"
+    assert card.data.license in LICENSES
+
+
+def test_the_metadata_are_the_hubs(train):
+    run = train(num_validation_samples=4, hub_license="cc-by-nc-4.0")
+    card = ModelCard.load(run / "README.md")
+    assert card.data.license in LICENSES
+    assert card.data.pipeline_tag in PIPELINE_TAGS
+    (result,) = card.data.eval_results
+    assert isinstance(result, EvalResult)
+    assert (result.task_type, result.metric_type) == (card.data.pipeline_tag, "loss")
+    assert f"| held-out denoising loss | {result.metric_value:.5f} |" in card.text
+    (entry,) = yaml.safe_load(card.content.split("---")[1])["model-index"]
+    assert entry["name"] == "run"
+    assert entry["results"][0]["metrics"][0]["value"] == result.metric_value
+
+
+HOSTILE = ["a: b\n---\nlicense: mit", "'\"}{%- for -%}", "[x](javascript:alert(1))", "<script>alert(1)</script> | `x`"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_breaks_the_card(tmp_path, name):
+    options = Options(train_data_dir=name, pretrained_model_name_or_path=name, alignment_width=7)
+    facts = {"num_classes": 2, "classes": [name, name], "held_out_loss": 0.5, "works_in_stock": True, "steps": 3}
+    write_card(tmp_path / "README.md", ROOT / "model_card_template.md", options, name, facts)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "unknown"
+    assert card.data.base_model == name
+    assert card.data.eval_results[0].dataset_name == name
+    prose = re.sub(r"```.*?```", "", card.text, flags=re.DOTALL)
+    assert "<script>" not in prose
+    assert not re.search(r"(?<!\\)\[x\]\(", prose)
+    assert prose.count("\n| ") == prose.count(" |\n")
+    headings = re.findall(r"^#+ .*$", prose, flags=re.MULTILINE)
+    assert headings[1:] == ["## Use", "## Training", "## Evaluation", "## Limits", "## Method"]
+    for code in re.findall(r"from_pretrained\((.*?)(?:, custom_pipeline.*)?\)\n", card.text):
+        assert yaml.safe_load(code) == name
+
+
+def test_no_heading_stands_empty(train, tmp_path):
+    for options in ({"alignment": "none"}, {"num_validation_samples": 4}):
+        name = "_".join(options)
+        text = ModelCard.load(train(output_dir=tmp_path / name, **options) / "README.md").text
+        assert not re.search(r"^#+ [^\n]*\n\s*(#|\Z)", text, flags=re.MULTILINE)
+        assert "\n\n\n" not in text

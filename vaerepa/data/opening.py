@@ -24,6 +24,7 @@ from vaerepa.errors import OptionError
 from vaerepa.randomness import draw_permutation, draw_uniform
 
 logger = logging.getLogger(__name__)
+datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 720  # an hour of 5 s
 
 UNREADABLE = (OSError, ValueError, tarfile.TarError, DatasetsError)
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # for a file by itself
