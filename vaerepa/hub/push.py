@@ -38,7 +38,8 @@ def push(output_dir: Path, checkpoint: Path, repo_id: str, revision: str | None,
     own_folders = (
         tuple({f"{path.split('/')[0]}/" for path in files if path.startswith(LAST_CHECKPOINT)}) + PIPELINE_FOLDERS
     )
-    there = api.list_repo_files(repo_id, revision=revision)
+    # of all that list the files, the call that fails at once in an outage: the pauses are the caller's
+    there = [sibling.rfilename for sibling in api.model_info(repo_id, revision=revision).siblings]
     stale = [path for path in there if path.startswith(own_folders) and path not in files]
     commit = api.create_commit(
         repo_id,
