@@ -172,6 +172,8 @@ def train(options: Options) -> None:
             if run.stop_reason is None:
                 finish(run)
             accelerator.end_training()
+        if accelerator.is_main_process:  # what an upload had kept
+            checkpoints.purge(output_dir, options.checkpoints_total_limit)
 
 
 # --- build ------------------------------------------------------------------------------------------------------------

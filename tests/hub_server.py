@@ -302,7 +302,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({})
 
     def validate_yaml(self) -> None:
-        has_metadata = json.loads(self.body)["content"].startswith("---\n")
+        content = json.loads(self.body)["content"]
+        if "license: nonsense" in content:
+            raise RefusedError(400, message='"license" must be one of the Hub\'s')
+        has_metadata = content.startswith("---\n")
         self.send_json({"errors": [], "warnings": [] if has_metadata else [{"message": "empty metadata"}]})
 
     def create_branch(self, kind: str, repo_id: str, name: str) -> None:

@@ -291,6 +291,11 @@ def test_rights_are_checked_before_training(hub, push, tmp_path, token, message)
     assert_no_secret(output.encode())
 
 
+def test_a_licence_that_the_hub_does_not_know_is_said_before_training(push):
+    output = push(code=2, push_to_hub=True, hub_model_id="ann/model", hub_license="nonsense")
+    assert "error: --hub_license nonsense: " in output
+
+
 def test_a_hub_that_cannot_be_reached_is_said_before_training(hub, push):
     hub.stop()
     assert "cannot be reached" in push(code=2, push_to_hub=True, hub_model_id="ann/model")
@@ -349,7 +354,8 @@ def test_another_machine_goes_on_from_the_hub_to_the_bit(hub, train, push, data,
     moved = Path(shutil.copytree(data, tmp_path / "elsewhere" / data.name))
     again = common | {"dataset_name": moved, "output_dir": tmp_path / "second"}
     output = push(**again, resume_from_checkpoint="hub:ann/model@step-3")
-    assert "step 3" in output
+    assert f"going on from {tmp_path / 'second' / 'checkpoint-3'}, step 3" in output
+    assert not list((tmp_path / "second").glob(".checkpoint*"))
     for name, tensor in state_of(whole, 6).items():
         assert torch.equal(tensor, state_of(tmp_path / "second", 6)[name]), name
     assert read_metrics(whole, "train/loss")[3:] == read_metrics(tmp_path / "second", "train/loss")

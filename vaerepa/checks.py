@@ -305,7 +305,7 @@ def find_checkpoint(options: Options, warn: Callable[[str], None]) -> Path | Non
             raise OptionError(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole.")
         return newest
     if wanted.startswith(download.PREFIX):
-        folder = download.fetch_checkpoint(wanted, options.cache_dir)
+        folder = download.fetch_checkpoint(wanted, output_dir, options.cache_dir)
     else:
         folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
     if not folder.is_dir():

@@ -33,12 +33,11 @@ def check_names(options: Options) -> None:
     if options.hub_revision is not None and not REVISION.fullmatch(options.hub_revision):
         raise OptionError(f"--hub_revision {options.hub_revision}: this is no name for a branch.")
     try:
-        validate_repo_id(options.hub_model_id or "name")
-        validate_repo_id(Path(options.output_dir).resolve().name if options.push_to_hub else "name")
+        if options.push_to_hub:
+            validate_repo_id(_wanted_id(options))
     except HFValidationError as error:
         raise OptionError(
-            f"--hub_model_id {options.hub_model_id or Path(options.output_dir).resolve().name}: expected user/name, of letters, "
-            "digits, and - _ . between them."
+            f"--hub_model_id {_wanted_id(options)}: expected user/name, of letters, digits, and - _ . between them."
         ) from error
 
 
@@ -54,7 +53,7 @@ def open_repository(options: Options) -> str:
         )
     if get_token() is None:
         raise OptionError("--push_to_hub: nobody is logged in. Run `hf auth login`, or set HF_TOKEN.")
-    api, repo_id = HfApi(), options.hub_model_id or Path(options.output_dir).resolve().name
+    api, repo_id = HfApi(), _wanted_id(options)
     try:
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
@@ -72,3 +71,7 @@ def open_repository(options: Options) -> str:
             f"--push_to_hub: {os.environ.get('HF_ENDPOINT', 'the Hub')} cannot be reached: {what_went_wrong(error)}."
         ) from error
     return repo_id
+
+
+def _wanted_id(options: Options) -> str:
+    return options.hub_model_id or Path(options.output_dir).resolve().name

@@ -1,28 +1,31 @@
 """--resume_from_checkpoint hub:user/repo[@revision]: a checkpoint that --hub_strategy checkpoint pushed."""
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from vaerepa import checkpoints
 from vaerepa.errors import OptionError
 from vaerepa.hub.push import LAST_CHECKPOINT, what_went_wrong
-from vaerepa.layout import MANIFEST, POSITION, STATE
+from vaerepa.layout import MANIFEST, POSITION, STATE, folder_of
 
 PREFIX = "hub:"
 CHECKPOINT = re.compile(rf"({LAST_CHECKPOINT}|checkpoint-\d+)/{STATE}/{re.escape(MANIFEST)}")
 
 
-def fetch_checkpoint(name: str, cache_dir: str | None) -> Path:
-    """Downloads the newest checkpoint of a repository into the Hub's cache, and returns its folder there.
+def fetch_checkpoint(name: str, output_dir: Path, cache_dir: str | None) -> Path:
+    """Downloads the newest checkpoint of a repository into the output folder, as if the run had been there all along.
 
     Args:
         name: hub:user/repo, or hub:user/repo@revision.
 
     Raises:
-        OptionError: no such repository or revision, or no training state in it.
+        OptionError: no such repository or revision, no training state in it, or a damaged one.
     """
     flag = f"--resume_from_checkpoint {name}"
     repo_id, _, revision = name.removeprefix(PREFIX).partition("@")
@@ -34,14 +37,22 @@ def fetch_checkpoint(name: str, cache_dir: str | None) -> Path:
                 f"{flag}: this repository holds no training state; --hub_strategy checkpoint pushes it. Its weights can be "
                 f"fine-tuned, with --pretrained_model_name_or_path {repo_id}."
             )
-        newest = max(folders, key=lambda folder: _step(folder, where, cache_dir))
-        return Path(snapshot_download(**where, allow_patterns=f"{newest}/*", cache_dir=cache_dir), newest)
+        step, newest = max((_step(folder, where, cache_dir), folder) for folder in folders)
+        final, unfinished = folder_of(output_dir, step), output_dir / f".checkpoint-{step}.download"
+        if final.exists():
+            return final
+        snapshot_download(**where, allow_patterns=f"{newest}/*", local_dir=unfinished)
     except HFValidationError as error:
         raise OptionError(f"{flag}: expected hub:user/repo, or hub:user/repo@revision.") from error
     except OptionError:
         raise
     except Exception as error:  # the network's kinds differ between versions of huggingface_hub
         raise OptionError(f"{flag}: {what_went_wrong(error)}.") from error
+    if damage := checkpoints.find_damage(unfinished / newest):
+        raise OptionError(f"{flag}: {damage}; it is no whole checkpoint of this trainer.")
+    os.replace(unfinished / newest, final)
+    shutil.rmtree(unfinished)
+    return final
 
 
 def _step(folder: str, where: dict[str, str | None], cache_dir: str | None) -> int:

@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class Uploader:
     """Pushes the newest checkpoint that it was given; one that is overtaken while the Hub cannot be reached is left out.
 
     Args:
-        command: the options of vaerepa.hub.push for this repository.
+        repo_id, revision, strategy: what vaerepa.hub.push is told.
     """
 
     def __init__(self, output_dir: Path, repo_id: str, revision: str | None, strategy: str):
@@ -88,19 +89,20 @@ class Uploader:
 
     def _begin_attempt(self) -> None:
         self.uploading, self.waiting = self.waiting, None
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads meanwhile could fill up
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         self._process = subprocess.Popen(
             [sys.executable, *self.command, "--step", str(step_of(self.uploading))],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=self._output,
             stderr=subprocess.STDOUT,
-            text=True,
             env=environment,
             start_new_session=True,  # signals from the terminal are the trainer's
         )
 
     def _end_attempt(self) -> None:
-        output = redact(self._process.stdout.read()).strip().splitlines()
+        self._output.seek(0)
+        output = redact(self._output.read().decode(errors="replace")).strip().splitlines()
         succeeded, checkpoint = self._process.returncode == 0, self.uploading
         self._process, self.uploading = None, None
         if succeeded:
