@@ -51,6 +51,7 @@ from vaerepa.errors import OptionError
 from vaerepa.evaluation import held_out_loss
 from vaerepa.families import dit
 from vaerepa.hub import access
+from vaerepa.hub.push import tag_of
 from vaerepa.hub.uploader import Uploader
 from vaerepa.layout import all_checkpoints, folder_of, step_of
 from vaerepa.logs import MetricsFile, Window, plot_curves
@@ -687,7 +688,7 @@ def card_facts(run: Run) -> dict[str, Any]:
         "is_flow": objectives.name_of(run.objective.scheduler) == "flow_matching",
         "has_learned_sigma": dit.has_learned_sigma(transformer),
         "works_in_stock": dit.works_in_stock_pipeline(len(id2label)),
-        "is_pushed": run.uploader is not None,
+        "tag": tag_of(run.step, run.options.hub_revision) if run.uploader else None,
         "machine": throughput.describe_machine(run.accelerator),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "datasets")),
     }

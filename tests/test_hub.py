@@ -183,6 +183,18 @@ for name, revision in {places}:
     printed = stock_process(draw.format(places=places), hub.environment(tmp_path / "other"), tmp_path).split()
     assert printed[0] == printed[1] == printed[3] != printed[2]
 
+    ours = """
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+print(ModelCard.load("ann/digits-sit").data.license)
+options = {"custom_pipeline": "pipeline_vaerepa", "trust_remote_code": True}
+pipeline = DiffusionPipeline.from_pretrained("ann/digits-sit", revision="step-80", **options)
+print(type(pipeline).__name__, pipeline("seven", sampler="sde", num_inference_steps=2).images[0].size)
+"""
+    printed = stock_process(ours, hub.environment(tmp_path / "third"), tmp_path).splitlines()
+    assert printed[0] == "apache-2.0"
+    assert printed[1].endswith("(32, 32)")
+
 
 # ---- faults
 

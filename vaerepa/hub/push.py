@@ -48,9 +48,14 @@ def push(output_dir: Path, checkpoint: Path, repo_id: str, revision: str | None,
         commit_message=f"Step {step}",
         revision=revision,
     )
-    tag = f"step-{step}" if revision in (None, "main") else f"{revision}-step-{step}"
+    tag = tag_of(step, revision)
     _set_tag(api, repo_id, tag, commit.oid)
     return tag
+
+
+def tag_of(step: int, revision: str | None) -> str:
+    """The tag of a step; branches do not share them."""
+    return f"step-{step}" if revision in (None, "main") else f"{revision}-step-{step}"
 
 
 def published_files(output_dir: Path, checkpoint: Path, strategy: str) -> dict[str, bytes | Path]:
