@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from tests.conftest import read_metrics
 from vaerepa.checkpoints import find_damage
 
-STATE_FILES = ("transformer", "heads", "ema_0.9", "ema_0.5", "optimizer")
+STATE_FILES = ("state/transformer", "heads/heads", "state/ema_0.9", "state/ema_0.5", "state/optimizer")
 EXACT = {"ema_decay": [0.9, 0.5], "logging_steps": 2, "lr_warmup_steps": 3, "lr_scheduler": "constant_with_warmup"}
 
 
 def assert_same_end(first, second, step=12):
     for name in STATE_FILES:
-        one, other = (load_file(run / f"checkpoint-{step}/state/{name}.safetensors") for run in (first, second))
+        one, other = (load_file(run / f"checkpoint-{step}/{name}.safetensors") for run in (first, second))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
     losses = [
@@ -53,7 +53,7 @@ def test_a_finished_run_goes_on_with_another_cadence(train, tmp_path):
         **(EXACT | {"logging_steps": 3}), max_train_steps=12, checkpointing_steps=2, resume_from_checkpoint="latest"
     )
     for name in STATE_FILES:
-        one, other = (load_file(folder / f"checkpoint-12/state/{name}.safetensors") for folder in (whole, run))
+        one, other = (load_file(folder / f"checkpoint-12/{name}.safetensors") for folder in (whole, run))
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (7, 8, 10, 12)}
 
