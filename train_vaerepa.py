@@ -663,9 +663,12 @@ def publish(run: Run) -> None:
     checkpoint = folder_of(run.output_dir, run.step)
     if not run.accelerator.is_main_process or not checkpoint.is_dir():  # it could not be saved
         return
-    plot_curves(run.metrics.read(), run.output_dir / "training_curves.png")
     name = run.uploader.repo_id if run.uploader else run.output_dir.resolve().name
-    model_card.write_card(run.output_dir / "README.md", CARD_TEMPLATE, run.options, name, card_facts(run))
+    try:
+        plot_curves(run.metrics.read(), run.output_dir / "training_curves.png")
+        model_card.write_card(run.output_dir / "README.md", CARD_TEMPLATE, run.options, name, card_facts(run))
+    except OSError as error:  # a full disk must not end the run
+        logger.error(f"curves and model card could not be written: {error}")
     if run.uploader:
         run.uploader.push(checkpoint)
 

@@ -258,6 +258,14 @@ def test_a_repository_deleted_meanwhile_is_named_at_the_end_with_the_command_tha
     assert set(hub.model("ann/model").tags) == {"step-3"}
 
 
+def test_an_upload_that_cannot_even_begin_hurts_nobody(run, uploader, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    uploader.push(all_checkpoints(run)[-1])
+    uploader.finish()
+    assert "could not be pushed to ann/model: [Errno 2]" in caplog.text
+    assert "Push it by hand" in caplog.text
+
+
 def test_what_a_newer_state_lacks_goes_and_a_tag_moves(hub, run, uploader):
     newest = all_checkpoints(run)[-1]
     uploader.push(newest)

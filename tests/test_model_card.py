@@ -110,3 +110,10 @@ def test_no_heading_stands_empty(train, tmp_path):
         text = ModelCard.load(train(output_dir=tmp_path / name, **options) / "README.md").text
         assert not re.search(r"^#+ [^\n]*\n\s*(#|\Z)", text, flags=re.MULTILINE)
         assert "\n\n\n" not in text
+
+
+def test_a_card_that_cannot_be_written_does_not_end_the_run(train, tmp_path, caplog):
+    (tmp_path / "run/.README.md.new").mkdir(parents=True)
+    run = train(checkpointing_steps=2)
+    assert (run / "model_index.json").exists()
+    assert "model card could not be written" in caplog.text

@@ -89,39 +89,44 @@ class Uploader:
 
     def _begin_attempt(self) -> None:
         self.uploading, self.waiting = self.waiting, None
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads meanwhile could fill up
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        self._process = subprocess.Popen(
-            [sys.executable, *self.command, "--step", str(step_of(self.uploading))],
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # signals from the terminal are the trainer's
-        )
+        try:
+            self._output = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads meanwhile could fill up
+            self._process = subprocess.Popen(
+                [sys.executable, *self.command, "--step", str(step_of(self.uploading))],
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # signals from the terminal are the trainer's
+            )
+        except OSError as error:  # no memory, or a full disk
+            self._fail(str(error))
 
     def _end_attempt(self) -> None:
         self._output.seek(0)
         output = redact(self._output.read().decode(errors="replace")).strip().splitlines()
-        succeeded, checkpoint = self._process.returncode == 0, self.uploading
-        self._process, self.uploading = None, None
-        if succeeded:
-            self.pushed, self._failures, self._next_attempt = checkpoint, 0, 0.0
-            logger.info(output[-1] if output else f"pushed {checkpoint.name}")
-            if self._overtaken:
-                steps = ", ".join(map(str, self._overtaken))
-                logger.warning(f"without a tag on the Hub, as newer ones overtook them: step {steps}")
-                self._overtaken = []
+        succeeded, self._process = self._process.returncode == 0, None
+        if not succeeded:
+            self._fail((output[-1] if output else "the upload ended without a word").removeprefix("error: "))
             return
-        self._reason = (output[-1] if output else "the upload ended without a word").removeprefix("error: ")
+        self.pushed, self.uploading, self._failures, self._next_attempt = self.uploading, None, 0, 0.0
+        logger.info(output[-1] if output else f"pushed {self.pushed.name}")
+        if self._overtaken:
+            steps = ", ".join(map(str, self._overtaken))
+            logger.warning(f"without a tag on the Hub, as newer ones overtook them: step {steps}")
+            self._overtaken = []
+
+    def _fail(self, reason: str) -> None:
+        checkpoint, self.uploading, self._reason = self.uploading, None, reason
         if self.waiting is None:
             self.waiting = checkpoint
         else:
             self._overtaken.append(step_of(checkpoint))
         if self._failures == 0:
             logger.warning(
-                f"step {step_of(checkpoint)} could not be pushed to {self.repo_id}: {self._reason}. Training goes on, and the "
-                "newest state is tried again."
+                f"step {step_of(checkpoint)} could not be pushed to {self.repo_id}: {reason}. Training goes on, and the newest "
+                "state is tried again."
             )
         self._next_attempt = time.monotonic() + min(FIRST_PAUSE * 2**self._failures, LONGEST_PAUSE)
         self._failures += 1
