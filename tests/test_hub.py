@@ -432,6 +432,25 @@ def test_a_manifest_cannot_point_outside_of_its_checkpoint(run):
         assert "outside of it" in find_damage(checkpoint)
 
 
+class Payload:
+    """What a pickle may do when it is opened: here, it writes a file."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.write_text, (self.target, "executed")
+
+
+def test_weights_that_would_run_code_are_refused(run, train, tmp_path, capsys):
+    (run / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"pos_embed.proj.weight": Payload(tmp_path / "mark")}, run / "transformer/diffusion_pytorch_model.bin")
+    size = dict.fromkeys(("model", "num_layers", "hidden_size", "num_attention_heads", "patch_size"))
+    train(code=2, pretrained_model_name_or_path=run, **size)
+    assert "its transformer cannot be loaded" in capsys.readouterr().err
+    assert not (tmp_path / "mark").exists()
+
+
 def test_other_data_under_the_same_name_are_refused(train, data, tmp_path, capsys):
     train(max_train_steps=1)
     other = Path(shutil.copytree(data, tmp_path / "other" / data.name))

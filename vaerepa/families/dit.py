@@ -193,9 +193,12 @@ def load_pipeline(name_or_path: str, **where: str | None) -> PretrainedPipeline:
         ) from error
     if index.get("transformer", [None, None])[1] != "DiTTransformer2DModel":
         raise OptionError(f"{flag} holds a {index.get('_class_name')}; expected a DiTPipeline.")
-    transformer = DiTTransformer2DModel.from_pretrained(
-        name_or_path, subfolder="transformer", variant=variant, torch_dtype=torch.get_default_dtype(), **where
-    )
+    try:  # weights in safetensors, or in files that torch opens with weights_only
+        transformer = DiTTransformer2DModel.from_pretrained(
+            name_or_path, subfolder="transformer", variant=variant, torch_dtype=torch.get_default_dtype(), **where
+        )
+    except OSError as error:
+        raise OptionError(f"{flag}: its transformer cannot be loaded: {' '.join(str(error).split())}") from error
     scheduler_class = getattr(diffusers, index["scheduler"][1])
     shares_embedder = _share_equal_embedders(transformer)
     if has_learned_sigma(transformer):
