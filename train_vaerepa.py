@@ -651,6 +651,7 @@ def finish(run: Run) -> None:
         validate(run)
     if run.accelerator.is_main_process:
         last = folder_of(run.output_dir, run.step)
+        shutil.rmtree(run.output_dir / stored_heads.FOLDER, ignore_errors=True)  # they may have been dropped since
         for part in ("transformer", "scheduler", stored_heads.FOLDER):
             checkpoints.link_tree(last / part, run.output_dir / part)
         shutil.copyfile(last / "model_index.json", run.output_dir / "model_index.json")
