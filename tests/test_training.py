@@ -73,6 +73,13 @@ def test_the_head_leaves_when_alignment_stops(train, launch, tmp_path, processes
     ]
 
 
+def test_the_root_holds_the_heads_of_the_last_checkpoint_alone(train):
+    run = train(alignment_stop_step=3, max_train_steps=2)
+    assert (run / "heads/heads.safetensors").exists()
+    train(alignment_stop_step=3, max_train_steps=4, resume_from_checkpoint="latest")
+    assert not (run / "heads").exists()
+
+
 def test_a_restart_after_alignment_stopped_is_exact(train, tmp_path):
     options = {"alignment_stop_step": 3, "alignment_weight_schedule": "cosine", "max_train_steps": 6}
     whole = train(**options, output_dir=tmp_path / "whole")
