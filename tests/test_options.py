@@ -22,6 +22,7 @@ from vaerepa.options import (
 )
 
 RESUME_CLASSES = ("fixed", "schedule", "free")
+KEPT = {name: spec for name, spec in FIELDS.items() if not spec.metadata["secret"]}
 
 
 @pytest.fixture
@@ -226,9 +227,18 @@ def test_a_missing_config_file_is_named(tmp_path):
 # ---- saved runs and the README
 
 
+def test_a_secret_is_neither_saved_nor_shown(tmp_path):
+    options = Options(hub_token="hf_TopSecret")
+    write_config(options, tmp_path / "run_config.yaml")
+    assert "TopSecret" not in (tmp_path / "run_config.yaml").read_text() + repr(options) + str(as_plain(options))
+    with pytest.raises(OptionError) as error:
+        convert("hub_token", ["hf_TopSecret"])
+    assert "TopSecret" not in str(error.value)
+
+
 def test_all_options_survive_a_saved_config(tmp_path):
-    others = {name: other_value(name) for name in FIELDS}
-    assert all(others[name] != spec.default for name, spec in FIELDS.items())
+    others = {name: other_value(name) for name in KEPT}
+    assert all(others[name] != spec.default for name, spec in KEPT.items())
     for options in (Options(), Options(**others)):
         write_config(options, tmp_path / "run_config.yaml")
         assert Options(**read_config(tmp_path / "run_config.yaml")) == options
@@ -248,7 +258,7 @@ def test_any_text_survives_a_saved_config(tmp_path, text):
 def test_changed_options_name_one_class(resume):
     saved = json.loads(json.dumps(as_plain(Options())))
     changed = Options(**{name: other_value(name) for name in FIELDS})
-    names = [name for name, spec in FIELDS.items() if spec.metadata["resume"] == resume]
+    names = [name for name, spec in KEPT.items() if spec.metadata["resume"] == resume]
     lines = changed_options(saved, changed, resume)
     assert [line.split()[0] for line in lines] == [f"--{name}" for name in names]
     assert lines == [f"--{n} was {saved[n]!r} and is {as_plain(changed)[n]!r}" for n in names]
