@@ -15,6 +15,7 @@ from vaerepa.options import (
     Options,
     as_plain,
     changed_options,
+    convert,
     options_table,
     parse_options,
     read_config,
