@@ -27,6 +27,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
+from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -36,6 +37,7 @@ from vaerepa import (
     checks,
     dry_run,
     latents,
+    lora,
     model_card,
     objectives,
     optimization,
@@ -44,25 +46,28 @@ from vaerepa import (
     throughput,
 )
 from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, stored_heads
-from vaerepa.components import build_alignments, build_transformer, open_components
-from vaerepa.data import DataError, Feed, Sources, TrainingDraws, ValidationDraws
+from vaerepa.components import Components, build_alignments, build_transformer, open_components
+from vaerepa.data import DataError, Feed, Prompts, Sources, TrainingDraws, ValidationDraws
 from vaerepa.ema import EMA, share_of_start
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import held_out_loss
-from vaerepa.families import dit
+from vaerepa.families import Family, dit
+from vaerepa.families.text_family import write_stock_pipeline
 from vaerepa.hub import access
 from vaerepa.hub.push import tag_of
 from vaerepa.hub.uploader import Uploader
-from vaerepa.layout import all_checkpoints, folder_of, step_of
+from vaerepa.layout import STATE, all_checkpoints, folder_of, step_of
 from vaerepa.logs import MetricsFile, Window, plot_curves
 from vaerepa.options import Options, as_plain, changed_options, parse_options, write_config
 from vaerepa.precompute import precompute_latents
 from vaerepa.privacy import public_values, redact, take_token
+from vaerepa.randomness import draw_seed
 from vaerepa.stopping import StopRequest, command_to_go_on
 
 logger = get_logger(__name__)
 
 NUM_MEASURED_LATENTS = 64
+MODEL_INDEX = ".model_index.json"  # of a text-to-image pipeline with its text encoders, which may have left it
 PIPELINE_FILE = Path(__file__).with_name("pipeline_vaerepa.py")
 CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -78,6 +83,7 @@ class Run:
     options: Options
     accelerator: Accelerator
     output_dir: Path
+    family: Family
     sources: Sources
     vae: nn.Module
     feed: Feed
@@ -87,6 +93,8 @@ class Run:
     max_train_steps: int
     step: int
     metrics: MetricsFile
+    pipeline: DiffusionPipeline | None = None  # the stock one, of a text-to-image model
+    prompts: Prompts | None = None
     window: Window = field(default_factory=Window)
     latent_statistics: list[list[float]] = field(default_factory=list)  # mean and standard deviation per channel
     alignments: list[Alignment] = field(default_factory=list)
@@ -114,7 +122,19 @@ class Run:
             options.logit_mean,
             options.logit_std,
             options.mode_scale,
+            options.timestep_shift or objectives.shift_of(self.objective.scheduler, self.num_tokens),
         )
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of an image."""
+        _, height, width = self.feed.latent_shape
+        return height * width // self.family.patch_size(self.transformer) ** 2
+
+    @property
+    def trained_weights(self) -> dict[str, nn.Parameter]:
+        """All of the transformer's, or those of its LoRA."""
+        return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
 
     @property
     def exported_transformer(self) -> nn.Module:
@@ -142,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(options: Options) -> None:
     """The story: check, build, loop, save."""
     checks.check_options(options)
-    options = take_token(options)
+    options = take_token(checks.fill_in_defaults(options))
     accelerator = build_accelerator(options)
     options = checks.resolve_batch_sizes(options, accelerator.num_processes)
     if options.dry_run:
@@ -218,21 +238,28 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     """Builds what is trained, and all that a step works on."""
     with accelerator.main_process_first():
         components = open_components(options)
-    vae = components.vae.to(accelerator.device)
+    family, vae = components.family, components.vae.to(accelerator.device)
     transformer = build_transformer(options, components).to(accelerator.device)
+    pipeline = prompts = None
+    if options.text_conditioning:
+        pipeline, prompts = build_prompts(options, accelerator, components, transformer)
+    latent_shape = latents.latent_shape(vae, options.resolution)
     run = Run(
         options=options,
         accelerator=accelerator,
         output_dir=Path(options.output_dir),
+        family=family,
         sources=components.sources,
         vae=vae,
-        feed=Feed(options, accelerator, vae, components.sources.train, dit.latent_shape(transformer)),
+        feed=Feed(options, accelerator, vae, components.sources.train, latent_shape, prompts),
         objective=components.objective,
         transformer=transformer,
         ema=EMA(transformer, options.ema_decay, options.offload_ema) if options.use_ema else None,
         max_train_steps=checks.steps_in(options, len(components.sources.train)),
         step=position["step"],
         metrics=MetricsFile(Path(options.output_dir, "metrics.jsonl")),
+        pipeline=pipeline,
+        prompts=prompts,
     )
     if position.get("num_images", len(run.sources.train)) != len(run.sources.train):
         raise OptionError(
@@ -243,17 +270,52 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         run.latent_statistics, run.feed.encode_in_bf16 = position["latent_statistics"], position["encode_in_bf16"]
     else:
         measure_latents(run)
-    alignments = build_alignments(options, transformer, run.latent_statistics)
+    alignments = build_alignments(options, family, transformer, run.latent_statistics)
     run.alignments = [alignment for alignment in alignments if alignment.is_active(run.step)]
-    width = dit.inner_width(transformer)
+    width = family.inner_width(transformer)
     channels = run.feed.latent_shape[0]
     heads = {a.name: a.method.build_head(width, channels, options.seed) for a in run.alignments}
     block_of = {a.name: a.block for a in run.alignments}
-    run.model = AlignedTransformer(transformer, dit.blocks(transformer), heads, block_of).to(accelerator.device)
+    blocks = family.blocks(transformer)
+    run.model = AlignedTransformer(transformer, blocks, heads, block_of, family).to(accelerator.device)
     if components.heads and not run.step:
         attach_heads(run, components.heads)
-    speed.apply_switches(options, transformer, dit.blocks(transformer), accelerator.device)
+    speed.apply_switches(options, transformer, blocks, accelerator.device)
     return run
+
+
+def build_prompts(
+    options: Options, accelerator: Accelerator, components: Components, transformer: nn.Module
+) -> tuple[DiffusionPipeline, Prompts]:
+    """The stock pipeline around a text-to-image transformer, and what encodes prompts; text encoders are written once."""
+    family, text = components.family, components.text
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if half and options.rank:  # what does not train needs no more
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(half)
+    pipeline = family.build_pipeline(
+        text.pipeline_class, transformer, components.vae, components.objective.scheduler, text.text_components
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    length = options.max_sequence_length or family.max_sequence_length
+    prompts = Prompts(family, pipeline, length, accelerator.device)
+    if accelerator.is_main_process and not options.rank:
+        write_frozen_parts(Path(options.output_dir), text.text_components)
+        (Path(options.output_dir) / MODEL_INDEX).write_text(pipeline.to_json_string(), encoding="utf-8")
+    for encoder in prompts.encoders.values():
+        encoder.to(accelerator.device, half)
+    if options.cache_text_embeddings:
+        sources = components.sources
+        captions = {
+            caption
+            for source in (sources.train, sources.validation)
+            if source is not None
+            for several in source.captions()
+            for caption in several
+        }
+        own = {"", options.negative_prompt, *options.validation_prompts}
+        prompts.replace_encoders(Path(options.latents_cache or options.output_dir), captions | own, accelerator)
+    return pipeline, prompts
 
 
 def attach_heads(run: Run, heads: stored_heads.StoredHeads) -> None:
@@ -275,7 +337,8 @@ def measure_latents(run: Run) -> None:
     logger.info(
         f"latents of the first {count} images: mean {samples.mean():.3f}, standard deviation {samples.std():.3f}"
     )
-    if options.alignment == "vae" and not options.alignment_normalize and not 0.5 <= samples.std() <= 2.0:
+    checks_scale = options.alignment == "vae" and not options.alignment_normalize and not options.text_conditioning
+    if checks_scale and not 0.5 <= samples.std() <= 2.0:
         logger.warning(
             f"the latents' standard deviation {samples.std():.3f} is far from 1: the alignment loss may swamp the denoising "
             "loss, or vanish beside it. --alignment_normalize normalises its target per channel."
@@ -285,14 +348,14 @@ def measure_latents(run: Run) -> None:
 
 def prepare(run: Run) -> None:
     """Builds the optimizer and hands it, with the model, to accelerate."""
-    optimizer = optimization.build_optimizer([run.transformer.parameters(), run.model.heads.parameters()], run.options)
+    optimizer = optimization.build_optimizer([run.trained_weights.values(), run.model.heads.parameters()], run.options)
     run.learning_rate = optimization.learning_rate_schedule(run.options, run.max_train_steps)
     run.skipped_in_a_row = torch.zeros((), device=run.accelerator.device)
     run.model, run.optimizer = run.accelerator.prepare(run.model, optimizer)
 
 
 def restore_weights(run: Run, checkpoint: Path) -> None:
-    checkpoints.load_parameters(run.transformer, checkpoints.load_tensors(checkpoint, "transformer"))
+    checkpoints.copy_parameters(run.trained_weights, checkpoints.load_tensors(checkpoint, "transformer"))
     for decay, average in run.ema.transformers.items() if run.ema else ():
         checkpoints.load_parameters(average, checkpoints.load_tensors(checkpoint, f"ema_{decay}"))
     if run.alignments:
@@ -320,11 +383,17 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
     for change in changed_options(position.get("options", {}), options, "schedule"):
         logger.warning(f"{change}: from here on the restart is not exact")
     size = sum(parameter.numel() for parameter in run.transformer.parameters()) / 1e6
+    trained = sum(parameter.numel() for parameter in run.trained_weights.values()) / 1e6
     head_size = sum(parameter.numel() for parameter in run.aligned_transformer.heads.parameters()) / 1e6
     logger.info(
         f"{options.pretrained_model_name_or_path or options.model}: {size:.2f} M parameters, "
-        f"alignment head {head_size:.2f} M, {len(run.sources.id2label)} classes"
+        + (f"of which a LoRA of rank {options.rank} trains {trained:.2f} M, " if options.rank else "")
+        + f"alignment head {head_size:.2f} M, "
+        + (f"{type(run.pipeline).__name__}" if run.pipeline else f"{len(run.sources.id2label)} classes")
     )
+    for alignment in run.alignments:
+        until = f", {alignment.weight_schedule} to 0 at step {alignment.stop_step}" if alignment.stop_step else ""
+        logger.info(f"alignment `{alignment.name}` on block {alignment.block}, weight {alignment.weight}{until}")
     logger.info(
         f"{len(run.sources.train)} images, {len(run.sources.validation or ())} held out; batch {options.global_batch_size} = "
         f"{options.train_batch_size} x {accelerator.num_processes} processes x {options.gradient_accumulation_steps} accumulated"
@@ -336,7 +405,7 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
             level,
             f"after {run.max_train_steps} steps the EMA of decay {decay} holds {share:.1%} of the initial weights",
         )
-    if not dit.works_in_stock_pipeline(len(run.sources.id2label)):
+    if not run.pipeline and not dit.works_in_stock_pipeline(len(run.sources.id2label)):
         logger.warning(
             "DiTPipeline guides up to 1000 classes only: load this model with the pipeline_vaerepa.py beside it"
         )
@@ -346,11 +415,19 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
         checkpoints.remove_leftovers(run.output_dir)
         run.metrics.keep_until(run.step)
         write_config(options, run.output_dir / "run_config.yaml")
-        shutil.copyfile(PIPELINE_FILE, run.output_dir / PIPELINE_FILE.name)
-        if not (run.output_dir / "vae").exists():
-            run.vae.save_pretrained(run.output_dir / ".vae.unfinished")
-            os.replace(run.output_dir / ".vae.unfinished", run.output_dir / "vae")
+        if not run.pipeline:
+            shutil.copyfile(PIPELINE_FILE, run.output_dir / PIPELINE_FILE.name)
+        if not options.rank:
+            write_frozen_parts(run.output_dir, {"vae": run.vae})
     accelerator.init_trackers("vaerepa", {name: str(value) for name, value in as_plain(options).items()})
+
+
+def write_frozen_parts(output_dir: Path, parts: dict[str, Any]) -> None:
+    """Writes what does not train once; each checkpoint links it."""
+    for name, part in parts.items():
+        if part is not None and not (output_dir / name).exists():
+            part.save_pretrained(output_dir / f".{name}.unfinished")
+            os.replace(output_dir / f".{name}.unfinished", output_dir / name)
 
 
 # --- loop -------------------------------------------------------------------------------------------------------------
@@ -410,6 +487,9 @@ def train_step(run: Run, batches: Iterator[dict], measure_gradients: bool) -> No
     for index in range(options.gradient_accumulation_steps):
         is_last = index == options.gradient_accumulation_steps - 1
         run.aligned_transformer.measure_gradients = measure_gradients and is_last
+        if options.lora_dropout:  # the one draw that torch makes itself
+            place = run.step * options.gradient_accumulation_steps + index
+            torch.manual_seed(draw_seed(options.seed, "dropout", place, accelerator.process_index))
         with nullcontext() if is_last else accelerator.no_sync(run.model):
             losses = compute_losses(run, next(batches))
             accelerator.backward(losses["loss"] / options.gradient_accumulation_steps)
@@ -452,7 +532,7 @@ def corrupt(run: Run, batch: dict) -> tuple:
         t,
         noisy,
         target,
-        dit.model_inputs(run.transformer, timesteps, batch["condition"], draws["drop"]),
+        run.family.inputs(run.transformer, timesteps, batch),
     )
 
 
@@ -500,8 +580,7 @@ def log(run: Run, stopwatch: throughput.Stopwatch, progress: tqdm) -> None:
 def flops_per_image(run: Run) -> int:
     """FLOPs of one image's way forward through the transformer and its heads."""
     device = run.accelerator.device
-    t, label, drop = torch.zeros(3, 1, device=device).unbind()
-    inputs = dit.model_inputs(run.transformer, t, label.long(), drop.bool())
+    inputs = run.family.example_inputs(run.transformer, device)
     noise = torch.zeros(1, *run.feed.latent_shape, device=device)
     return throughput.forward_flops(lambda: run.aligned_transformer(noise, **inputs))
 
@@ -544,7 +623,7 @@ def validate(run: Run) -> None:
     with run.ema.on_device() if run.ema else nullcontext():
         measure_held_out_loss(run)
         if run.accelerator.is_main_process and run.options.num_validation_images:
-            draw_samples(run)
+            draw_samples(run) if run.pipeline is None else draw_prompts(run)
     run.accelerator.wait_for_everyone()
 
 
@@ -578,6 +657,30 @@ def draw_samples(run: Run) -> None:
         )
 
 
+def draw_prompts(run: Run) -> None:
+    """A grid of --validation_prompts by the stock pipeline."""
+    options, transformer = run.options, run.exported_transformer.eval()
+    if not options.validation_prompts:
+        return
+    run.pipeline.register_modules(transformer=transformer)
+    _, height, width = run.feed.latent_shape
+    factor = latents.downsampling_factor(run.vae)
+    with run.accelerator.autocast(), torch.no_grad():
+        sampling.draw_prompt_grid(
+            run.pipeline,
+            run.prompts,
+            list(options.validation_prompts),
+            options.negative_prompt,
+            max(1, options.num_validation_images // len(options.validation_prompts)),
+            (factor * height, factor * width),
+            options.validation_guidance_scale,
+            options.validation_num_inference_steps,
+            options.seed,
+            run.output_dir / "samples" / f"step-{run.step:07d}.png",
+        )
+    run.pipeline.register_modules(transformer=run.transformer)
+
+
 def validation_batches(run: Run) -> Iterator[dict]:
     options, source = run.options, run.sources.validation
     count = min(options.num_validation_samples, len(source))
@@ -587,7 +690,7 @@ def validation_batches(run: Run) -> Iterator[dict]:
 def validation_losses(run: Run, transformer: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     _, _, t, noisy, target, inputs = corrupt(run, batch)
     with run.accelerator.autocast():
-        prediction = transformer.eval()(noisy, **inputs).sample
+        prediction = run.family.predict(transformer.eval(), noisy, **inputs)
     return run.objective.loss(prediction, target, t), t
 
 
@@ -617,18 +720,29 @@ def save(run: Run, must_succeed: bool) -> None:
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }
     tensors = {
-        "transformer": dict(run.transformer.named_parameters()),
+        "transformer": run.trained_weights,
         "optimizer": checkpoints.optimizer_tensors(run.optimizer.optimizer, names),
     }
     for decay, average in run.ema.transformers.items() if run.ema else ():
         tensors[f"ema_{decay}"] = dict(average.named_parameters())
 
     def write_pipeline(folder: Path) -> None:
+        if run.options.rank:
+            lora.save_lora(folder, run.transformer, type(run.pipeline))
+        elif run.pipeline:
+            index = (run.output_dir / MODEL_INDEX).read_text(encoding="utf-8")
+            write_stock_pipeline(folder, index, run.exported_transformer, run.objective.scheduler)
+            for name in ("vae", *run.family.text_components):
+                checkpoints.link_tree(run.output_dir / name, folder / name)
+        else:
+            write_class_conditional(folder)
+        stored_heads.save_heads(folder, aligned.heads, run.alignments)
+
+    def write_class_conditional(folder: Path) -> None:
         pipeline = dit.build_stock_pipeline(
             run.exported_transformer, run.vae, run.objective.scheduler, run.sources.id2label
         )
         dit.write_stock_pipeline(folder, pipeline)
-        stored_heads.save_heads(folder, aligned.heads, run.alignments)
         checkpoints.link_tree(run.output_dir / "vae", folder / "vae")
         shutil.copyfile(PIPELINE_FILE, folder / PIPELINE_FILE.name)
 
@@ -652,11 +766,14 @@ def finish(run: Run) -> None:
     if run.accelerator.is_main_process:
         last = folder_of(run.output_dir, run.step)
         shutil.rmtree(run.output_dir / stored_heads.FOLDER, ignore_errors=True)  # they may have been dropped since
-        for part in ("transformer", "scheduler", stored_heads.FOLDER):
-            checkpoints.link_tree(last / part, run.output_dir / part)
-        shutil.copyfile(last / "model_index.json", run.output_dir / "model_index.json")
+        for part in last.iterdir():
+            if part.is_file():
+                shutil.copyfile(part, run.output_dir / part.name)
+            elif part.name != STATE:
+                checkpoints.link_tree(part, run.output_dir / part.name)
         publish(run)
-        logger.info(f"done: {run.output_dir} loads with DiffusionPipeline.from_pretrained")
+        how = "is a LoRA; its README.md shows how to load it" if run.options.rank else "loads with from_pretrained"
+        logger.info(f"done: {run.output_dir} {how}")
 
 
 def publish(run: Run) -> None:
@@ -683,14 +800,14 @@ def card_facts(run: Run) -> dict[str, Any]:
         "classes": id2label.values(),
         "num_classes": len(id2label),
         "steps": run.step,
-        "block": run.options.alignment_block or dit.default_alignment_block(transformer.config.num_layers),
+        "block": run.options.alignment_block or run.family.default_alignment_block(len(run.family.blocks(transformer))),
         "label": min(7, len(id2label) - 1),
         "grid": f"samples/{grids[-1].name}" if grids else None,
         "grid_step": step_of(Path(grids[-1].stem)) if grids else None,
         "curves": "training_curves.png" if (run.output_dir / "training_curves.png").exists() else None,
         "held_out_loss": last_held_out_loss(run),
         "is_flow": objectives.name_of(run.objective.scheduler) == "flow_matching",
-        "has_learned_sigma": dit.has_learned_sigma(transformer),
+        "has_learned_sigma": not run.pipeline and dit.has_learned_sigma(transformer),
         "works_in_stock": dit.works_in_stock_pipeline(len(id2label)),
         "tag": tag_of(run.step, run.options.hub_revision) if run.uploader else None,
         "machine": throughput.describe_machine(run.accelerator),

@@ -86,8 +86,12 @@ def estimate_of(arguments: list[str]):
     options = parse_options(arguments)
     parts = components.open_components(options)
     transformer = components.build_transformer(options, parts)
-    alignments = components.build_alignments(options, transformer, [[0.0], [1.0]])
+    alignments = components.build_alignments(options, dit, transformer, [[0.0], [1.0]])
     return options, parts, transformer, alignments
+
+
+def estimate(options, transformer, alignments) -> dry_run.Estimate:
+    return dry_run.estimate(options, dit, transformer, dit.latent_shape(transformer), alignments, 40)
 
 
 def test_a_checkpoint_has_the_estimated_size(train, arguments):
@@ -96,7 +100,7 @@ def test_a_checkpoint_has_the_estimated_size(train, arguments):
     files = [path for path in (run / "checkpoint-4").rglob("*.safetensors") if path.parent.name != "vae"]
     measured = sum(path.stat().st_size for path in files)
     given, _, transformer, alignments = estimate_of(arguments(**options))
-    sizes = dry_run.estimate(given, transformer, alignments, 40)
+    sizes = estimate(given, transformer, alignments)
     assert sizes.checkpoint_bytes == pytest.approx(measured, rel=0.1)
     pipeline = run / "transformer/diffusion_pytorch_model.safetensors"
     assert sizes.pipeline_bytes == pytest.approx(pipeline.stat().st_size, rel=0.1)
@@ -121,7 +125,7 @@ def test_activations_are_estimated_as_measured_on_the_cpu(arguments):
     measured = sum(size for _, size in saved.values())
     aligned.drop_heads()
     assert outputs is not None
-    sizes = dry_run.estimate(given, transformer, alignments, 40)
+    sizes = estimate(given, transformer, alignments)
     assert batch * sizes.activation_memory == pytest.approx(measured, rel=0.1)
 
 

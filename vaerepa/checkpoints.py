@@ -119,7 +119,12 @@ def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def load_parameters(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Copies tensors into the parameters of the same names, all of them."""
-    parameters = dict(module.named_parameters())
+    copy_parameters(dict(module.named_parameters()), tensors)
+
+
+@torch.no_grad()
+def copy_parameters(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+    """Copies tensors into these parameters by their names."""
     if parameters.keys() != tensors.keys():
         difference = sorted(parameters.keys() ^ tensors.keys())
         raise CheckpointError(f"the checkpoint holds another model; they differ in {', '.join(difference[:4])}")

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
 
-from vaerepa import checkpoints
+from vaerepa import checkpoints, families
 from vaerepa.errors import OptionError
-from vaerepa.families import dit
+from vaerepa.families import Family, dit
 from vaerepa.hub import access, download
 from vaerepa.layout import all_checkpoints, step_of
 from vaerepa.options import Options, changed_options
@@ -29,6 +29,10 @@ POSITIVE = (
     "shuffle_buffer_size",
     "num_streams",
     "max_train_samples",
+    "max_sequence_length",
+    "rank",
+    "lora_alpha",
+    "timestep_shift",
     "alignment_block",
     "alignment_beta",
     "alignment_layers",
@@ -61,6 +65,11 @@ NOT_NEGATIVE = (
     "validation_guidance_scale",
 )
 MIN_BAD_IMAGES = 10  # fewer say nothing about the data
+TEXT_FINE_TUNING = {  # what survived in other trainers: weight 1.0 was too strong (method: arXiv 2601.17830)
+    "alignment_weight": 0.2,
+    "alignment_weight_schedule": "cosine",
+    "alignment_stop_step": 500,
+}
 CUSTOM_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "patch_size")
 
 
@@ -76,7 +85,7 @@ def check_options(options: Options) -> None:
             raise OptionError(f"--{name} {value}: expected {lowest}.")
     if not 0 <= options.max_bad_fraction <= 1:
         raise OptionError(f"--max_bad_fraction {options.max_bad_fraction}: expected a number from 0 to 1.")
-    for name in ("adam_beta1", "adam_beta2", "label_dropout"):
+    for name in ("adam_beta1", "adam_beta2", "label_dropout", "proportion_empty_prompts", "lora_dropout"):
         if not 0 <= getattr(options, name) < 1:
             raise OptionError(
                 f"--{name} {getattr(options, name)}: expected a number from 0 up to, but not including, 1."
@@ -96,10 +105,64 @@ def check_options(options: Options) -> None:
         check_tracker(options.report_to)
     access.check_names(options)
     check_data(options)
+    check_text(options)
     if options.pretrained_model_name_or_path is None:
         transformer_size(options)
     elif given_size := [name for name in CUSTOM_SIZE if getattr(options, name) is not None]:
         raise OptionError(f"--{given_size[0]} goes with training from scratch; a pretrained transformer has its own.")
+
+
+def fill_in_defaults(options: Options) -> Options:
+    """Gives a value to the options whose default depends on others."""
+    if options.rank:
+        options = replace(options, use_ema=False)
+    if options.alignment_weight is not None:
+        return options
+    if not (options.text_conditioning and options.pretrained_model_name_or_path):
+        return replace(options, alignment_weight=1.0)
+    given = options.alignment_stop_step is not None  # then the weight falls as is asked for
+    return replace(options, **(TEXT_FINE_TUNING if not given else {"alignment_weight": 0.2}))
+
+
+def check_text(options: Options) -> None:
+    """Checks the options of text-to-image training against each other.
+
+    Raises:
+        OptionError: they contradict each other, or something is missing.
+    """
+    is_text_model = options.model.split("-")[0] in families.FROM_SCRATCH or options.model.startswith("custom-")
+    from_scratch = options.pretrained_model_name_or_path is None
+    if not options.text_conditioning:
+        for name in (
+            "rank",
+            "pretrained_text_encoder_model_name_or_path",
+            "validation_prompts",
+            "cache_text_embeddings",
+        ):
+            if getattr(options, name):
+                raise OptionError(f"--{name} goes with --text_conditioning.")
+        if from_scratch and is_text_model:
+            raise OptionError(f"--model {options.model} draws from text: add --text_conditioning.")
+        return
+    if from_scratch and not is_text_model:
+        raise OptionError(
+            f"--text_conditioning: --model {options.model} draws classes. Give --pretrained_model_name_or_path, or one of "
+            f"{families.TEXT_SIZES_HELP}, custom-MMDiT, custom-PixArt."
+        )
+    if from_scratch and options.pretrained_text_encoder_model_name_or_path is None:
+        raise OptionError(
+            f"--model {options.model} needs text encoders: --pretrained_text_encoder_model_name_or_path names the pipeline that "
+            "they are taken from."
+        )
+    if from_scratch and options.rank:
+        raise OptionError("--rank fine-tunes: give --pretrained_model_name_or_path.")
+    if not from_scratch and options.pretrained_text_encoder_model_name_or_path:
+        raise OptionError(
+            "--pretrained_text_encoder_model_name_or_path: the fine-tuned pipeline has its own text encoders."
+        )
+    for name in ("lora_alpha", "lora_layers"):
+        if getattr(options, name) and not options.rank:
+            raise OptionError(f"--{name} goes with --rank.")
 
 
 def check_data(options: Options) -> None:
@@ -134,24 +197,28 @@ def check_tracker(name: str) -> None:
         raise OptionError(f"--report_to {name} is not installed: pip install {name}.")
 
 
-def transformer_size(options: Options) -> tuple[dit.Size, int]:
-    """Size and patch size of the model that is asked for.
+def transformer_size(options: Options) -> tuple[Family, dit.Size, int]:
+    """Family, size and patch size of the model that is asked for.
 
     Raises:
         OptionError: no such preset; a custom model with a size missing; sizes that do not fit each other.
     """
     given = [name for name in CUSTOM_SIZE if getattr(options, name) is not None]
-    if options.model != "custom":
+    prefix, _, name = options.model.partition("-")
+    if prefix != "custom":
         if given:
             raise OptionError(f"--{given[0]} goes with --model custom; {options.model} has its own.")
         try:
-            size, patch_size = dit.parse_model_name(options.model)
+            family, size, patch_size = families.parse_model_name(options.model)
         except ValueError as error:
             raise OptionError(f"--model {options.model}: {error}, or custom.") from error
     else:
+        if name and name not in families.FROM_SCRATCH:
+            raise OptionError(f"--model {options.model}: expected custom, custom-MMDiT or custom-PixArt.")
+        family = families.FROM_SCRATCH[name] if name else dit
         missing = [f"--{name}" for name in CUSTOM_SIZE if name not in given]
         if missing:
-            raise OptionError(f"--model custom needs {', '.join(missing)} too.")
+            raise OptionError(f"--model {options.model} needs {', '.join(missing)} too.")
         size, patch_size = (
             dit.Size(options.num_layers, options.hidden_size, options.num_attention_heads),
             options.patch_size,
@@ -161,17 +228,17 @@ def transformer_size(options: Options) -> tuple[dit.Size, int]:
                 f"--hidden_size {size.hidden_size} must divide by --num_attention_heads {size.num_attention_heads}, "
                 "and by 4 for the position embedding."
             )
-    check_alignment_block(options, size.num_layers)
-    return size, patch_size
+    check_alignment_block(options, family, size.num_layers)
+    return family, size, patch_size
 
 
-def check_alignment_block(options: Options, num_layers: int) -> None:
+def check_alignment_block(options: Options, family: Family, num_layers: int) -> None:
     """Checks that the block which is aligned exists.
 
     Raises:
         OptionError: it does not.
     """
-    block = options.alignment_block or dit.default_alignment_block(num_layers)
+    block = options.alignment_block or family.default_alignment_block(num_layers)
     if options.alignment != "none" and block > num_layers:
         what = "" if options.alignment_block else ", the default,"
         raise OptionError(f"--alignment_block {block}{what} is beyond the model, which has {num_layers} blocks.")

@@ -1,18 +1,22 @@
 """The components that the options ask for: VAE, data, objective, transformer, alignments."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import transformers
 from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from vaerepa import checks, latents, objectives
+from vaerepa import checks, families, latents, lora, objectives
 from vaerepa.alignment import Alignment, VAEAlignment
 from vaerepa.alignment.stored_heads import StoredHeads, load_heads
 from vaerepa.data import Sources, open_sources
 from vaerepa.errors import OptionError
-from vaerepa.families import dit
+from vaerepa.families import Family, TextFamily, TextModel, TextPipeline, dit
 from vaerepa.options import Options
+from vaerepa.randomness import seeded_weights
 
 logger = get_logger(__name__)
 
@@ -23,10 +27,12 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # the paper's
 class Components:
     """What is given before anything is trained; `pretrained` where a pipeline is fine-tuned."""
 
+    family: Family
     vae: nn.Module
     sources: Sources
     objective: objectives.Objective
-    pretrained: dit.PretrainedPipeline | None
+    pretrained: dit.PretrainedPipeline | TextPipeline | None
+    text: TextPipeline | None = None  # whose text encoders are used
     heads: StoredHeads | None = None  # which lie beside it
 
 
@@ -36,22 +42,87 @@ def open_components(options: Options) -> Components:
     Raises:
         OptionError: one of them is not there, or does not fit the options.
     """
-    pretrained = heads = None
-    if options.pretrained_model_name_or_path:
+    family, pretrained, text, heads = dit, None, None, None
+    if options.text_conditioning:
+        family, text = open_text(options)
+        pretrained = text if options.pretrained_model_name_or_path else None
+    elif options.pretrained_model_name_or_path:
         pretrained = dit.load_pipeline(options.pretrained_model_name_or_path, **hub_location(options))
+    if options.pretrained_model_name_or_path:
         heads = load_heads(options.pretrained_model_name_or_path, options.revision, options.cache_dir)
-    vae, sources = open_vae_and_data(options)
-    objective = build_objective(options, pretrained, len(sources.id2label))
-    return Components(vae, sources, objective, pretrained, heads)
+    vae, sources = open_vae_and_data(options, family)
+    scheduler = pretrained.scheduler if pretrained else None
+    if text and not pretrained:
+        scheduler = family.default_scheduler(options.timestep_shift)
+    objective = build_objective(options, scheduler, len(sources.id2label))
+    return Components(family, vae, sources, objective, pretrained, text, heads)
 
 
-def open_vae_and_data(options: Options) -> tuple[nn.Module, Sources]:
+def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
+    """The text-to-image pipeline that is fine-tuned, or that lends its text encoders, taken apart.
+
+    Raises:
+        OptionError: it is not there, or of no family that is known.
+    """
+    from_scratch = options.pretrained_model_name_or_path is None
+    flag = "pretrained_text_encoder_model_name_or_path" if from_scratch else "pretrained_model_name_or_path"
+    name, wanted = getattr(options, flag), checks.transformer_size(options)[0] if from_scratch else None
+    where = hub_location(options)
+    try:
+        index = DiffusionPipeline.load_config(name, revision=where["revision"], cache_dir=where["cache_dir"])
+    except OSError as error:
+        if from_scratch and Path(name, "config.json").is_file():
+            return wanted, _open_text_encoder(name, wanted)
+        raise OptionError(
+            f"--{flag} {name}: no pipeline there. Expected a Hub id, or a folder with model_index.json."
+        ) from error
+    kind = index.get("_class_name")
+    family = families.text_family_of(kind)
+    if family is None or (wanted is not None and family is not wanted):
+        supported = ", ".join(wanted.pipelines) if wanted else families.SUPPORTED
+        raise OptionError(f"--{flag} {name} holds a {kind}; expected one of {supported}.")
+    pipeline_class = family.pipeline_class(kind)
+    left_out = {"vae": None, **({"transformer": None} if from_scratch else {})}
+    left_out = {part: None for part in left_out if part in index}
+    try:
+        loaded = pipeline_class.from_pretrained(name, **left_out, torch_dtype=torch.get_default_dtype(), **where)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--{flag} {name} cannot be loaded: {' '.join(str(error).split())}") from error
+    text = {part: getattr(loaded, part) for part in family.text_components}
+    for encoder in text.values():
+        if isinstance(encoder, nn.Module):
+            encoder.eval().requires_grad_(False)
+    if from_scratch:
+        return family, TextPipeline(pipeline_class, text)
+    return family, TextPipeline(pipeline_class, text, family.to_training_form(loaded.transformer), loaded.scheduler)
+
+
+def _open_text_encoder(folder: str, family: TextFamily) -> TextPipeline:
+    """A text encoder of transformers by itself, for families that need one only."""
+    if family.text_components != ("tokenizer", "text_encoder"):
+        raise OptionError(
+            f"--pretrained_text_encoder_model_name_or_path {folder} is one text encoder; this model needs those of a "
+            f"{family.pipelines[0]}."
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        encoder = transformers.AutoModel.from_pretrained(folder, dtype=torch.get_default_dtype())
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"--pretrained_text_encoder_model_name_or_path {folder} cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
+    encoder = encoder.get_encoder() if getattr(encoder.config, "is_encoder_decoder", False) else encoder
+    parts = {"tokenizer": tokenizer, "text_encoder": encoder.eval().requires_grad_(False)}
+    return TextPipeline(family.pipeline_class(), parts)
+
+
+def open_vae_and_data(options: Options, family: Family = dit) -> tuple[nn.Module, Sources]:
     """What latents are made from.
 
     Raises:
         OptionError: one of them is not there, or does not fit the options.
     """
-    vae, sources = load_vae(options), open_data(options)
+    vae, sources = load_vae(options, family), open_data(options)
     if sources.train.holds_latents and latents.is_folded(vae):
         raise OptionError(
             "the data set holds latents, and this VAE shifts or normalises its own, which is not known of those in a data set. "
@@ -83,6 +154,7 @@ def open_data(options: Options) -> Sources:
         options.cache_dir,
         options.max_train_samples,
         options.seed,
+        options.text_conditioning,
     )
     if sources.train.holds_latents and options.random_flip:
         raise OptionError("--random_flip: the data set holds latents, which cannot be flipped; leave it off.")
@@ -91,20 +163,18 @@ def open_data(options: Options) -> Sources:
     return sources
 
 
-def load_vae(options: Options) -> nn.Module:
+def load_vae(options: Options, family: Family) -> nn.Module:
     """The VAE that is asked for, the fine-tuned pipeline's own, or the paper's."""
     name = options.pretrained_vae_model_name_or_path or options.pretrained_model_name_or_path or DEFAULT_VAE
     where = hub_location(options)
     if options.pretrained_vae_model_name_or_path and options.pretrained_model_name_or_path:
         where = {"cache_dir": options.cache_dir}  # revision and variant are the pipeline's
-    return latents.load_vae(name, **where)
+    return latents.load_vae(name, **where, keep_shift=family.knows_shift)
 
 
-def build_objective(
-    options: Options, pretrained: dit.PretrainedPipeline | None, num_classes: int
-) -> objectives.Objective:
-    """The objective that is asked for, or the fine-tuned pipeline's own."""
-    own = objectives.name_of(pretrained.scheduler) if pretrained else "flow_matching"
+def build_objective(options: Options, scheduler: SchedulerMixin | None, num_classes: int) -> objectives.Objective:
+    """The objective that is asked for, or that of the fine-tuned pipeline's scheduler."""
+    own = objectives.name_of(scheduler) if scheduler else "flow_matching"
     name = options.objective or own
     if name is None:
         raise OptionError(
@@ -114,12 +184,12 @@ def build_objective(
     if name == "flow_matching":
         if options.snr_gamma is not None:
             raise OptionError("--snr_gamma weights the ddpm objective; for flow matching see --timestep_sampling.")
-        return objectives.FlowMatching()
+        return objectives.FlowMatching(scheduler if own == "flow_matching" and options.text_conditioning else None)
     if not dit.works_in_stock_pipeline(num_classes):
         raise OptionError(
             f"--objective ddpm is sampled by DiTPipeline, up to 1000 classes; the data set has {num_classes}."
         )
-    return objectives.NoisePrediction(pretrained.scheduler if pretrained and own == "ddpm" else None, options.snr_gamma)
+    return objectives.NoisePrediction(scheduler if own == "ddpm" else None, options.snr_gamma)
 
 
 def build_transformer(options: Options, components: Components) -> nn.Module:
@@ -128,11 +198,17 @@ def build_transformer(options: Options, components: Components) -> nn.Module:
     Raises:
         OptionError: it does not fit VAE, classes or resolution.
     """
-    vae, id2label = components.vae, components.sources.id2label
+    vae, id2label, family = components.vae, components.sources.id2label, components.family
+    if components.pretrained and options.text_conditioning:
+        return adopt_text_transformer(options, components)
     if components.pretrained:
         return adopt_transformer(options, components.pretrained, vae, id2label)
-    size, patch_size = checks.transformer_size(options)
+    _, size, patch_size = checks.transformer_size(options)
     side = checks.check_geometry(options, latents.downsampling_factor(vae), patch_size)
+    if options.text_conditioning:
+        given = TextModel(latents.latent_channels(vae), side, components.text.text_components)
+        with seeded_weights(options.seed, "transformer"):
+            return family.build_transformer(size, patch_size, given)
     transformer = dit.build_transformer(size, patch_size, latents.latent_channels(vae), side, len(id2label))
     dit.initialize(transformer, options.seed)
     return transformer
@@ -149,7 +225,7 @@ def adopt_transformer(
         raise OptionError(
             f"the VAE has {latents.latent_channels(vae)} latent channels, the pretrained transformer {config.in_channels}."
         )
-    checks.check_alignment_block(options, config.num_layers)
+    checks.check_alignment_block(options, dit, config.num_layers)
     if not pretrained.shares_embedder:
         logger.info("its blocks have different timestep and label embedders: they are left apart")
     if dit.has_learned_sigma(transformer):
@@ -162,6 +238,25 @@ def adopt_transformer(
     return transformer
 
 
+def adopt_text_transformer(options: Options, components: Components) -> nn.Module:
+    """Fits a pretrained text-to-image transformer to the VAE, and lays a LoRA over it with --rank.
+
+    Raises:
+        OptionError: it does not fit.
+    """
+    family, transformer, vae = components.family, components.pretrained.transformer, components.vae
+    checks.check_geometry(options, latents.downsampling_factor(vae), family.patch_size(transformer))
+    if latents.latent_channels(vae) != family.latent_channels(transformer):
+        raise OptionError(
+            f"the VAE has {latents.latent_channels(vae)} latent channels, the pretrained transformer "
+            f"{family.latent_channels(transformer)}."
+        )
+    checks.check_alignment_block(options, family, len(family.blocks(transformer)))
+    if options.rank:
+        lora.add_lora(transformer, family, options)
+    return transformer
+
+
 def have_same_classes(one: dict[int, str] | None, other: dict[int, str]) -> bool:
     """Whether the numbers mean the same; of several names the first counts, for lists differ in their synonyms."""
     first_names = [
@@ -170,23 +265,29 @@ def have_same_classes(one: dict[int, str] | None, other: dict[int, str]) -> bool
     return first_names[0] == first_names[1]
 
 
-def build_alignments(options: Options, transformer: nn.Module, latent_statistics: list[list[float]]) -> list[Alignment]:
+def build_alignments(
+    options: Options, family: Family, transformer: nn.Module, latent_statistics: list[list[float]]
+) -> list[Alignment]:
     """The alignment methods that are asked for, with their blocks, weights and ranges."""
     if options.alignment == "none":
         return []
+    normalizes = options.alignment_normalize
+    if options.text_conditioning and not latents.are_near_unit_scale(latent_statistics):
+        logger.info("the latents are not near unit scale: the alignment's target is normalised per channel")
+        normalizes = True
     method = VAEAlignment(
-        transformer.config.patch_size,
+        family.patch_size(transformer),
         distance=options.alignment_loss,
         beta=options.alignment_beta,
         num_layers=options.alignment_layers,
         width=options.alignment_width,
-        statistics=tuple(map(torch.tensor, latent_statistics)) if options.alignment_normalize else None,
+        statistics=tuple(map(torch.tensor, latent_statistics)) if normalizes else None,
     )
     return [
         Alignment(
             name="vae",
             method=method,
-            block=options.alignment_block or dit.default_alignment_block(transformer.config.num_layers),
+            block=options.alignment_block or family.default_alignment_block(len(family.blocks(transformer))),
             weight=options.alignment_weight,
             weight_schedule=options.alignment_weight_schedule,
             stop_step=options.alignment_stop_step,

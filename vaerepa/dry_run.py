@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vaerepa import checks, components, optimization, throughput
+from vaerepa import checks, components, latents, optimization, throughput
 from vaerepa.alignment import AlignedTransformer, Alignment
-from vaerepa.families import dit
+from vaerepa.families import Family
 from vaerepa.options import Options
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
@@ -42,27 +42,37 @@ def describe(options: Options) -> str:
     with nullcontext() if parts.pretrained else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
-    alignments = components.build_alignments(options, transformer, no_statistics)
+    alignments = components.build_alignments(options, parts.family, transformer, no_statistics)
+    shape = latents.latent_shape(parts.vae, options.resolution)
     num_images = len(parts.sources.train)
     num_steps = checks.steps_in(options, num_images)
-    sizes = estimate(options, transformer, alignments, num_images)
+    sizes = estimate(options, parts.family, transformer, shape, alignments, num_images)
     learning_rate = optimization.learning_rate_schedule(options, num_steps)
     return report(options, sizes, num_images, num_steps, learning_rate, alignments)
 
 
-def estimate(options: Options, transformer: nn.Module, alignments: list[Alignment], num_images: int) -> Estimate:
+def estimate(
+    options: Options,
+    family: Family,
+    transformer: nn.Module,
+    latent_shape: tuple[int, int, int],
+    alignments: list[Alignment],
+    num_images: int,
+) -> Estimate:
     """Works out a run from its transformer in training form, on the meta device or not.
 
     Args:
         num_images: of the training split, for the latents cache: mean and deviation of each posterior in half precision.
     """
-    transformer, latent_shape = transformer.to("meta"), dit.latent_shape(transformer)
+    forward = OneForward(family, transformer.to("meta"), latent_shape)
     with torch.device("meta"):
         stock = type(transformer).from_config(transformer.config)
-        heads = {a.name: a.method.build_head(dit.inner_width(transformer), latent_shape[0]) for a in alignments}
-    plain = count_flops(transformer, {}, {})
+        heads = {a.name: a.method.build_head(family.inner_width(transformer), latent_shape[0]) for a in alignments}
+    plain = throughput.forward_flops(forward.through({}, {}))
     block_of = {alignment.name: alignment.block for alignment in alignments}
-    head_flops = {name: count_flops(transformer, {name: heads[name]}, block_of) - plain for name in heads}
+    head_flops = {
+        name: throughput.forward_flops(forward.through({name: heads[name]}, block_of)) - plain for name in heads
+    }
     size, stock_size, head_sizes = count(transformer), count(stock), {name: count(head) for name, head in heads.items()}
     trained = size + sum(head_sizes.values())
     averages = len(options.ema_decay) if options.use_ema else 0
@@ -75,7 +85,7 @@ def estimate(options: Options, transformer: nn.Module, alignments: list[Alignmen
         flops=plain,
         head_flops=head_flops,
         state_memory=trained * (2 * FLOAT32 + moments) + (0 if options.offload_ema else averages * size * FLOAT32),
-        activation_memory=saved_bytes(options, transformer, heads, block_of),
+        activation_memory=saved_bytes(options, forward, heads, block_of),
         pipeline_bytes=stock_size * FLOAT32,
         checkpoint_bytes=stock_size * FLOAT32 + trained * (FLOAT32 + moments) + averages * size * FLOAT32,
         latents_cache_bytes=2 * FLOAT16 * elements * num_images,
@@ -87,20 +97,15 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_flops(transformer: nn.Module, heads: dict[str, nn.Module], block_of: dict[str, int]) -> int:
-    """FLOPs (two per multiply-add) of one image's way forward."""
-    return throughput.forward_flops(forward_of_one(transformer, heads, block_of))
-
-
 def saved_bytes(
     options: Options,
-    transformer: nn.Module,
+    forward: "OneForward",
     heads: dict[str, nn.Module],
     block_of: dict[str, int],
 ) -> int:
     """Bytes that one image's forward pass keeps for the backward pass; half precision halves them."""
     saved: dict[int, torch.UntypedStorage] = {}
-    modules = [transformer, *heads.values()]
+    modules = [forward.transformer, *heads.values()]
     weights = {parameter.untyped_storage()._cdata for module in modules for parameter in module.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -110,29 +115,38 @@ def saved_bytes(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = forward_of_one(transformer, heads, block_of)()
+        outputs = forward.through(heads, block_of)()
     del outputs
     half = options.mixed_precision in ("bf16", "fp16")
     return sum(storage.nbytes() for storage in saved.values()) // (2 if half else 1)
 
 
-def forward_of_one(
-    transformer: nn.Module, heads: dict[str, nn.Module], block_of: dict[str, int]
-) -> Callable[[], object]:
-    """A forward pass of one image through transformer and heads on the meta device."""
+@dataclass(frozen=True)
+class OneForward:
+    """Forward passes of one image on the meta device."""
 
-    def forward() -> object:
-        aligned = AlignedTransformer(
-            transformer, dit.blocks(transformer), heads, {name: block_of[name] for name in heads}
-        )
-        with torch.device("meta"):
-            label, drop = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.bool)
-            inputs = dit.model_inputs(transformer, torch.zeros(1), label, drop)
-            outputs = aligned(torch.zeros(1, *dit.latent_shape(transformer)), **inputs)
-        aligned.drop_heads()
-        return outputs
+    family: Family
+    transformer: nn.Module
+    latent_shape: tuple[int, int, int]
 
-    return forward
+    def through(self, heads: dict[str, nn.Module], block_of: dict[str, int]) -> Callable[[], object]:
+        """One through transformer and heads."""
+
+        def forward() -> object:
+            aligned = AlignedTransformer(
+                self.transformer,
+                self.family.blocks(self.transformer),
+                heads,
+                {name: block_of[name] for name in heads},
+                self.family,
+            )
+            with torch.device("meta"):
+                inputs = self.family.example_inputs(self.transformer, torch.device("meta"))
+                outputs = aligned(torch.zeros(1, *self.latent_shape), **inputs)
+            aligned.drop_heads()
+            return outputs
+
+        return forward
 
 
 def report(

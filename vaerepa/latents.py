@@ -11,9 +11,17 @@ CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
 def load_vae(
-    name_or_path: str, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None
+    name_or_path: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+    keep_shift: bool = False,
 ) -> ModelMixin:
     """Loads an AutoencoderKL or AutoencoderTiny from the Hub or a folder, or from the `vae` subfolder of a pipeline.
+
+    Args:
+        keep_shift: leaves shift_factor in the config, for pipelines that know it, and puts 0 there where it is missing;
+            else it is folded into the weights.
 
     Raises:
         OptionError: nothing there, or another kind of model.
@@ -28,8 +36,11 @@ def load_vae(
     vae = CLASSES[kind].from_pretrained(
         name_or_path, subfolder=subfolder, variant=variant, torch_dtype=torch.get_default_dtype(), **where
     )
-    if has_posterior(vae) and any(config.get(key) for key in ("shift_factor", "latents_mean", "latents_std")):
+    folded = ("latents_mean", "latents_std") if keep_shift else ("shift_factor", "latents_mean", "latents_std")
+    if has_posterior(vae) and any(config.get(key) for key in folded):
         vae = fold_normalization(vae)
+    if keep_shift and vae.config.shift_factor is None:
+        vae.register_to_config(shift_factor=0.0)  # such pipelines add it without asking
     return vae.eval().requires_grad_(False)
 
 
@@ -113,7 +124,7 @@ def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor, in_bf16: bool = 
 
 
 def draw(vae: ModelMixin, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
-    """Draws scaled latents, (mean + std * noise) * scaling_factor.
+    """Draws scaled latents, (mean + std * noise - shift_factor) * scaling_factor.
 
     Args:
         moments: as from `encode_moments`, in any dtype; latents (B, C, h, w) are taken as they are.
@@ -124,7 +135,7 @@ def draw(vae: ModelMixin, moments: torch.Tensor, posterior_noise: torch.Tensor) 
     """
     mean, *std = moments.to(vae.dtype).split(latent_channels(vae), dim=1)
     drawn = mean + std[0] * posterior_noise.to(vae.dtype) if std else mean
-    return drawn * vae.config.scaling_factor
+    return (drawn - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 def agrees_in_bf16(vae: ModelMixin, pixel_values: torch.Tensor, tolerance: float = 0.01) -> bool:
@@ -137,6 +148,11 @@ def agrees_in_bf16(vae: ModelMixin, pixel_values: torch.Tensor, tolerance: float
 def statistics(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation per channel, each (C,), of latents (B, C, H, W)."""
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+
+
+def are_near_unit_scale(statistics: list[list[float]]) -> bool:
+    """Whether latents of this mean and standard deviation per channel can be aligned to as they are."""
+    return all(0.5 <= std <= 2.0 for std in statistics[1]) and all(abs(mean) <= 2.0 for mean in statistics[0])
 
 
 def has_posterior(vae: ModelMixin) -> bool:

@@ -4,7 +4,12 @@ import math
 from typing import Protocol
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 
 from vaerepa.randomness import draw_normal, draw_uniform
 
@@ -34,11 +39,14 @@ class FlowMatching:
     """Flow matching on the linear path: x_t = (1 - t) z + t eps, with the velocity v = eps - z as target.
 
     Source: SiT, arXiv 2401.08740, equations 1 and 3. The timestep is 1000 t, as stock schedulers count (SiT itself feeds t).
+
+    Args:
+        scheduler: the one that is exported; by default one that DiTPipeline can use.
     """
 
-    def __init__(self):
+    def __init__(self, scheduler: SchedulerMixin | None = None):
         # FlowMatchEulerDiscreteScheduler lacks scale_model_input, which DiTPipeline calls
-        self.scheduler = DPMSolverMultistepScheduler(
+        self.scheduler = scheduler or DPMSolverMultistepScheduler(
             use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0
         )
 
@@ -92,7 +100,8 @@ class NoisePrediction:
 def name_of(scheduler: SchedulerMixin) -> str | None:
     """The objective of a model that this scheduler samples: flow_matching, ddpm, or None for any other."""
     prediction = scheduler.config.get("prediction_type", "epsilon")
-    if scheduler.config.get("use_flow_sigmas") or prediction == "flow_prediction":
+    is_flow = scheduler.config.get("use_flow_sigmas") or prediction == "flow_prediction"
+    if is_flow or isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return "flow_matching"
     if prediction == "epsilon" and hasattr(scheduler, "alphas_cumprod"):
         return "ddpm"
@@ -111,11 +120,31 @@ def draw_timestep(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
     mode_scale: float = 1.29,
+    shift: float = 1.0,
 ) -> float:
-    """A training time t in (0, 1): uniform (SiT), logit-normal or mode (Stable Diffusion 3, arXiv 2403.03206, section 3.1)."""
+    """A training time t in (0, 1): uniform (SiT), logit-normal or mode (Stable Diffusion 3, arXiv 2403.03206, section 3.1).
+
+    Then shifted to s t / (1 + (s - 1) t), as schedulers of high resolutions shift their sigmas (same paper, equation 23).
+    """
     if sampling == "logit_normal":
-        return 1.0 / (1.0 + math.exp(-(logit_mean + logit_std * draw_normal(seed, "timestep", ordinal))))
-    u = draw_uniform(seed, "timestep", ordinal)
-    if sampling == "mode":
-        return 1.0 - u - mode_scale * (math.cos(math.pi * u / 2.0) ** 2 - 1.0 + u)
-    return u
+        t = 1.0 / (1.0 + math.exp(-(logit_mean + logit_std * draw_normal(seed, "timestep", ordinal))))
+    else:
+        t = draw_uniform(seed, "timestep", ordinal)
+        if sampling == "mode":
+            t = 1.0 - t - mode_scale * (math.cos(math.pi * t / 2.0) ** 2 - 1.0 + t)
+    return shift * t / (1.0 + (shift - 1.0) * t)
+
+
+def shift_of(scheduler: SchedulerMixin, num_tokens: int) -> float:
+    """The factor s by which a stock flow scheduler shifts its sigmas for an image of so many patches; 1 for any other.
+
+    With dynamic shifting it is exp(mu), mu linear in the number of patches, as the stock pipelines work it out.
+    """
+    config = scheduler.config
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return 1.0
+    if not config.use_dynamic_shifting:
+        return config.shift
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu = config.base_shift + slope * (num_tokens - config.base_image_seq_len)
+    return math.exp(mu) if config.time_shift_type == "exponential" else mu

@@ -33,7 +33,8 @@ class Options:
     # --- Model ---------------------------------------------------------------------------------------------------
     model: str = option(
         "SiT-B/2",
-        f"Transformer to train: {families.SIZES_HELP}, or `custom` with the four options below.",
+        f"Transformer to train: {families.SIZES_HELP}, or `custom` with the four options below; with --text_conditioning "
+        f"{families.TEXT_SIZES_HELP}, `custom-MMDiT` or `custom-PixArt`.",
         resume="fixed",
         group="Model",
     )
@@ -43,7 +44,8 @@ class Options:
     patch_size: int | None = option(None, "Patch size, in latent pixels, of a `custom` model.", resume="fixed")
     pretrained_model_name_or_path: str | None = option(
         None,
-        "Hub id or folder of a DiTPipeline to fine-tune, instead of training --model from scratch.",
+        "Hub id or folder of a DiTPipeline to fine-tune, instead of training --model from scratch; with --text_conditioning of "
+        f"a {families.SUPPORTED}.",
         resume="fixed",
     )
     pretrained_vae_model_name_or_path: str | None = option(
@@ -57,6 +59,40 @@ class Options:
     )
     variant: str | None = option(
         None, "Variant of the files of the pipeline to fine-tune, or else of the VAE, for example fp16.", resume="fixed"
+    )
+
+    # --- Text ----------------------------------------------------------------------------------------------------
+    text_conditioning: bool = option(
+        False, "Train a text-to-image transformer on captions, not on classes.", resume="fixed", group="Text"
+    )
+    pretrained_text_encoder_model_name_or_path: str | None = option(
+        None,
+        "Hub id or folder of the pipeline whose tokenizers and text encoders a --model from scratch is given; for PixArt "
+        "also of a text encoder of transformers.",
+        resume="fixed",
+    )
+    max_sequence_length: int | None = option(
+        None, "Tokens of a prompt; longer ones are cut. Default: the stock pipeline's.", resume="fixed"
+    )
+    proportion_empty_prompts: float = option(
+        0.1, "Share of captions replaced by the empty prompt, for classifier-free guidance.", resume="fixed"
+    )
+    cache_text_embeddings: bool = option(
+        False,
+        "Encode all captions before training, into --latents_cache or else into the output folder, so that no text encoder "
+        "stays in memory.",
+    )
+    rank: int | None = option(
+        None,
+        "Fine-tune a LoRA of this rank instead of all weights (diffusers' scripts: 4); it keeps no average.",
+        resume="fixed",
+    )
+    lora_alpha: int | None = option(None, "Alpha of the LoRA. Default: its rank.", resume="fixed")
+    lora_dropout: float = option(0.0, "Dropout in the LoRA layers.", resume="schedule")
+    lora_layers: tuple[str, ...] = option(
+        (),
+        "Layers that the LoRA is laid over, by the ends of their names. Default: those of the attention.",
+        resume="fixed",
     )
 
     # --- Data ----------------------------------------------------------------------------------------------------
@@ -87,7 +123,10 @@ class Options:
         None, "Column with the class labels (ClassLabel or integers). Default: found from the features.", resume="fixed"
     )
     caption_column: str | None = option(
-        None, "Column with captions, kept in the latents cache. Default: found from the features.", resume="fixed"
+        None,
+        "Column with captions, kept in the latents cache; of several captions of an image one is drawn per epoch. Default: "
+        "found from the features.",
+        resume="fixed",
     )
     max_train_samples: int | None = option(
         None, "Train on so many images, drawn at random by --seed. Default: on all.", resume="fixed"
@@ -134,6 +173,11 @@ class Options:
     logit_mean: float = option(0.0, "Mean of the logit-normal density.", resume="fixed")
     logit_std: float = option(1.0, "Standard deviation of the logit-normal density.", resume="fixed")
     mode_scale: float = option(1.29, "Scale of the mode density (Stable Diffusion 3).", resume="fixed")
+    timestep_shift: float | None = option(
+        None,
+        "Shift s of the timesteps, s t / (1 + (s - 1) t). Default: the fine-tuned pipeline's own, or 1.",
+        resume="fixed",
+    )
     snr_gamma: float | None = option(
         None, "Min-SNR weighting of the ddpm objective, 5.0 is its paper's value. Default: none.", resume="schedule"
     )
@@ -149,7 +193,12 @@ class Options:
     alignment_block: int | None = option(
         None, "Block whose output is aligned, counted from 1. Default: 2 up to 12 blocks, 8 above.", resume="fixed"
     )
-    alignment_weight: float = option(1.0, "Weight of the alignment loss (lambda).", resume="schedule")
+    alignment_weight: float | None = option(
+        None,
+        "Weight of the alignment loss (lambda). Default: 1.0; where a text-to-image model is fine-tuned 0.2, falling to 0 by "
+        "cosine until step 500.",
+        resume="schedule",
+    )
     alignment_loss: Literal["smooth_l1", "l1", "l2", "cosine"] = option(
         "smooth_l1",
         "Distance of head output and latents; cosine is taken over the values of a token.",
@@ -172,7 +221,7 @@ class Options:
     alignment_normalize: bool = option(
         False,
         "Normalise the target per channel, with statistics measured on the data. For VAEs whose latents are not near "
-        "unit scale.",
+        "unit scale; with --text_conditioning there always.",
         resume="fixed",
     )
 
@@ -238,6 +287,8 @@ class Options:
         None, "Validate every so many steps. Default: at the end only.", group="Validation"
     )
     num_validation_images: int = option(16, "Pictures in a sample grid; 0 draws none.")
+    validation_prompts: tuple[str, ...] = option((), "Prompts of the sample grids of a text-to-image model.")
+    negative_prompt: str = option("", "Negative prompt of the sample grids.")
     validation_guidance_scale: float = option(4.0, "Guidance scale of the sample grids.")
     validation_num_inference_steps: int = option(50, "Sampling steps of the sample grids.")
     num_validation_samples: int = option(512, "Held-out images of the validation loss.")
@@ -439,10 +490,11 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def _convert_tuple(kinds: tuple[Any, ...], value: Any) -> tuple:
-    values = value if isinstance(value, list | tuple) else str(value).split()
+    several = isinstance(value, list | tuple)
+    values = value if several else [str(value)] if kinds[0] is str else str(value).split()
     if kinds[-1] is Ellipsis:
         kinds = (kinds[0],) * len(values)
-    if len(values) != len(kinds) or not values:
+    if len(values) != len(kinds) or not (values or kinds == ()):
         raise ValueError
     return tuple(_convert(kind, item) for kind, item in zip(kinds, values, strict=True))
 

@@ -9,6 +9,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaerepa import checks, components, latents
 from vaerepa.data import DataError, Feed, TrainingDraws
+from vaerepa.families import dit
 from vaerepa.options import Options
 from vaerepa.stopping import StopRequest, command_again
 
@@ -25,7 +26,8 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
         DataError: too many images cannot be read.
     """
     with accelerator.main_process_first():
-        vae, sources = components.open_vae_and_data(options)
+        family = components.open_text(options)[0] if options.text_conditioning else dit
+        vae, sources = components.open_vae_and_data(options, family)
     checks.check_geometry(options, latents.downsampling_factor(vae), patch_size=1)
     shape, count = latents.latent_shape(vae, options.resolution), len(sources.train)
     with accelerator.main_process_first():

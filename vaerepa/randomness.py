@@ -5,6 +5,8 @@ the same steps, and two methods can be compared under the same noise. NVlabs/edm
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import NormalDist
 
 import torch
@@ -36,6 +38,14 @@ def draw_noise(
 def draw_permutation(seed: int, name: str, size: int, *ordinals: int) -> torch.Tensor:
     """A random order of `range(size)`, shape (size,)."""
     return torch.randperm(size, generator=generator(seed, name, *ordinals))
+
+
+@contextmanager
+def seeded_weights(seed: int, name: str) -> Iterator[None]:
+    """While it lasts, fresh modules draw their weights from a seed of their own; other draws are not touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw_seed(seed, name))
+        yield
 
 
 def generator(seed: int, name: str, *ordinals: int) -> torch.Generator:

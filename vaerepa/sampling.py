@@ -5,13 +5,16 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from pipeline_vaerepa import VAEREPAPipeline
 from vaerepa import objectives
+from vaerepa.data import Prompts
 from vaerepa.families import dit
 
 MAX_COLUMNS = 10
+FONT_SIZE = 11
 
 
 def build_pipeline(
@@ -52,3 +55,66 @@ def draw_grid(
         columns -= 1
     path.parent.mkdir(parents=True, exist_ok=True)
     make_image_grid(images, rows=len(images) // columns, cols=columns).save(path)
+
+
+def draw_prompt_grid(
+    pipeline: DiffusionPipeline,
+    prompts: Prompts,
+    texts: list[str],
+    negative_prompt: str,
+    images_per_prompt: int,
+    size: tuple[int, int],
+    guidance_scale: float,
+    num_inference_steps: int,
+    seed: int,
+    path: Path,
+) -> None:
+    """Samples a column of pictures per prompt, always from the same noise, with the prompt under each, as one PNG.
+
+    Args:
+        size: height and width in pixels.
+    """
+    every = [text for _ in range(images_per_prompt) for text in texts]
+    images = []
+    for start, text in enumerate(every):  # one by one: the picture of a prompt does not depend on the others
+        positive = prompts.family.pipeline_inputs(prompts.condition([text, negative_prompt]))
+        halves = {name: (both[:1], both[1:]) for name, both in positive.items()}
+        inputs = {name: half[0] for name, half in halves.items()}
+        inputs |= {f"negative_{name}": half[1] for name, half in halves.items()}
+        images += pipeline(
+            **inputs,
+            **prompts.family.call_options,
+            height=size[0],
+            width=size[1],
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            generator=torch.Generator().manual_seed(seed + start // len(texts)),
+        ).images
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labelled = [write_below(image, text) for image, text in zip(images, every, strict=True)]
+    height = max(image.height for image in labelled)
+    padded = [_pad(image, height) for image in labelled]
+    make_image_grid(padded, rows=images_per_prompt, cols=len(texts)).save(path)
+
+
+def write_below(image: Image.Image, text: str) -> Image.Image:
+    """The picture with a text under it, in as many lines as that needs."""
+    font, lines = ImageFont.load_default(FONT_SIZE), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= image.width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    line_height = FONT_SIZE + 4
+    labelled = Image.new("RGB", (image.width, image.height + line_height * len(lines) + 4), "white")
+    labelled.paste(image, (0, 0))
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(labelled).text((1, image.height + 2 + number * line_height), line, "black", font)
+    return labelled
+
+
+def _pad(image: Image.Image, height: int) -> Image.Image:
+    padded = Image.new("RGB", (image.width, height), "white")
+    padded.paste(image, (0, 0))
+    return padded

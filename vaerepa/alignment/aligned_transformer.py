@@ -1,16 +1,20 @@
 """AlignedTransformer: the one module that accelerate prepares, a transformer and the heads on its blocks."""
 
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
+
+from vaerepa.families import TextFamily, dit
 
 
 @dataclass
 class Tap:
     """What one forward pass left at an aligned block, and the gradients that came back to it."""
 
-    hidden_states: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None  # of all tokens
     total_gradient: torch.Tensor | None = None
     head_gradient: torch.Tensor | None = None
 
@@ -22,14 +26,20 @@ class AlignedTransformer(nn.Module):
     the transformer's own code runs unchanged, with or without gradient checkpointing.
 
     Args:
-        transformer: any diffusers transformer that returns its sample first.
-        blocks: its blocks, each returning hidden states of shape (B, N, d).
-        heads: a head per method, taking (B, N, d).
+        transformer: a diffusers transformer of the family.
+        blocks: its blocks.
+        heads: a head per method, taking the image's hidden states (B, N, d).
         block_of: the block that each head reads, counted from 1.
+        family: knows how the transformer is called, and what its blocks return.
     """
 
     def __init__(
-        self, transformer: nn.Module, blocks: nn.ModuleList, heads: dict[str, nn.Module], block_of: dict[str, int]
+        self,
+        transformer: nn.Module,
+        blocks: nn.ModuleList,
+        heads: dict[str, nn.Module],
+        block_of: dict[str, int],
+        family: ModuleType | TextFamily = dit,
     ):
         super().__init__()
         for name, block in block_of.items():
@@ -37,6 +47,7 @@ class AlignedTransformer(nn.Module):
                 raise ValueError(
                     f"alignment `{name}`: block {block} is outside the model, which has blocks 1 to {len(blocks)}"
                 )
+        self.family = family
         self.transformer = transformer
         self.heads = nn.ModuleDict(heads)
         self.measure_gradients = False
@@ -44,16 +55,15 @@ class AlignedTransformer(nn.Module):
         self._recording = False
         self._hooks = [blocks[block_of[name] - 1].register_forward_hook(self._record(name)) for name in heads]
 
-    def forward(
-        self, hidden_states: torch.Tensor, **inputs: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns the transformer's sample and the output of each head by method name."""
+    def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Returns the prediction for noisy latents (B, C, H, W), and the output of each head by method name."""
         self._recording = True  # off in the backward pass, where gradient checkpointing runs the blocks again
         try:
-            sample = self.transformer(hidden_states, **inputs, return_dict=False)[0]
+            prediction = self.family.predict(self.transformer, hidden_states, **inputs)
         finally:
             self._recording = False
-        return sample, {name: head(self._take(name)) for name, head in self.heads.items()}
+        places = self.family.image_places(self.transformer, hidden_states)
+        return prediction, {name: head(self._take(name, places)) for name, head in self.heads.items()}
 
     def drop_heads(self) -> None:
         """Removes all heads and their hooks; what is left costs what the bare transformer costs."""
@@ -75,18 +85,18 @@ class AlignedTransformer(nn.Module):
         return ratios
 
     def _record(self, name: str):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if self._recording:
-                self._taps[name].hidden_states = output
+                self._taps[name].hidden_states = self.family.hidden_states_of(output)
 
         return hook
 
-    def _take(self, name: str) -> torch.Tensor:
+    def _take(self, name: str, places: slice) -> torch.Tensor:
         tap = self._taps[name]
         hidden_states, tap.hidden_states = tap.hidden_states, None
         if not (self.measure_gradients and hidden_states.requires_grad):
-            return hidden_states
-        head_input = hidden_states.view_as(hidden_states)  # a node of its own, to tell the head's gradient from the sum
-        hidden_states.register_hook(lambda gradient: setattr(tap, "total_gradient", gradient.float()))
+            return hidden_states[:, places]
+        head_input = hidden_states[:, places]  # a node of its own, to tell the head's gradient from the sum
+        hidden_states.register_hook(lambda gradient: setattr(tap, "total_gradient", gradient[:, places].float()))
         head_input.register_hook(lambda gradient: setattr(tap, "head_gradient", gradient.float()))
         return head_input

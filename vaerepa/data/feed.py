@@ -7,13 +7,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.operations import recursively_apply
 from torch import nn
 
 from vaerepa import latents
 from vaerepa.data.latents_cache import CacheKey, LatentsCache, checksum, rounded
 from vaerepa.data.loader import Batches, Draws, Preprocessing, ValidationDraws, read_batches
-from vaerepa.data.source import Source
+from vaerepa.data.prompts import Prompts, choose_caption
+from vaerepa.data.source import Source, all_captions
 from vaerepa.options import Options
+from vaerepa.randomness import draw_uniform
 
 logger = get_logger(__name__)
 
@@ -28,6 +31,7 @@ class Feed:
         vae: on the device.
         source: what is trained on.
         latent_shape: (C, h, w).
+        prompts: encodes captions, where the transformer is told captions and not labels.
 
     Raises:
         OptionError: --latents_cache cannot be used.
@@ -40,7 +44,9 @@ class Feed:
         vae: nn.Module,
         source: Source,
         latent_shape: tuple[int, int, int],
+        prompts: Prompts | None = None,
     ):
+        self.prompts = prompts
         self.options = options
         self.accelerator = accelerator
         self.vae = vae
@@ -137,7 +143,18 @@ class Feed:
             if share and not held_out:  # what is only measured is read again
                 self._count_skipped(batch, cache)
             batch["latents"] = latents.draw(self.vae, self._moments(batch, cache), batch["draws"]["posterior"])
+            if self.prompts is not None:
+                batch["text"] = self.prompts.condition(self._choose_captions(batch, held_out))
             yield batch
+
+    def _choose_captions(self, batch: dict, held_out: bool) -> list[str]:
+        """A caption of each sample, the empty prompt where it is dropped; of held-out samples the first."""
+        chosen = []
+        for ordinal, caption in zip(batch["ordinal"], batch["caption"], strict=True):
+            captions, seed = all_captions(caption), self.options.seed
+            drops = draw_uniform(seed, "drop", ordinal) < self.options.proportion_empty_prompts
+            chosen.append(captions[0] if held_out else "" if drops else choose_caption(captions, seed, ordinal))
+        return chosen
 
     def _moments(self, batch: dict, cache: LatentsCache | None) -> torch.Tensor:
         """Of each sample, those at hand or encoded now; as the cache holds them, or will."""
@@ -194,8 +211,8 @@ class Feed:
         while upcoming is not None:
             batch = upcoming
             torch.cuda.current_stream(device).wait_stream(stream)
-            for tensor in (batch["latents"], batch["condition"], *batch["draws"].values()):
-                tensor.record_stream(torch.cuda.current_stream(device))
+            used = [batch["latents"], batch["condition"], batch["draws"], batch.get("text", {})]
+            recursively_apply(lambda tensor: tensor.record_stream(torch.cuda.current_stream(device)), used)
             upcoming = queue_next()
             yield batch
 
@@ -210,5 +227,6 @@ def open_cache(options: Options, vae: nn.Module, source: Source, latent_shape: t
         crop="centre",
         flips=options.random_flip,
         shape=(channels * (2 if latents.has_posterior(vae) else 1), height, width),
+        captions=source.storage.columns.caption,
     )
     return LatentsCache(Path(options.latents_cache), key, len(source.members))

@@ -40,6 +40,7 @@ class CacheKey:
     crop: str
     flips: bool
     shape: tuple[int, int, int]  # of the moments
+    captions: str | None = None  # the column that they are from
 
 
 class CachedRow(NamedTuple):
@@ -217,6 +218,7 @@ def _check_key(folder: Path, key: CacheKey) -> None:
         "resolution": f"--resolution {found.get('resolution')}",
         "crop": f"the crop `{found.get('crop')}`",
         "flips": "--random_flip" if found.get("flips") else "--no_random_flip",
+        "captions": f"captions of the column `{found.get('captions')}`",
         "shape": f"latents of another shape, {found.get('shape')}",
     }
     stale = [reason for name, reason in reasons.items() if found.get(name) != wanted[name]]

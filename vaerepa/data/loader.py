@@ -65,9 +65,10 @@ class TrainingDraws:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
+    timestep_shift: float = 1.0
 
     def __call__(self, ordinals: Sequence[int]) -> dict[str, torch.Tensor]:
-        density = (self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale)
+        density = (self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale, self.timestep_shift)
         return {
             "t": torch.tensor([draw_timestep(self.seed, o, *density) for o in ordinals], dtype=torch.float64),
             "noise": stack_noise(self.seed, "noise", ordinals, self.latent_shape),

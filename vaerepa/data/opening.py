@@ -66,6 +66,7 @@ def open_sources(
     cache_dir: str | None = None,
     max_train_samples: int | None = None,
     seed: int = 0,
+    by_caption: bool = False,
 ) -> Sources:
     """Opens a data set of the Hub, or a local folder or file, for streaming.
 
@@ -74,6 +75,7 @@ def open_sources(
             ordinal; None takes the data set's own validation or test split.
         image_column, label_column, caption_column: None finds them by their features and usual names.
         max_train_samples: trains on so many rows, drawn by `seed`.
+        by_caption: captions are needed, and labels are not.
 
     Raises:
         OptionError: no such data set, split or column; columns of the wrong kind; no rows; labels out of range.
@@ -90,9 +92,9 @@ def open_sources(
             f"--validation_split {train_split} is the training split; give another, or a fraction such as 0.02."
         )
 
-    columns = find_columns(features, image_column, label_column, caption_column)
+    columns = find_columns(features, image_column, label_column, caption_column, by_caption)
     train = _open_split(collection, train_split, columns)
-    id2label = _class_names(features[columns.label], train.storage.labels)
+    id2label = {} if by_caption else _class_names(features[columns.label], train.storage.labels)
     _check_labels(train, id2label, train_split)
     validation = None
     if fraction is not None:
@@ -183,7 +185,8 @@ def _tabulate(dataset: IterableDataset, columns: Columns) -> TableRows:
 def _stream(builder, split: str, dataset: IterableDataset, columns: Columns, cache_dir: str | None) -> StreamedRows:
     dataset = dataset.reshard().select_columns(columns.names()).decode(False)
     if isinstance(builder, Parquet):
-        shards = [shard for path in builder.config.data_files[split] for shard in _survey_parquet(path, columns.label)]
+        label = columns.label
+        shards = [shard for path in builder.config.data_files[split] for shard in _survey_parquet(path, label)]
     else:
         files = builder.config.data_files[split]
         key = _digest(json.dumps([files, files.origin_metadata, columns.label]).encode())
@@ -194,32 +197,34 @@ def _stream(builder, split: str, dataset: IterableDataset, columns: Columns, cac
     return StreamedRows(dataset, rows, columns, label_range(ranges), _digest(json.dumps(shards).encode()))
 
 
-def _survey_parquet(path: str, label_column: str) -> Iterator[list]:
+def _survey_parquet(path: str, label_column: str | None) -> Iterator[list]:
     """Rows, smallest and largest label, and size of each row group, from the footer."""
     with fsspec.open(path, "rb") as file:
         parquet = pq.ParquetFile(file)
-        column = parquet.metadata.schema.names.index(label_column)
+        column = parquet.metadata.schema.names.index(label_column) if label_column else 0
         for i in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(i)
             sizes = [group.column(c).total_compressed_size for c in range(group.num_columns)]
             statistics = group.column(column).statistics
-            if statistics is not None and statistics.has_min_max and not statistics.null_count:
+            if label_column is None:
+                yield [group.num_rows, 0, 0, sizes]
+            elif statistics is not None and statistics.has_min_max and not statistics.null_count:
                 yield [group.num_rows, statistics.min, statistics.max, sizes]
             else:
                 labels = parquet.read_row_group(i, columns=[label_column]).column(0).to_pylist()
                 yield [group.num_rows, *label_range(labels), sizes]
 
 
-def _survey(dataset: IterableDataset, label_column: str) -> list[list]:
+def _survey(dataset: IterableDataset, label_column: str | None) -> list[list]:
     """The same of files that must be read for it; sizes are those of the encoded images."""
     logger.info(f"counting the rows of {dataset.num_shards} files, once: the counts are kept")
     return [_survey_shard(dataset.shard(dataset.num_shards, i), label_column) for i in range(dataset.num_shards)]
 
 
-def _survey_shard(shard: IterableDataset, label_column: str) -> list:
+def _survey_shard(shard: IterableDataset, label_column: str | None) -> list:
     labels, sizes = [], 0
     for table in shard.with_format("arrow").iter(batch_size=100):
-        labels += table.column(label_column).to_pylist()
+        labels += table.column(label_column).to_pylist() if label_column else [0] * table.num_rows
         sizes += table.nbytes
     return [len(labels), *label_range(labels), [sizes]]
 
@@ -243,7 +248,11 @@ def _digest(content: bytes) -> str:
 
 
 def find_columns(
-    features: Features, image_column: str | None, label_column: str | None, caption_column: str | None
+    features: Features,
+    image_column: str | None,
+    label_column: str | None,
+    caption_column: str | None,
+    by_caption: bool = False,
 ) -> Columns:
     """The columns to read: those given, or else those that features and names point to.
 
@@ -256,12 +265,19 @@ def find_columns(
     for flag, name in given.items():
         if name is not None and name not in features:
             raise OptionError(f"--{flag} {name}: the data set has the columns {', '.join(features)}.")
-    label = label_column or _find(features, "label_column", LABEL_NAMES, _is_label, ClassLabel)
-    if not _is_label(features[label]):
+    label = label_column
+    if not by_caption:
+        label = label_column or _find(features, "label_column", LABEL_NAMES, _is_label, ClassLabel)
+    if label is not None and not _is_label(features[label]):
         raise OptionError(f"--label_column {label} holds {features[label]}; expected ClassLabel or integers.")
     if caption_column is not None and not _is_caption(features[caption_column]):
         raise OptionError(f"--caption_column {caption_column} holds {features[caption_column]}; expected text.")
     caption = caption_column or next((n for n in CAPTION_NAMES if n in features and _is_caption(features[n])), None)
+    if by_caption and caption is None:
+        raise OptionError(
+            f"--caption_column is missing: none of the data set's columns ({', '.join(features)}) is clearly it. Name it; images "
+            "in folders take their captions from a metadata.csv or metadata.jsonl with file_name and text."
+        )
     moments = next((name for name in MOMENTS_NAMES if name in features and _is_array(features[name])), None)
     if moments is not None and image_column is None:
         return Columns(label, moments=moments, caption=caption)
@@ -313,6 +329,8 @@ def _class_names(label_feature: ClassLabel | Value, labels: tuple[int, int]) -> 
 
 
 def _check_labels(source: Source, id2label: dict[int, str], split: str) -> None:
+    if not id2label:  # no class is asked for
+        return
     smallest, largest = source.storage.labels
     if smallest < 0 or largest >= len(id2label):
         raise OptionError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 class Columns:
     """The columns that a row is made of, None where the data set has no such."""
 
-    label: str
+    label: str | None
     image: str | None = None
     moments: str | None = None
     caption: str | None = None
@@ -46,6 +46,9 @@ class Storage(Protocol):
     labels: tuple[int, int]  # the smallest and the largest
     revision: str  # changes with the content
     holds_latents: bool
+
+    def captions(self) -> Iterator[str | list[str] | None]:
+        """Yields the captions of all rows in their order."""
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         """Yields the rows of a block in their order, from its `start`-th on."""
@@ -83,6 +86,11 @@ class Source:
         """The same rows by their numbers alone, for those whose content is known from elsewhere."""
         return Source(NumberedRows(self.storage.block_rows), self.members)
 
+    def captions(self) -> Iterator[list[str]]:
+        """Yields the captions of each member, in the order of the rows."""
+        for caption in compress(self.storage.captions(), self.members):
+            yield all_captions(caption)
+
     def read_block(self, block: int, start: int = 0) -> Iterator[Row]:
         """Yields the members of a block in their order, from the `start`-th on."""
         first, end = self.block_starts[block : block + 2]
@@ -108,6 +116,11 @@ class StreamedRows:
         self.block_rows = [int(rows.sum()) for rows in blocks]
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
 
+    def captions(self) -> Iterator[str | list[str] | None]:
+        name = self.columns.caption
+        for table in self.dataset.select_columns([name]).iter(batch_size=READ_BATCH):
+            yield from table.column(name).to_pylist()
+
     def read(self, block: int, start: int) -> Iterator[Row]:
         index = self._block_starts[block]
         # iter(batch_size) and not iter(): the latter hands other shards to each data worker, here every worker asks by block
@@ -124,12 +137,16 @@ class TableRows:
     def __init__(self, dataset: Dataset, columns: Columns, revision: str):
         self.dataset = dataset.select_columns(columns.names()).with_format("arrow")
         self.columns = columns
-        labels = self.dataset.select_columns([columns.label])[:]
-        self.labels = label_range(labels[columns.label].to_pylist())
+        self.labels = (0, 0)
+        if columns.label:
+            self.labels = label_range(self.dataset.select_columns([columns.label])[:][columns.label].to_pylist())
         self.revision = revision
         self.holds_latents = columns.moments is not None
         self.block_rows = even_blocks(len(dataset))
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
+
+    def captions(self) -> Iterator[str | list[str] | None]:
+        yield from self.dataset.select_columns([self.columns.caption])[:][self.columns.caption].to_pylist()
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         first, end = self._block_starts[block] + start, self._block_starts[block + 1]
@@ -181,9 +198,15 @@ def rows_of(table: pa.Table, first: int, columns: Columns) -> Iterator[Row]:
         table.column(name).to_pylist() if name else nothing for name in (columns.image, columns.caption)
     )
     moments = arrays_of(table.column(columns.moments)) if columns.moments else nothing
-    labels = table.column(columns.label).to_pylist()
+    labels = table.column(columns.label).to_pylist() if columns.label else [0] * table.num_rows
     for place, (label, image, array, caption) in enumerate(zip(labels, images, moments, captions, strict=True)):
         yield Row(first + place, -1 if label is None else label, image, array, caption)
+
+
+def all_captions(caption: str | list[str] | None) -> list[str]:
+    """The captions of a row, at least one; what is missing counts as an empty one."""
+    several = caption if isinstance(caption, list) else [caption]
+    return [text or "" for text in several] or [""]
 
 
 def arrays_of(column: pa.ChunkedArray) -> list[np.ndarray | None]:

@@ -14,8 +14,9 @@ from diffusers.models.embeddings import PatchEmbed
 from torch import nn
 
 from vaerepa.errors import OptionError
-from vaerepa.randomness import draw_seed, generator
+from vaerepa.randomness import generator, seeded_weights
 
+is_text, knows_shift = False, False
 PATCH_SIZES = (2, 4, 8)
 PIPELINE_NULL_CLASS = 1000  # DiTPipeline asks for this row when it guides, whatever the number of classes
 
@@ -136,26 +137,35 @@ def initialize(transformer: DiTTransformer2DModel, seed: int) -> None:
     Linear layers xavier-uniform with zero bias, q, k and v as the thirds of one fused matrix; the patch convolution as the
     matrix that it is; label table and timestep MLP N(0, 0.02); modulation and final layer zero.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(draw_seed(seed, "transformer"))
-        for module in transformer.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+    with seeded_weights(seed, "transformer"):
+        initialize_linear(transformer)
         for block in transformer.transformer_blocks:
             for projection in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
                 # fan-out of the fused (3d, d) matrix: sqrt(6 / 4d) is xavier of (d, d) with this gain
                 nn.init.xavier_uniform_(projection.weight, gain=0.5**0.5)
             nn.init.zeros_(block.norm1.linear.weight)
-        patch_convolution = transformer.pos_embed.proj
-        nn.init.xavier_uniform_(patch_convolution.weight.view(patch_convolution.weight.shape[0], -1))
-        nn.init.zeros_(patch_convolution.bias)
+        initialize_patches(transformer.pos_embed.proj)
         embedder = transformer.transformer_blocks[0].norm1.emb
         nn.init.normal_(embedder.class_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(embedder.timestep_embedder.linear_1.weight, std=0.02)
         nn.init.normal_(embedder.timestep_embedder.linear_2.weight, std=0.02)
         for final_layer in (transformer.proj_out_1, transformer.proj_out_2):
             nn.init.zeros_(final_layer.weight)
+
+
+def initialize_linear(module: nn.Module) -> None:
+    """All Linear layers xavier-uniform with zero bias."""
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.xavier_uniform_(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+
+def initialize_patches(convolution: nn.Conv2d) -> None:
+    """The patch convolution as the matrix that it is."""
+    nn.init.xavier_uniform_(convolution.weight.view(convolution.weight.shape[0], -1))
+    nn.init.zeros_(convolution.bias)
 
 
 @dataclass(frozen=True)
@@ -252,6 +262,37 @@ def blocks(transformer: DiTTransformer2DModel) -> nn.ModuleList:
     return transformer.transformer_blocks
 
 
+def patch_size(transformer: DiTTransformer2DModel) -> int:
+    """Side p of a patch in latent pixels."""
+    return transformer.config.patch_size
+
+
+def inputs(transformer: DiTTransformer2DModel, timesteps: torch.Tensor, batch: dict) -> dict[str, torch.Tensor]:
+    """What `predict` takes beside the latents of a batch."""
+    return model_inputs(transformer, timesteps, batch["condition"], batch["draws"]["drop"])
+
+
+def predict(transformer: nn.Module, noisy: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """Velocity eps - z, or noise, of shape (B, C, H, W), from noisy latents of that shape."""
+    return transformer(noisy, **inputs, return_dict=False)[0]
+
+
+def example_inputs(transformer: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    """Inputs of one sample, for measuring."""
+    label, drop = torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.bool, device=device)
+    return model_inputs(transformer, torch.zeros(1, device=device), label, drop)
+
+
+def hidden_states_of(output: torch.Tensor) -> torch.Tensor:
+    """The hidden states (B, N, d) in what a block returns."""
+    return output
+
+
+def image_places(transformer: nn.Module, noisy: torch.Tensor) -> slice:
+    """Which of them are the image's."""
+    return slice(None)
+
+
 def model_inputs(
     transformer: DiTTransformer2DModel, timesteps: torch.Tensor, labels: torch.Tensor, drop: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -300,11 +341,11 @@ def _cure(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
     for block in transformer.transformer_blocks:
         # each block would drop labels for itself: the sample's label is dropped once, by the trainer
         block.norm1.emb.class_embedder.dropout_prob = 0.0
-    _keep_residual_stream_float32(transformer)
+    keep_residual_stream_float32(transformer)
     return transformer
 
 
-def _keep_residual_stream_float32(transformer: DiTTransformer2DModel) -> None:
+def keep_residual_stream_float32(transformer: DiTTransformer2DModel) -> None:
     """PatchEmbed casts to its convolution's dtype: in half precision the residual stream of all blocks would follow."""
     patch_embed = transformer.pos_embed
     patch_embed.forward = types.MethodType(

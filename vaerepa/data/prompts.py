@@ -1,0 +1,161 @@
+"""Prompts: from captions to what a text-to-image transformer is told, by the text encoders or by a cache in their place."""
+
+import logging
+import os
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from vaerepa.data.latents_cache import checksum
+from vaerepa.errors import OptionError
+from vaerepa.families import TextFamily
+from vaerepa.randomness import draw_uniform
+
+logger = logging.getLogger(__name__)
+
+Embedding = dict[str, torch.Tensor]  # of one prompt
+MAX_RECENT = 512
+PROMPTS_PER_FILE = 256
+
+
+class Prompts:
+    """Encodes prompts by the text encoders of a stock pipeline, and keeps those of late in memory.
+
+    Args:
+        pipeline: the stock pipeline; its text encoders leave it with `replace_encoders`.
+        max_sequence_length: in tokens.
+    """
+
+    def __init__(self, family: TextFamily, pipeline: DiffusionPipeline, max_sequence_length: int, device: torch.device):
+        self.family = family
+        self.pipeline = pipeline
+        self.max_sequence_length = max_sequence_length
+        self.device = device
+        self.cache: EmbeddingsCache | None = None
+        self._recent: OrderedDict[str, Embedding] = OrderedDict()
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders, as long as they are there."""
+        parts = {name: getattr(self.pipeline, name) for name in self.family.text_components}
+        return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+    def condition(self, prompts: Sequence[str]) -> Any:
+        """What the transformer takes, on the device, a sample for each prompt."""
+        return self.family.collate([self.embed(prompt) for prompt in prompts])
+
+    def embed(self, prompt: str) -> Embedding:
+        """The embedding of one prompt, on the device; no other prompt changes a bit of it."""
+        if prompt not in self._recent:
+            embedding = self.cache.read(prompt) if self.cache else self._encode(prompt)
+            self._recent[prompt] = {name: tensor.to(self.device) for name, tensor in embedding.items()}
+            if len(self._recent) > MAX_RECENT:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end(prompt)
+        return self._recent[prompt]
+
+    def replace_encoders(self, folder: Path, prompts: Iterable[str], accelerator: Accelerator) -> None:
+        """Encodes all prompts into a cache, on all processes, and lets the text encoders go.
+
+        Raises:
+            OptionError: the folder cannot be written.
+        """
+        cache = EmbeddingsCache(folder / f"text-{self._key()}")
+        missing = sorted(prompt for prompt in set(prompts) if prompt not in cache)
+        if missing and accelerator.is_main_process:
+            logger.info(f"encoding {len(missing)} prompts into {cache.folder}")
+        own = missing[accelerator.process_index :: accelerator.num_processes]
+        for start in tqdm(
+            range(0, len(own), PROMPTS_PER_FILE),
+            desc="prompts",
+            disable=not accelerator.is_local_main_process or not own,
+        ):
+            batch = own[start : start + PROMPTS_PER_FILE]
+            cache.write({prompt: self._encode(prompt) for prompt in batch})
+        accelerator.wait_for_everyone()
+        cache.reload()
+        self.cache = cache
+        self.pipeline.register_modules(**dict.fromkeys(self.encoders))
+
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> Embedding:
+        embedding = self.family.encode_prompts(self.pipeline, [prompt], self.max_sequence_length)[0]
+        return {name: tensor.detach().clone() for name, tensor in embedding.items()}
+
+    def _key(self) -> str:
+        parts = [checksum(encoder) for encoder in self.encoders.values()]
+        parts += [type(self.pipeline).__name__, str(self.max_sequence_length)]
+        parts += [str(encoder.dtype) for encoder in self.encoders.values()]
+        return blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
+
+
+class EmbeddingsCache:
+    """Embeddings by the hash of their prompt, in safetensors files that are mapped into memory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(f"--cache_text_embeddings: {folder} cannot be used: {error.strerror}.") from error
+        self.reload()
+
+    def __contains__(self, prompt: str) -> bool:
+        return _hash(prompt) in self._file_of
+
+    def reload(self) -> None:
+        """Takes up what all processes have written so far."""
+        self._file_of: dict[str, Any] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                logger.warning(f"{path} is damaged, and its prompts are encoded again: {error}")
+                continue
+            self._file_of |= {key.split("/")[0]: file for key in file.keys()}  # noqa: SIM118  a safe_open is no dictionary
+
+    def read(self, prompt: str) -> Embedding:
+        """The embedding of a prompt, which must be there, on the CPU."""
+        key = _hash(prompt)
+        file = self._file_of[key]
+        return {name.split("/")[1]: file.get_tensor(name) for name in file.keys() if name.startswith(key)}  # noqa: SIM118
+
+    def write(self, embeddings: dict[str, Embedding]) -> None:
+        """Keeps these; a file takes its name when it is whole.
+
+        Raises:
+            OptionError: it cannot be written.
+        """
+        tensors = {
+            f"{_hash(prompt)}/{name}": tensor.cpu().contiguous()
+            for prompt, embedding in embeddings.items()
+            for name, tensor in embedding.items()
+        }
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        unfinished = path.with_suffix(".unfinished")
+        try:
+            save_file(tensors, unfinished)
+            os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            raise OptionError(f"--cache_text_embeddings: {path} cannot be written: {error}.") from error
+
+
+def choose_caption(captions: list[str], seed: int, ordinal: int) -> str:
+    """One caption of a sample: another draw in each epoch."""
+    return captions[int(draw_uniform(seed, "caption", ordinal) * len(captions))]
+
+
+def _hash(prompt: str) -> str:
+    return blake2b(prompt.encode(), digest_size=16).hexdigest()

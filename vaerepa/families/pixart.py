@@ -1,0 +1,108 @@
+"""PixArt-alpha and -Sigma: PixArtTransformer2DModel (arXiv 2310.00426, 2403.04692), which predicts the noise."""
+
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel, SchedulerMixin
+from torch import nn
+
+from vaerepa.families.dit import Size, initialize_linear, initialize_patches
+from vaerepa.families.text_family import Condition, TextFamily, TextModel
+
+
+class PixArt(TextFamily):
+    name = "PixArt-alpha and PixArt-Sigma"
+    pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    text_components = ("tokenizer", "text_encoder")
+    knows_shift = False
+    max_sequence_length = 120  # Sigma was trained with 300
+    lora_layers = ("to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+    # an empty negative prompt is the default, and cannot be given beside embeddings; draw at any size that is asked for
+    call_options = {"prompt": None, "negative_prompt": None, "use_resolution_binning": False}  # noqa: RUF012
+    sizes = {  # noqa: RUF012  DiT's; XL is the published PixArt
+        "S": Size(12, 384, 6),
+        "B": Size(12, 768, 12),
+        "L": Size(24, 1024, 16),
+        "XL": Size(28, 1152, 16),
+    }
+    patch_sizes = (1, 2, 4)
+
+    def build_transformer(self, size: Size, patch_size: int, given: TextModel) -> PixArtTransformer2DModel:
+        config = given.text_components["text_encoder"].config
+        transformer = PixArtTransformer2DModel(
+            num_attention_heads=size.num_attention_heads,
+            attention_head_dim=size.hidden_size // size.num_attention_heads,
+            in_channels=given.latent_channels,
+            out_channels=given.latent_channels,
+            num_layers=size.num_layers,
+            cross_attention_dim=size.hidden_size,
+            sample_size=given.latent_size,
+            patch_size=patch_size,
+            use_additional_conditions=False,
+            caption_channels=getattr(config, "d_model", None) or config.hidden_size,
+        )
+        _initialize(transformer)
+        return self.to_training_form(transformer)
+
+    def default_scheduler(self, shift: float | None) -> SchedulerMixin:
+        return DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+
+    def predict(
+        self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        height, width = noisy.shape[-2:]
+        extra = {"resolution": None, "aspect_ratio": None}
+        if transformer.config.sample_size == 128 and transformer.config.use_additional_conditions is not False:
+            extra = {  # in pixels, of a VAE that reduces by 8, as the stock pipeline tells it
+                "resolution": noisy.new_tensor([8.0 * height, 8.0 * width]).repeat(len(noisy), 1),
+                "aspect_ratio": noisy.new_tensor([height / width]).repeat(len(noisy), 1),
+            }
+        prediction = transformer(noisy, timestep=timesteps, added_cond_kwargs=extra, **condition, return_dict=False)[0]
+        return prediction[:, : noisy.shape[1]]  # with a learned sigma, the mean comes first
+
+    def inner_width(self, transformer: nn.Module) -> int:
+        return transformer.inner_dim
+
+    def encode_prompts(self, pipeline, prompts: list[str], max_sequence_length: int) -> list[dict[str, torch.Tensor]]:
+        embeds, masks, _, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        )
+        return [
+            {"encoder_hidden_states": one[mask.bool()]} for one, mask in zip(embeds, masks, strict=True)
+        ]  # the rest is masked in every attention
+
+    def collate(self, embeddings: list[dict[str, torch.Tensor]]) -> Condition:
+        texts = [one["encoder_hidden_states"] for one in embeddings]
+        lengths = torch.tensor([len(text) for text in texts], device=texts[0].device)
+        places = torch.arange(int(lengths.max()), device=texts[0].device)
+        return {
+            "encoder_hidden_states": nn.utils.rnn.pad_sequence(texts, batch_first=True),
+            "encoder_attention_mask": (places < lengths[:, None]).long(),
+        }
+
+    def pipeline_inputs(self, condition: Condition) -> dict[str, Any]:
+        return {
+            "prompt_embeds": condition["encoder_hidden_states"],
+            "prompt_attention_mask": condition["encoder_attention_mask"],
+        }
+
+    def example_condition(self, transformer: nn.Module, length: int, device: torch.device) -> Condition:
+        return {
+            "encoder_hidden_states": torch.zeros(1, length, transformer.config.caption_channels, device=device),
+            "encoder_attention_mask": torch.ones(1, length, device=device),
+        }
+
+
+@torch.no_grad()
+def _initialize(transformer: PixArtTransformer2DModel) -> None:
+    """PixArt's initial weights: DiT's, with zero output of each cross attention (arXiv 2310.00426, section 2.3)."""
+    initialize_linear(transformer)
+    initialize_patches(transformer.pos_embed.proj)
+    for block in transformer.transformer_blocks:
+        nn.init.zeros_(block.attn2.to_out[0].weight)
+    embedder = transformer.adaln_single.emb.timestep_embedder
+    for linear in (embedder.linear_1, embedder.linear_2, transformer.adaln_single.linear):
+        nn.init.normal_(linear.weight, std=0.02)
+    for linear in (transformer.caption_projection.linear_1, transformer.caption_projection.linear_2):
+        nn.init.normal_(linear.weight, std=0.02)
+    nn.init.zeros_(transformer.proj_out.weight)

@@ -1,0 +1,66 @@
+"""Z-Image: ZImageTransformer2DModel (arXiv 2511.22699), a flow that counts time from noise to data and predicts z - eps.
+
+Of the newer flow families of diffusers this is the one: its pipeline has a LoRA loader and a plain AutoencoderKL, and in its
+joint sequence the image's tokens come first, in the order of the patches.
+"""
+
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from torch import nn
+
+from vaerepa.errors import OptionError
+from vaerepa.families.dit import Size
+from vaerepa.families.text_family import Condition, TextFamily, TextModel
+
+
+class ZImage(TextFamily):
+    name = "Z-Image"
+    pipelines = ("ZImagePipeline",)
+    text_components = ("tokenizer", "text_encoder")
+    knows_shift = True
+    max_sequence_length = 512
+    lora_layers = ("to_k", "to_q", "to_v", "to_out.0")
+
+    def build_transformer(self, size: Size, patch_size: int, given: TextModel) -> nn.Module:
+        raise OptionError("Z-Image is fine-tuned only; from scratch take --model MMDiT-M/2 or a PixArt.")
+
+    def default_scheduler(self, shift: float | None) -> SchedulerMixin:
+        raise OptionError("Z-Image is fine-tuned only; from scratch take --model MMDiT-M/2 or a PixArt.")
+
+    def predict(
+        self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        frames = list(noisy.unsqueeze(2).unbind(0))
+        predictions = transformer(frames, 1.0 - timesteps / 1000.0, condition["cap_feats"], return_dict=False)[0]
+        return -torch.stack(predictions).squeeze(2)
+
+    def inner_width(self, transformer: nn.Module) -> int:
+        return transformer.dim
+
+    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
+        return transformer.layers
+
+    def patch_size(self, transformer: nn.Module) -> int:
+        return transformer.config.all_patch_size[0]
+
+    def image_places(self, transformer: nn.Module, noisy: torch.Tensor) -> slice:
+        return slice(
+            0, noisy.shape[-2] * noisy.shape[-1] // self.patch_size(transformer) ** 2
+        )  # padding and text follow
+
+    def encode_prompts(self, pipeline, prompts: list[str], max_sequence_length: int) -> list[dict[str, torch.Tensor]]:
+        embeds, _ = pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        )
+        return [{"cap_feats": one} for one in embeds]
+
+    def collate(self, embeddings: list[dict[str, torch.Tensor]]) -> Condition:
+        return {"cap_feats": [one["cap_feats"] for one in embeddings]}
+
+    def pipeline_inputs(self, condition: Condition) -> dict[str, Any]:
+        return {"prompt_embeds": condition["cap_feats"]}
+
+    def example_condition(self, transformer: nn.Module, length: int, device: torch.device) -> Condition:
+        return {"cap_feats": [torch.zeros(length, transformer.config.cap_feat_dim, device=device)]}
