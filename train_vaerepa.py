@@ -795,8 +795,9 @@ def card_facts(run: Run) -> dict[str, Any]:
     """What the model card tells beyond the options."""
     grids = sorted((run.output_dir / "samples").glob("*.png"))
     transformer, id2label = run.exported_transformer, run.sources.id2label
+    published = run.trained_weights.values() if run.options.rank else transformer.parameters()
     return {
-        "parameters": f"{sum(parameter.numel() for parameter in transformer.parameters()) / 1e6:.1f}",
+        "parameters": f"{sum(parameter.numel() for parameter in published) / 1e6:.1f}",
         "classes": id2label.values(),
         "num_classes": len(id2label),
         "steps": run.step,
@@ -809,6 +810,9 @@ def card_facts(run: Run) -> dict[str, Any]:
         "is_flow": objectives.name_of(run.objective.scheduler) == "flow_matching",
         "has_learned_sigma": not run.pipeline and dit.has_learned_sigma(transformer),
         "works_in_stock": dit.works_in_stock_pipeline(len(id2label)),
+        "pipeline_class": type(run.pipeline).__name__,
+        "has_lora_loader": lora.has_loader(type(run.pipeline)),
+        "draws_any_size": not run.pipeline or "use_resolution_binning" not in run.family.call_options,
         "tag": tag_of(run.step, run.options.hub_revision) if run.uploader else None,
         "machine": throughput.describe_machine(run.accelerator),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "datasets")),

@@ -1,13 +1,16 @@
 """How many sampled digits are what was asked for, by a classifier fitted on the real ones.
 
 python -m benchmarks.classify_digits outputs/quickstart
+python -m benchmarks.classify_digits outputs/quickstart_text
+
+A text-to-image pipeline is asked by prompt: "a handwritten seven".
 """
 
 import argparse
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
@@ -15,6 +18,7 @@ from sklearn.svm import SVC
 from vaerepa.data import open_sources
 from vaerepa.data.images import decode_image
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GREY_LEVELS = 16  # of scikit-learn's digits
 
 
@@ -39,6 +43,13 @@ def to_values(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=np.float64).ravel() for image in small]) * GREY_LEVELS / 255
 
 
+def asking_for(pipeline: DiffusionPipeline, labels: np.ndarray) -> dict:
+    """The arguments that ask a pipeline for these digits."""
+    if isinstance(pipeline, DiTPipeline):
+        return {"class_labels": labels.tolist()}
+    return {"prompt": [f"a handwritten {NAMES[label]}" for label in labels], "height": 32, "width": 32}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", help="Folder or Hub id of a pipeline trained on the digits.")
@@ -57,7 +68,7 @@ def main() -> None:
     images = []
     for batch in np.array_split(labels, -(-args.num_samples // args.batch_size)):
         images += pipeline(
-            class_labels=batch.tolist(),
+            **asking_for(pipeline, batch),
             guidance_scale=args.guidance_scale,
             num_inference_steps=args.num_inference_steps,
             generator=generator,

@@ -48,6 +48,7 @@ def print_dry_run(train, data, hub, capsys):
 
     def run(config=None, **options) -> dict[str, str]:
         values = yaml.safe_load((ROOT / config).read_text()) if config else {}
+        options = {"dataset_name": data} | options
         for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
             if values.get(name) in hub:
                 options[name] = hub[values[name]]
@@ -55,10 +56,13 @@ def print_dry_run(train, data, hub, capsys):
                 options[name] = ROOT / values[name]
             elif name not in options:
                 options[name] = None
+        if values.get("text_conditioning"):  # these have captions
+            for name in ("dataset_name", "pretrained_text_encoder_model_name_or_path"):
+                options[name] = ROOT / values[name]
         config = ROOT / config if config else None
         if values.get("mixed_precision"):
             options["mixed_precision"] = "no"  # of the estimate of the activations; here is no GPU
-        train(**(NO_DEFAULTS | {"config": config, "dataset_name": data, "dry_run": True} | options))
+        train(**(NO_DEFAULTS | {"config": config, "dry_run": True} | options))
         return dict(re.findall(r"^\| (.+?) \| (.+?) \|$", capsys.readouterr().out, re.MULTILINE))
 
     return run

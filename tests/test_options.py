@@ -47,11 +47,12 @@ def other_value(name: str):
     kind = typing.get_args(spec.type)[0] if is_union else spec.type
     if kind is bool:
         return not spec.default
+    text = f"no: #{name} 'Ä' 1e-4"
     if typing.get_origin(kind) is tuple:
-        return (0.25, 0.75)
+        return (text, "0.75") if typing.get_args(kind)[0] is str else (0.25, 0.75)
     if typing.get_origin(kind) is typing.Literal:
         return next(choice for choice in typing.get_args(kind) if choice != spec.default)
-    return {int: 12345, float: 1.5e-7, str: f"no: #{name} 'Ä' 1e-4"}[kind]
+    return {int: 12345, float: 1.5e-7, str: text}[kind]
 
 
 # ---- values
@@ -170,7 +171,7 @@ def test_an_unknown_flag_names_the_nearest(argument, nearest):
         ("learning_rate", "fast", "a number"),
         ("learning_rate", "true", "a number"),
         ("learning_rate", "[1, 2]", "a number"),
-        ("alignment_weight", "null", "a number"),
+        ("alignment_beta", "null", "a number"),
         ("max_train_steps", "many", "a whole number"),
         ("max_train_steps", "2.5", "a whole number"),
         ("max_train_steps", "'2.5'", "a whole number"),

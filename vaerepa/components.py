@@ -1,5 +1,6 @@
 """The components that the options ask for: VAE, data, objective, transformer, alignments."""
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +83,9 @@ def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
         supported = ", ".join(wanted.pipelines) if wanted else families.SUPPORTED
         raise OptionError(f"--{flag} {name} holds a {kind}; expected one of {supported}.")
     pipeline_class = family.pipeline_class(kind)
-    left_out = {"vae": None, **({"transformer": None} if from_scratch else {})}
-    left_out = {part: None for part in left_out if part in index}
+    parts = inspect.signature(pipeline_class.__init__).parameters.keys() - {"self"}
+    unwanted = {"vae", "transformer"} if from_scratch else {"vae"}
+    left_out = dict.fromkeys(part for part in parts if part in unwanted or index.get(part, [None])[0] is None)
     try:
         loaded = pipeline_class.from_pretrained(name, **left_out, torch_dtype=torch.get_default_dtype(), **where)
     except (OSError, ValueError) as error:

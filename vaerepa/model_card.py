@@ -12,7 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from vaerepa.options import FIELDS, Options
 from vaerepa.privacy import is_local, public_name
 
-TASK = "unconditional-image-generation"  # the Hub has no tag for generation by class
+CLASS_TASK = "unconditional-image-generation"  # the Hub has no tag for generation by class
+TEXT_TASK = "text-to-image"
 SHOWN = (
     "seed",
     "global_batch_size",
@@ -31,7 +32,8 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
     Args:
         name: the repository, user/name, or the name of the run.
         facts: what the template asks for beyond the options; what is missing leaves no empty heading. `classes` are the
-            names of the classes, `held_out_loss` is the exported weights' loss.
+            names of the classes, `held_out_loss` is the exported weights' loss, `pipeline_class` is the stock pipeline's name
+            where it draws from text.
     """
     card = ModelCard.from_template(
         card_metadata(options, name, facts.get("held_out_loss")),
@@ -44,6 +46,12 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         base=plain(public_name(options.pretrained_model_name_or_path or "")),
         vae=plain(public_name(options.pretrained_vae_model_name_or_path or "")),
         aligned=options.alignment != "none",
+        text=options.text_conditioning,
+        rank=options.rank,
+        prompts=[plain(prompt) for prompt in options.validation_prompts],
+        prompt=json.dumps((*options.validation_prompts, "a prompt")[0]),
+        negative_prompt=plain(options.negative_prompt),
+        base_name=json.dumps(public_name(options.pretrained_model_name_or_path or "")),
         guidance_scale=options.validation_guidance_scale,
         sampling_steps=options.validation_num_inference_steps,
         options=[(option, plain(str(value))) for option, value in _shown_options(options)],
@@ -57,12 +65,15 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
 def card_metadata(options: Options, name: str, held_out_loss: float | None) -> ModelCardData:
     """The card's head; libraries write it as YAML, so that no name can break it."""
     base, vae = options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path
-    tags = ["diffusers", "vae-repa" if options.alignment != "none" else "sit", "class-conditional"]
+    task = TEXT_TASK if options.text_conditioning else CLASS_TASK
+    plain_tag = "text-to-image" if options.text_conditioning else "sit"
+    tags = ["diffusers", "vae-repa" if options.alignment != "none" else plain_tag]
+    tags += ["class-conditional"] if not options.text_conditioning else ["lora"] if options.rank else []
     results = []
     if held_out_loss is not None:
         results.append(
             EvalResult(
-                task_type=TASK,
+                task_type=task,
                 dataset_type=public_name(_dataset(options)),
                 dataset_name=public_name(_dataset(options)),
                 dataset_split=options.validation_split or "held out",
@@ -74,10 +85,11 @@ def card_metadata(options: Options, name: str, held_out_loss: float | None) -> M
     return ModelCardData(
         license=options.hub_license,
         library_name="diffusers",
-        pipeline_tag=TASK,
+        pipeline_tag=task,
         tags=tags,
         datasets=_hub_names(options.dataset_name) or None,
         base_model=next(iter(_hub_names(base)), None) or next(iter(_hub_names(None if base else vae)), None),
+        base_model_relation="adapter" if options.rank and _hub_names(base) else None,
         model_name=name,
         eval_results=results or None,
     )

@@ -490,11 +490,11 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def _convert_tuple(kinds: tuple[Any, ...], value: Any) -> tuple:
-    several = isinstance(value, list | tuple)
+    several, may_be_empty = isinstance(value, list | tuple), kinds[0] is str
     values = value if several else [str(value)] if kinds[0] is str else str(value).split()
     if kinds[-1] is Ellipsis:
         kinds = (kinds[0],) * len(values)
-    if len(values) != len(kinds) or not (values or kinds == ()):
+    if len(values) != len(kinds) or not (values or may_be_empty):
         raise ValueError
     return tuple(_convert(kind, item) for kind, item in zip(kinds, values, strict=True))
 

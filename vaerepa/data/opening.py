@@ -95,13 +95,15 @@ def open_sources(
     columns = find_columns(features, image_column, label_column, caption_column, by_caption)
     train = _open_split(collection, train_split, columns)
     id2label = {} if by_caption else _class_names(features[columns.label], train.storage.labels)
-    _check_labels(train, id2label, train_split)
+    if not by_caption:
+        _check_labels(train, id2label, train_split)
     validation = None
     if fraction is not None:
         train, validation = _hold_out(train, fraction)
     elif validation_split is not None:
         validation = _open_split(collection, validation_split, columns)
-        _check_labels(validation, id2label, validation_split)
+        if not by_caption:
+            _check_labels(validation, id2label, validation_split)
     return Sources(_take(train, max_train_samples, seed), validation, id2label)
 
 
@@ -194,7 +196,10 @@ def _stream(builder, split: str, dataset: IterableDataset, columns: Columns, cac
         shards = _kept(folder / f"{key}.json", lambda: _survey(dataset, columns.label))
     rows = [shard[0] for shard in shards]
     ranges = [label for shard in shards if shard[0] for label in shard[1:3]]
-    return StreamedRows(dataset, rows, columns, label_range(ranges), _digest(json.dumps(shards).encode()))
+    revision = _digest(
+        json.dumps([[shard[0], shard[3]] for shard in shards]).encode()
+    )  # with or without labels the same
+    return StreamedRows(dataset, rows, columns, label_range(ranges), revision)
 
 
 def _survey_parquet(path: str, label_column: str | None) -> Iterator[list]:
@@ -329,8 +334,6 @@ def _class_names(label_feature: ClassLabel | Value, labels: tuple[int, int]) -> 
 
 
 def _check_labels(source: Source, id2label: dict[int, str], split: str) -> None:
-    if not id2label:  # no class is asked for
-        return
     smallest, largest = source.storage.labels
     if smallest < 0 or largest >= len(id2label):
         raise OptionError(
