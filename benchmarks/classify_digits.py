@@ -44,10 +44,11 @@ def to_values(images: list[Image.Image]) -> np.ndarray:
 
 
 def asking_for(pipeline: DiffusionPipeline, labels: np.ndarray) -> dict:
-    """The arguments that ask a pipeline for these digits."""
+    """The arguments that ask a pipeline for these digits, as the quickstarts train them."""
     if isinstance(pipeline, DiTPipeline):
         return {"class_labels": labels.tolist()}
-    return {"prompt": [f"a handwritten {NAMES[label]}" for label in labels], "height": 32, "width": 32}
+    prompts = [f"a handwritten {NAMES[label]}" for label in labels]
+    return {"prompt": prompts, "height": 32, "width": 32, "max_sequence_length": 8}
 
 
 def main() -> None:

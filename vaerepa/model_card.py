@@ -48,6 +48,7 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         aligned=options.alignment != "none",
         text=options.text_conditioning,
         rank=options.rank,
+        max_sequence_length=options.max_sequence_length,
         prompts=[plain(prompt) for prompt in options.validation_prompts],
         prompt=json.dumps((*options.validation_prompts, "a prompt")[0]),
         negative_prompt=plain(options.negative_prompt),

@@ -15,6 +15,7 @@ from vaerepa.families import dit
 
 MAX_COLUMNS = 10
 FONT_SIZE = 11
+MARGIN = 4
 
 
 def build_pipeline(
@@ -92,29 +93,29 @@ def draw_prompt_grid(
         ).images
     path.parent.mkdir(parents=True, exist_ok=True)
     labelled = [write_below(image, text) for image, text in zip(images, every, strict=True)]
-    height = max(image.height for image in labelled)
-    padded = [_pad(image, height) for image in labelled]
-    make_image_grid(padded, rows=images_per_prompt, cols=len(texts)).save(path)
+    width, height = (max(side) for side in zip(*(image.size for image in labelled), strict=True))
+    cells = [_lay_on_white(image, (width, height)) for image in labelled]
+    make_image_grid(cells, rows=images_per_prompt, cols=len(texts)).save(path)
 
 
 def write_below(image: Image.Image, text: str) -> Image.Image:
-    """The picture with a text under it, in as many lines as that needs."""
-    font, lines = ImageFont.load_default(FONT_SIZE), [""]
-    for word in text.split():
+    """The picture with a text under it, in as many lines as that needs; wider where a word is."""
+    font, words, lines = ImageFont.load_default(FONT_SIZE), text.split() or [""], [""]
+    width = max(image.width, *(int(font.getlength(word)) + MARGIN for word in words))
+    for word in words:
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= image.width or not lines[-1]:
+        if font.getlength(longer) + MARGIN <= width:
             lines[-1] = longer
         else:
             lines.append(word)
-    line_height = FONT_SIZE + 4
-    labelled = Image.new("RGB", (image.width, image.height + line_height * len(lines) + 4), "white")
-    labelled.paste(image, (0, 0))
+    line_height = FONT_SIZE + MARGIN
+    labelled = _lay_on_white(image, (width, image.height + line_height * len(lines) + MARGIN))
     for number, line in enumerate(lines):
         ImageDraw.Draw(labelled).text((1, image.height + 2 + number * line_height), line, "black", font)
     return labelled
 
 
-def _pad(image: Image.Image, height: int) -> Image.Image:
-    padded = Image.new("RGB", (image.width, height), "white")
-    padded.paste(image, (0, 0))
-    return padded
+def _lay_on_white(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    canvas = Image.new("RGB", size, "white")
+    canvas.paste(image, (0, 0))
+    return canvas
