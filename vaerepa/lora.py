@@ -1,5 +1,6 @@
 """LoRA through peft: what trains instead of the whole transformer, and the file that stock pipelines load."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -52,7 +53,7 @@ def has_loader(pipeline_class: type[DiffusionPipeline]) -> bool:
 def save_lora(folder: Path, transformer: nn.Module, pipeline_class: type[DiffusionPipeline]) -> None:
     """Writes the LoRA layers alone: for load_lora_weights, or as a peft adapter where the stock pipeline has no loader."""
     layers = {name: tensor.contiguous().cpu() for name, tensor in get_peft_model_state_dict(transformer).items()}
-    config = transformer.peft_config["default"]
+    config = replace(transformer.peft_config["default"], lora_dropout=0.0)  # load_lora_weights would leave it at work
     if has_loader(pipeline_class):
         pipeline_class.save_lora_weights(
             folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()
