@@ -47,7 +47,7 @@ from vaerepa import (
 )
 from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, stored_heads
 from vaerepa.components import Components, build_alignments, build_transformer, open_components
-from vaerepa.data import DataError, Feed, Prompts, Sources, TrainingDraws, ValidationDraws
+from vaerepa.data import DataError, Feed, Prompts, Sources, TrainingDraws, ValidationDraws, micro_batch
 from vaerepa.ema import EMA, share_of_start
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import held_out_loss
@@ -332,18 +332,15 @@ def measure_latents(run: Run) -> None:
     options, count = run.options, min(NUM_MEASURED_LATENTS, len(run.sources.train))
     run.feed.choose_precision(run.training_draws)
     batches = run.feed.read(run.sources.train, run.training_draws, min(count, 16), 0, count, share=False)
-    samples = torch.cat([batch["latents"] for batch in batches])
-    mean, std = latents.statistics(samples)
-    logger.info(
-        f"latents of the first {count} images: mean {samples.mean():.3f}, standard deviation {samples.std():.3f}"
-    )
+    values = torch.cat([batch["latents"].transpose(0, 1).flatten(1) for batch in batches], dim=1)  # of each channel
+    logger.info(f"latents of the first {count} images: mean {values.mean():.3f}, standard deviation {values.std():.3f}")
     checks_scale = options.alignment == "vae" and not options.alignment_normalize and not options.text_conditioning
-    if checks_scale and not 0.5 <= samples.std() <= 2.0:
+    if checks_scale and not 0.5 <= values.std() <= 2.0:
         logger.warning(
-            f"the latents' standard deviation {samples.std():.3f} is far from 1: the alignment loss may swamp the denoising "
+            f"the latents' standard deviation {values.std():.3f} is far from 1: the alignment loss may swamp the denoising "
             "loss, or vanish beside it. --alignment_normalize normalises its target per channel."
         )
-    run.latent_statistics = on_main_process(run.accelerator, lambda: [mean.tolist(), std.tolist()])
+    run.latent_statistics = on_main_process(run.accelerator, lambda: [values.mean(1).tolist(), values.std(1).tolist()])
 
 
 def prepare(run: Run) -> None:
@@ -486,15 +483,16 @@ def train_step(run: Run, batches: Iterator[dict], measure_gradients: bool) -> No
     sums: dict[str, torch.Tensor] = {}
     for index in range(options.gradient_accumulation_steps):
         is_last = index == options.gradient_accumulation_steps - 1
-        run.aligned_transformer.measure_gradients = measure_gradients and is_last
-        if options.lora_dropout:  # the one draw that torch makes itself
-            place = run.step * options.gradient_accumulation_steps + index
-            torch.manual_seed(draw_seed(options.seed, "dropout", place, accelerator.process_index))
-        with nullcontext() if is_last else accelerator.no_sync(run.model):
-            losses = compute_losses(run, next(batches))
-            accelerator.backward(losses["loss"] / options.gradient_accumulation_steps)
-        for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + loss.detach() / options.gradient_accumulation_steps
+        for group in micro_batch(batches):  # one, or one of each shape
+            ends_step, share = is_last and group["is_last"], group["share"] / options.gradient_accumulation_steps
+            run.aligned_transformer.measure_gradients = measure_gradients and ends_step
+            if options.lora_dropout:  # the one draw that torch makes itself
+                torch.manual_seed(draw_seed(options.seed, "dropout", group["ordinal"][0]))
+            with nullcontext() if ends_step else accelerator.no_sync(run.model):
+                losses = compute_losses(run, group)
+                accelerator.backward(share * losses["loss"])
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + share * loss.detach()
     gradient_norm = accelerator.clip_grad_norm_(run.model.parameters(), options.max_grad_norm or torch.inf)
     skip_nonfinite_step(run, gradient_norm)
     run.optimizer.step()

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from vaerepa import latents
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources, read_batches
-from vaerepa.data.images import crop_square, resize_shorter_side, to_pixels
+from vaerepa.data.images import crop, resize_to_cover, to_pixels
 from vaerepa.data.latents_cache import CacheKey, LatentsCache
 from vaerepa.data.source import NumberedRows, Source
 
@@ -127,7 +127,8 @@ def plain(args: argparse.Namespace) -> Iterator[torch.Tensor]:
     stream = load_dataset(**where, split="train", streaming=True).reshard().shuffle(seed=0, buffer_size=1000)
 
     def preprocess(row: dict) -> dict:
-        image = crop_square(resize_shorter_side(row["image"].convert("RGB"), args.resolution), args.resolution)
+        size = (args.resolution, args.resolution)
+        image = crop(resize_to_cover(row["image"].convert("RGB"), size), size)
         return {"pixel_values": to_pixels(image), "label": row["label"]}
 
     stream = stream.map(preprocess, remove_columns=stream.column_names).take(args.num_images)
@@ -196,7 +197,8 @@ def draws_alone(count: int, num_workers: int) -> Iterator[torch.Tensor]:
     """What the draws cost by themselves, and with them any way to read what they are made for."""
     draws = TrainingDraws(0, LATENTS, 0.1)
     with ThreadPoolExecutor(num_workers) as threads:
-        for drawn in threads.map(draws, [range(i, i + BATCH) for i in range(0, count, BATCH)]):
+        starts = range(0, count, BATCH)
+        for drawn in threads.map(lambda start: draws(range(start, start + BATCH), LATENTS), starts):
             yield drawn["noise"]
 
 

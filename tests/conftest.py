@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from diffusers import AutoencoderKL
 
 import train_vaerepa
+from tests import text_models
 
 ROOT = Path(train_vaerepa.__file__).parent
 NUM_CLASSES = 3
+CAPTIONS = ["a red cat", "two dogs in snow", "a blue house", "tree"]
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +122,59 @@ def train(arguments, tmp_path):
         torch.manual_seed(torch.seed())  # no result may depend on the global generator
         assert train_vaerepa.main(arguments(**options)) == code
         return Path(options.get("output_dir", tmp_path / "run"))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory) -> Path:
+    """40 random pictures with two captions each, and no label."""
+    folder = tmp_path_factory.mktemp("captioned")
+    random = np.random.default_rng(1)
+    features = Features({"image": Image(), "text": List(Value("string"))})
+    for split, count in (("train", 40), ("validation", 10)):
+        pixels = random.integers(0, 256, (count, 20, 24, 3), dtype=np.uint8)
+        texts = [[CAPTIONS[i % len(CAPTIONS)], f"another {CAPTIONS[i % len(CAPTIONS)]}"] for i in range(count)]
+        rows = Dataset.from_dict({"image": list(pixels), "text": texts}, features=features)
+        (folder / "data").mkdir(exist_ok=True)
+        rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """Folders of the tiny pipelines by family, each made once."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in folders:
+            folders[family] = text_models.save(family, tmp_path_factory.mktemp(family))
+        return folders[family]
+
+    return folder_of
+
+
+@pytest.fixture
+def finetune(train, captioned, pipelines):
+    """Fine-tunes the tiny pipeline of a family."""
+
+    def run(family: str, **options) -> Path:
+        return train(
+            **{
+                "dataset_name": captioned,
+                "text_conditioning": True,
+                "pretrained_model_name_or_path": pipelines(family),
+                "pretrained_vae_model_name_or_path": None,
+                "model": None,
+                "num_layers": None,
+                "hidden_size": None,
+                "num_attention_heads": None,
+                "patch_size": None,
+                "max_sequence_length": 24,
+                "validation_guidance_scale": 2.0,
+            }
+            | options
+        )
 
     return run
 

@@ -459,7 +459,7 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_an_image_that_cannot_be_read_is_skipped_and_named(tmp_path, name):
     source = open_sources(str(write_split(tmp_path, rows(range(8), {5: BAD_IMAGES[name]})))).train
-    batch = next(iter(batches_of(source, last=8, batch_size=8)))
+    [batch] = next(iter(batches_of(source, last=8, batch_size=8)))
     assert 5 not in batch["condition"].tolist()
     assert len(batch["skipped"]) == 1
     assert batch["skipped"][0][0] == 5
@@ -578,7 +578,7 @@ def test_images_of_a_folder_stay_on_disk_until_they_are_needed(image_folder):
     assert all(image["bytes"] is None and Path(image["path"]).is_file() for image in images)
     missing = image_folder / "cat" / "20.png"
     missing.unlink()
-    batch = next(iter(batches_of(sources.train, last=7, batch_size=7)))
+    [batch] = next(iter(batches_of(sources.train, last=7, batch_size=7)))
     assert len(batch["skipped"]) == 1
     assert str(missing) in batch["skipped"][0][1]
 

@@ -133,7 +133,7 @@ def test_held_out_loss_is_the_stock_models_loss(train, data, vae):
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]["validation/loss"]
     model, encoder = DiTTransformer2DModel.from_pretrained(run / "transformer"), AutoencoderKL.from_pretrained(vae)
     source = open_sources(str(data)).validation
-    batch = next(iter(Batches(source, Preprocessing(16), ValidationDraws((4, 8, 8)), 12, 0, 12, 4, 16, 0)))
+    [batch] = next(iter(Batches(source, Preprocessing(16), ValidationDraws((4, 8, 8)), 12, 0, 12, 4, 16, 0)))
     draws = batch["draws"]
     with torch.no_grad():
         posterior = encoder.encode(batch["pixel_values"] / 127.5 - 1).latent_dist

@@ -116,7 +116,7 @@ def test_the_loss_is_the_ddpm_loss(train, pipeline, data, tmp_path):
     base = pipeline()
     run = train(**PRETRAINED, pretrained_model_name_or_path=base, max_train_steps=1, seed=3, alignment="none")
     source = open_sources(str(data)).train
-    batch = next(iter(Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
+    [batch] = next(iter(Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
     draws = batch["draws"]
     stock = DiffusionPipeline.from_pretrained(base)
     with torch.no_grad():

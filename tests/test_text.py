@@ -1,6 +1,8 @@
 """Text-to-image: each family trains, restarts to the bit, exports, and loads in its stock pipeline; full and LoRA."""
 
 import json
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,73 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
+import train_vaerepa
 from tests import text_models
 from tests.conftest import read_metrics
+from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
+from vaerepa.data.prompts import choose_caption
+from vaerepa.families import SUPPORTED
 
-CAPTIONS = ["a red cat", "two dogs in snow", "a blue house", "tree"]
 STATE_FILES = ("transformer", "optimizer", "ema_0.9")
+LOADERS = {"pixart_alpha": "peft", "pixart_sigma": "peft", "sd3": "loader", "sd3_5": "loader", "z_image": "loader"}
+PROMPTS = {"validation_prompts": ["a red cat", "tree"], "num_validation_images": 2}
 
 
-@pytest.fixture(scope="module")
-def captioned(tmp_path_factory) -> Path:
-    """40 random pictures with two captions each, and no label."""
-    folder = tmp_path_factory.mktemp("captioned")
-    random = np.random.default_rng(1)
-    features = Features({"image": Image(), "text": List(Value("string"))})
-    for split, count in (("train", 40), ("validation", 10)):
-        pixels = random.integers(0, 256, (count, 20, 24, 3), dtype=np.uint8)
-        texts = [[CAPTIONS[i % 4], f"another {CAPTIONS[i % 4]}"] for i in range(count)]
-        rows = Dataset.from_dict({"image": list(pixels), "text": texts}, features=features)
-        (folder / "data").mkdir(exist_ok=True)
-        rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    """Folders of the tiny pipelines by family, each made once."""
-    folders: dict[str, Path] = {}
-
-    def folder_of(family: str) -> Path:
-        if family not in folders:
-            folders[family] = text_models.save(family, tmp_path_factory.mktemp(family))
-        return folders[family]
-
-    return folder_of
-
-
-@pytest.fixture
-def finetune(train, captioned, pipelines):
-    """Fine-tunes the tiny pipeline of a family."""
-
-    def run(family: str, **options) -> Path:
-        return train(
-            **{
-                "dataset_name": captioned,
-                "text_conditioning": True,
-                "pretrained_model_name_or_path": pipelines(family),
-                "pretrained_vae_model_name_or_path": None,
-                "model": None,
-                "num_layers": None,
-                "hidden_size": None,
-                "num_attention_heads": None,
-                "patch_size": None,
-                "max_sequence_length": 24,
-                "validation_guidance_scale": 2.0,
-            }
-            | options
-        )
-
-    return run
-
-
-def tensors_of(run: Path, step: int, names=STATE_FILES) -> dict[str, torch.Tensor]:
-    state = run / f"checkpoint-{step}" / "state"
-    files = {name: state / f"{name}.safetensors" for name in names}
-    files["heads"] = run / f"checkpoint-{step}" / "heads" / "heads.safetensors"
+def tensors_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    checkpoint = run / f"checkpoint-{step}"
+    files = {name: checkpoint / "state" / f"{name}.safetensors" for name in STATE_FILES}
+    files["heads"] = checkpoint / "heads/heads.safetensors"
     return {f"{name}/{key}": t for name, path in files.items() if path.exists() for key, t in load_file(path).items()}
 
 
@@ -87,45 +43,276 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 
 
 STOCK = """
-import sys, torch
+import json, sys, torch
 sys.modules["vaerepa"] = None  # nothing of ours can be imported
 from diffusers import DiffusionPipeline
-folder, target, lora = sys.argv[1:4]
-pipeline = DiffusionPipeline.from_pretrained(folder)
-assert type(pipeline).__module__.startswith("diffusers.")
-if lora == "loader":
-    pipeline.load_lora_weights(sys.argv[4])
-elif lora == "peft":
-    from peft import PeftModel
-    pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, sys.argv[4])
-options = {"use_resolution_binning": False} if "PixArt" in type(pipeline).__name__ else {}
-images = pipeline(
-    "a red cat", height=16, width=16, guidance_scale=2.0, num_inference_steps=2, output_type="np",
-    max_sequence_length=24, generator=torch.Generator().manual_seed(0), **options,
-).images
-torch.save(torch.from_numpy(images), target)
+for folder, lora, target in json.loads(sys.argv[1]):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipeline).__module__.startswith("diffusers.")
+    if lora and hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(lora)
+    elif lora:
+        from peft import PeftModel
+        pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, lora)
+    options = {"use_resolution_binning": False} if "PixArt" in type(pipeline).__name__ else {}
+    pipeline(
+        "a red cat", negative_prompt="", height=16, width=16, guidance_scale=2.0, num_inference_steps=2,
+        max_sequence_length=24, generator=torch.Generator().manual_seed(0), **options,
+    ).images[0].save(target)
 """
 
 
-def draw_in_stock(folder: Path, target: Path, lora: str = "none", *arguments) -> torch.Tensor:
-    command = [sys.executable, "-c", STOCK, str(folder), str(target), lora, *map(str, arguments)]
-    subprocess.run(command, cwd=target.parent, check=True, capture_output=True, text=True)
-    return torch.load(target)
+def draw_in_stock(tmp_path: Path, *jobs: tuple[Path, Path | None]) -> list[np.ndarray]:
+    """Pictures that a fresh process draws by stock pipelines, each from a folder and the folder of a LoRA."""
+    targets = [tmp_path / f"stock-{number}.png" for number in range(len(jobs))]
+    lines = [[str(folder), lora and str(lora), str(t)] for (folder, lora), t in zip(jobs, targets, strict=True)]
+    subprocess.run([sys.executable, "-c", STOCK, json.dumps(lines)], cwd=tmp_path, check=True, capture_output=True)
+    return [np.asarray(Image.open(target)).astype(int) for target in targets]
+
+
+def picture_in_grid(run: Path, step: int) -> np.ndarray:
+    """The first picture of a validation grid, without the prompt under it."""
+    grid = Image.open(run / "samples" / f"step-{step:07d}.png")
+    return np.asarray(grid.crop((0, 0, 16, 16))).astype(int)
 
 
 @pytest.mark.parametrize("family", text_models.FAMILIES)
 def test_each_family_trains_restarts_to_the_bit_and_loads_in_its_stock_pipeline(family, finetune, pipelines, tmp_path):
-    prompts = {"validation_prompts": ["a red cat", "tree"], "num_validation_images": 2}
-    whole = finetune(family, output_dir=tmp_path / "whole", num_validation_samples=8, **prompts)
+    whole = finetune(family, output_dir=tmp_path / "whole", num_validation_samples=8, **PROMPTS)
     finetune(family, output_dir=tmp_path / "parts", max_train_steps=2)
     finetune(family, output_dir=tmp_path / "parts", resume_from_checkpoint="latest")
     assert_same_run(whole, tmp_path / "parts", 4)
     assert [line["step"] for line in read_metrics(whole, "validation/loss")] == [4]
-    assert (whole / "samples" / "step-0000004.png").exists()
-    assert json.loads((whole / "model_index.json").read_text()).keys() >= {"text_encoder", "vae", "transformer"}
-    before = draw_in_stock(pipelines(family), tmp_path / "before.pt")
-    after = draw_in_stock(whole, tmp_path / "after.pt")
-    assert after.shape == (1, 16, 16, 3)
-    assert after.isfinite().all()
-    assert not torch.equal(before, after)
-    assert torch.equal(after, draw_in_stock(whole / "checkpoint-4", tmp_path / "checkpoint.pt"))
+    jobs = [(folder, None) for folder in (pipelines(family), whole, whole / "checkpoint-4")]
+    before, after, checkpoint = draw_in_stock(tmp_path, *jobs)
+    assert (before != after).any()
+    assert (after == checkpoint).all()
+    assert abs(after - picture_in_grid(whole, 4)).max() <= 1
+
+
+@pytest.mark.parametrize("family", ["pixart_alpha", "sd3_5", "z_image"])
+def test_a_lora_restarts_to_the_bit_and_draws_in_stock_as_in_training(family, finetune, pipelines, tmp_path):
+    options = {"rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 1e-2}
+    whole = finetune(family, output_dir=tmp_path / "whole", **options, **PROMPTS)
+    finetune(family, output_dir=tmp_path / "parts", max_train_steps=2, **options)
+    finetune(family, output_dir=tmp_path / "parts", resume_from_checkpoint="latest", **options)
+    assert_same_run(whole, tmp_path / "parts", 4)
+    (file,) = whole.glob("*.safetensors")
+    layers = load_file(file)
+    assert all("lora" in name for name in layers)
+    assert all(tensor.dtype == torch.float32 for tensor in layers.values())
+    assert sum(tensor.numel() for tensor in layers.values()) == sum(
+        tensor.numel() for name, tensor in tensors_of(whole, 4).items() if name.startswith("transformer/")
+    )
+    base, tuned = draw_in_stock(tmp_path, (pipelines(family), None), (pipelines(family), whole))
+    assert (base != tuned).any()
+    assert abs(tuned - picture_in_grid(whole, 4)).max() <= 1
+
+
+class StepReached(Exception):  # noqa: N818
+    """Carries what a stock pipeline hands to its scheduler."""
+
+
+def stock_output(pipeline: DiffusionPipeline, noisy: torch.Tensor, timestep: float, caption: str) -> torch.Tensor:
+    """What the stock pipeline hands to its scheduler at a timestep, by its own call."""
+    scheduler = pipeline.scheduler
+
+    def set_timesteps(num_inference_steps=None, device=None, sigmas=None, mu=None):
+        scheduler.timesteps = torch.tensor([timestep])
+
+    def step(model_output, *args, **kwargs):
+        raise StepReached(model_output)
+
+    scheduler.set_timesteps, scheduler.step = set_timesteps, step
+    options = {"use_resolution_binning": False} if "PixArt" in type(pipeline).__name__ else {}
+    try:
+        pipeline(
+            caption,
+            latents=noisy[None],
+            height=16,
+            width=16,
+            guidance_scale=0.0 if "ZImage" in type(pipeline).__name__ else 1.0,
+            num_inference_steps=1,
+            max_sequence_length=24,
+            **options,
+        )
+    except StepReached as found:
+        return found.args[0][0]
+    raise AssertionError("the stock pipeline made no step")
+
+
+@pytest.mark.parametrize(
+    ("family", "shift"), [("pixart_alpha", 1.0), ("pixart_sigma", 1.0), ("sd3", 3.0), ("sd3_5", 3.0), ("z_image", 6.0)]
+)
+def test_the_loss_is_that_of_the_stock_pipelines_convention(family, shift, finetune, captioned, pipelines):
+    run = finetune(family, max_train_steps=1, seed=3, alignment="none")
+    pipeline = DiffusionPipeline.from_pretrained(pipelines(family))
+    pipeline.set_progress_bar_config(disable=True)
+    vae, scheduler = pipeline.vae, pipeline.scheduler
+    source = open_sources(str(captioned), by_caption=True).train
+    draws = TrainingDraws(3, (vae.config.latent_channels, 8, 8), 0.1)
+    [batch] = next(iter(Batches(source, Preprocessing(16), draws, 8, 0, 8, 4, 16, 3)))
+    with torch.no_grad():
+        posterior = vae.encode(batch["pixel_values"] / 127.5 - 1).latent_dist
+    drawn = posterior.mean + posterior.std * batch["draws"]["posterior"]
+    clean = (drawn - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    losses = []
+    for i, ordinal in enumerate(batch["ordinal"]):
+        caption = "" if batch["draws"]["drop"][i] else choose_caption(batch["caption"][i], 3, ordinal)
+        noise, t = batch["draws"]["noise"][i], batch["draws"]["t"][i].item()
+        if family.startswith("pixart"):
+            timestep = int(1000 * t)
+            noisy = scheduler.add_noise(clean[i], noise, torch.tensor(timestep))
+            output, target = stock_output(pipeline, noisy, timestep, caption), noise
+            if pipeline.transformer.config.out_channels == 8:
+                output = output[:4]  # a pipeline that ignores the variance has cut it off itself
+        else:
+            sigma = shift * t / (1 + (shift - 1) * t)
+            noisy = sigma * noise + (1 - sigma) * clean[i]
+            # FlowMatchEulerDiscreteScheduler goes to x + (sigma' - sigma) * output, so from x the line to `clean` is
+            output, target = stock_output(pipeline, noisy, 1000 * sigma, caption), noise - clean[i]
+        losses.append((output - target).square().mean())
+    logged = read_metrics(run, "train/denoising_loss")[0]["train/denoising_loss"]
+    assert logged == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("family", ["pixart_alpha", "sd3_5", "z_image"])
+def test_alignment_reaches_the_blocks_up_to_the_tap_and_what_trains_alone(family, rank, finetune, monkeypatch):
+    seen = {}
+
+    def loop(run):
+        batches = run.feed.training_batches(run.training_draws, 0, 8)
+        train_vaerepa.compute_losses(run, next(batches))["alignment_loss_vae"].backward()
+        blocks = run.family.blocks(run.transformer)
+        seen["reached"] = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in blocks]
+        graded = {n for n, p in run.transformer.named_parameters() if p.grad is not None}
+        seen["graded"], seen["trained"] = graded, set(run.trained_weights)
+        seen["heads"] = [bool(p.grad.any()) for p in run.aligned_transformer.heads.parameters()]
+        seen["types"] = {name: p.dtype for name, p in run.transformer.named_parameters()}
+        run.stop_reason = "a test"
+
+    monkeypatch.setattr(train_vaerepa, "loop", loop)
+    finetune(family, alignment_block=2, rank=rank, mixed_precision="bf16")
+    assert seen["reached"] == [True, True, False, False]
+    assert all(seen["heads"])
+    assert seen["graded"] <= seen["trained"]
+    assert len(seen["trained"]) == len([n for n in seen["types"] if not rank or "lora" in n])
+    for name, dtype in seen["types"].items():
+        assert dtype == (torch.bfloat16 if rank and name not in seen["trained"] else torch.float32)
+
+
+def test_fine_tuning_aligns_weakly_and_says_so(finetune, caplog):
+    caplog.set_level(logging.INFO)
+    finetune("sd3", max_train_steps=1)
+    assert "weight 0.2, cosine to 0 at step 500" in caplog.text
+    assert "normalised per channel" not in caplog.text
+
+
+def test_latents_far_from_unit_scale_are_normalised_for_the_target(finetune, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    pipeline = text_models.build("sd3")
+    pipeline.vae.register_to_config(scaling_factor=30.0)
+    pipeline.save_pretrained(tmp_path / "base")
+    run = finetune("sd3", pretrained_model_name_or_path=tmp_path / "base", max_train_steps=1)
+    assert "normalised per channel" in caplog.text
+    loss = read_metrics(run, "train/denoising_loss", "train/alignment_loss_vae")[0]
+    assert loss["train/denoising_loss"] > 50
+    assert loss["train/alignment_loss_vae"] < 2
+
+
+SCRATCH = {
+    "pretrained_model_name_or_path": None,
+    "num_layers": 4,
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "patch_size": 2,
+}
+
+
+@pytest.mark.parametrize(("model", "family"), [("custom-MMDiT", "sd3"), ("custom-PixArt", "pixart_alpha")])
+def test_a_model_from_scratch_becomes_the_stock_pipeline(model, family, finetune, pipelines, vae, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    options = SCRATCH | {"model": model, "pretrained_vae_model_name_or_path": vae}
+    encoders = {"pretrained_text_encoder_model_name_or_path": pipelines(family)}
+    whole = finetune(family, **options, **encoders, **PROMPTS)
+    finetune(family, **options, **encoders, output_dir=tmp_path / "parts", max_train_steps=2)
+    finetune(family, **options, **encoders, output_dir=tmp_path / "parts", resume_from_checkpoint="latest")
+    assert_same_run(whole, tmp_path / "parts", 4)
+    assert "weight 1.0" in caplog.text
+    [picture] = draw_in_stock(tmp_path, (whole, None))
+    assert abs(picture - picture_in_grid(whole, 4)).max() <= 1
+
+
+def test_a_text_encoder_of_transformers_serves_pixart(finetune, vae, tmp_path):
+    encoder = text_models.save_bert(tmp_path / "bert")
+    options = SCRATCH | {"model": "custom-PixArt", "pretrained_vae_model_name_or_path": vae}
+    run = finetune("pixart_alpha", **options, pretrained_text_encoder_model_name_or_path=encoder, **PROMPTS)
+    [picture] = draw_in_stock(tmp_path, (run, None))
+    assert abs(picture - picture_in_grid(run, 4)).max() <= 1
+
+
+# ---- the card
+
+
+@pytest.mark.parametrize("family", ["pixart_alpha", "sd3"])
+def test_the_cards_code_runs_as_printed(family, finetune, pipelines, tmp_path):
+    run = finetune(family, rank=2, negative_prompt="blur", validation_num_inference_steps=2, **PROMPTS)
+    card = ModelCard.load(run / "README.md")
+    assert card.data.pipeline_tag == "text-to-image"
+    assert {"lora", "vae-repa"} <= set(card.data.tags)
+    assert "*a red cat*, *tree*" in card.text
+    assert "Negative prompt: *blur*" in card.text
+    assert "LoRA layers of rank 2" in card.text
+    (code,) = re.findall(r"```python\n(from diffusers.*?)```", card.text, re.DOTALL)
+    base = pipelines(family)
+    code = code.replace(json.dumps(base.name), json.dumps(str(base))).replace('"run"', json.dumps(str(run)))
+    code = 'import sys; sys.modules["vaerepa"] = None\n' + code + "\nprint(image.size)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "(16, 16)"
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pretrained_model_name_or_path": "{nothing}"}, ["no pipeline there", "model_index.json"]),
+        ({"pretrained_model_name_or_path": "{flux}"}, ["holds a FluxPipeline", SUPPORTED]),
+        ({"pretrained_model_name_or_path": "{without_t5}"}, ["has no tokenizer_3, text_encoder_3"]),
+        ({"rank": 2, "lora_layers": ["no_such"]}, ["--lora_layers no_such", "attn.to_k"]),
+        ({"lora_layers": ["to_k"]}, ["--lora_layers goes with --rank"]),
+        ({"resolution": 18}, ["--resolution 18 must be a multiple of 4"]),
+        ({"resolution": 64}, ["images of 64 x 64 are too large", "48 pixels a side"]),
+        ({"pretrained_vae_model_name_or_path": "{vae}"}, ["4 latent channels", "transformer 16"]),
+        ({"alignment_block": 5}, ["--alignment_block 5", "4 blocks"]),
+        ({"dataset_name": "{classes}"}, ["--caption_column is missing", "metadata"]),
+        ({"caption_column": "image"}, ["--caption_column image holds", "expected text"]),
+        ({"pretrained_text_encoder_model_name_or_path": "{vae}"}, ["has its own text encoders"]),
+        ({"snr_gamma": 5.0}, ["--snr_gamma weights the ddpm objective"]),
+        ({"model": "MMDiT-M/2", "pretrained_model_name_or_path": None}, ["needs text encoders"]),
+        ({"model": "SiT-B/2", "pretrained_model_name_or_path": None}, ["draws classes", "MMDiT-"]),
+        ({"model": "MMDiT-M/3", "pretrained_model_name_or_path": None}, ["needs text encoders"]),
+        ({"text_conditioning": None, "rank": 2}, ["--rank goes with --text_conditioning"]),
+        ({"text_conditioning": None, "aspect_ratio_buckets": "auto"}, ["DiTPipeline draws squares only"]),
+        ({"aspect_ratio_buckets": "wide"}, ["--aspect_ratio_buckets wide: expected auto"]),
+        ({"aspect_ratio_buckets": "16,18"}, ["--aspect_ratio_buckets 18 must be a multiple of 4"]),
+        ({"aspect_ratio_buckets": "16,64"}, ["images of 16 x 64 are too large"]),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(options, words, finetune, data, vae, pipelines, tmp_path, capfd):
+    folders = {"{nothing}": tmp_path / "nothing", "{classes}": data, "{vae}": vae}
+    for name, change in (
+        ("flux", {"_class_name": "FluxPipeline"}),
+        ("without_t5", {"tokenizer_3": [None, None], "text_encoder_3": [None, None]}),
+    ):
+        index = json.loads((pipelines("sd3") / "model_index.json").read_text()) | change
+        folders[f"{{{name}}}"] = tmp_path / name
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+    finetune("sd3", code=2, **{key: folders.get(str(value), value) for key, value in options.items()})
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.glob("run/checkpoint-*"))

@@ -21,7 +21,7 @@ def test_the_first_step_computes_the_papers_loss(train, data, vae):
     run = train(max_train_steps=1, seed=3)
     logged = read_metrics(run, "train/loss", "train/denoising_loss", "train/alignment_loss_vae")[0]
     source = open_sources(str(data)).train
-    batch = next(iter(Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
+    [batch] = next(iter(Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
     draws, t = batch["draws"], batch["draws"]["t"].float().view(-1, 1, 1, 1)
     transformer = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
     dit.initialize(transformer, 3)

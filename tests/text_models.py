@@ -18,6 +18,9 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -118,11 +121,11 @@ def pixart(pipeline_class: type[DiffusionPipeline], sample_size: int = 8) -> Dif
     )
 
 
-def sd3(is_3_5: bool, with_t5: bool = True) -> StableDiffusion3Pipeline:
+def sd3(is_3_5: bool) -> StableDiffusion3Pipeline:
     parts = {}
     for suffix, width in (("", 8), ("_2", 12)):
         parts[f"tokenizer{suffix}"], parts[f"text_encoder{suffix}"] = clip(width)
-    parts["tokenizer_3"], parts["text_encoder_3"] = t5() if with_t5 else (None, None)
+    parts["tokenizer_3"], parts["text_encoder_3"] = t5()
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -180,6 +183,18 @@ def build(family: str) -> DiffusionPipeline:
         "z_image": z_image,
     }
     return builders[family]()
+
+
+def save_bert(folder: Path) -> Path:
+    """Saves a tiny BertModel with its tokenizer, and returns their folder."""
+    torch.manual_seed(0)
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "another", "red", "cat", "tree", "house", "blue"]
+    BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(tokens), hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
 
 
 def save(family: str, folder: Path) -> Path:

@@ -12,10 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from vaerepa import checkpoints, families
+from vaerepa.data import parse_buckets
 from vaerepa.errors import OptionError
-from vaerepa.families import Family, dit
+from vaerepa.families import Family, TextFamily, dit
 from vaerepa.hub import access, download
 from vaerepa.layout import all_checkpoints, step_of
 from vaerepa.options import Options, changed_options
@@ -141,6 +143,8 @@ def check_text(options: Options) -> None:
         ):
             if getattr(options, name):
                 raise OptionError(f"--{name} goes with --text_conditioning.")
+        if options.aspect_ratio_buckets:
+            raise OptionError("--aspect_ratio_buckets goes with --text_conditioning: DiTPipeline draws squares only.")
         if from_scratch and is_text_model:
             raise OptionError(f"--model {options.model} draws from text: add --text_conditioning.")
         return
@@ -181,6 +185,7 @@ def check_data(options: Options) -> None:
         raise OptionError(f"--train_data_dir {options.train_data_dir}: there is no such folder or file.")
     if options.latents_cache is not None and not options.center_crop:
         raise OptionError("--latents_cache needs --center_crop: a random crop is another image in every epoch.")
+    parse_buckets(options, downsampling=8)
     if options.precompute_latents_only and options.latents_cache is None:
         raise OptionError("--precompute_latents_only needs --latents_cache, the folder to fill.")
 
@@ -284,13 +289,31 @@ def check_geometry(options: Options, downsampling: int, patch_size: int, trained
             f"--resolution {options.resolution}: the pretrained transformer was made for {trained_size * downsampling}."
         )
     step = downsampling * patch_size
-    if options.resolution % step:
-        nearest = max(step, round(options.resolution / step) * step)
-        raise OptionError(
-            f"--resolution {options.resolution} must be a multiple of {step} ({downsampling} pixels per latent x patches of "
-            f"{patch_size}); the nearest is {nearest}."
-        )
+    sides = [("resolution", options.resolution)]
+    sides += [("aspect_ratio_buckets", side) for size in parse_buckets(options, downsampling) for side in size]
+    for flag, side in sides:
+        if side % step:
+            nearest = max(step, round(side / step) * step)
+            raise OptionError(
+                f"--{flag} {side} must be a multiple of {step} ({downsampling} pixels per latent x patches of {patch_size}); the "
+                f"nearest is {nearest}."
+            )
     return options.resolution // downsampling
+
+
+def check_room(options: Options, family: TextFamily, transformer: nn.Module, downsampling: int) -> None:
+    """Checks that a text-to-image transformer has positions for all patches of an image.
+
+    Raises:
+        OptionError: it has not.
+    """
+    room, patch = family.max_patches(transformer), downsampling * family.patch_size(transformer)
+    for size in ((options.resolution, options.resolution), *parse_buckets(options, downsampling)):
+        if room is not None and max(size) > room * patch:
+            raise OptionError(
+                f"images of {size[0]} x {size[1]} are too large: the transformer has positions for {room * patch} pixels a side. "
+                "Lower --resolution, or take other --aspect_ratio_buckets."
+            )
 
 
 def check_past(saved: dict, options: Options, folder: Path) -> None:

@@ -82,6 +82,12 @@ def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
     if family is None or (wanted is not None and family is not wanted):
         supported = ", ".join(wanted.pipelines) if wanted else families.SUPPORTED
         raise OptionError(f"--{flag} {name} holds a {kind}; expected one of {supported}.")
+    missing = [part for part in family.text_components if index.get(part, [None])[0] is None]
+    if missing:
+        raise OptionError(
+            f"--{flag} {name} has no {', '.join(missing)}; stock diffusers would not load what is trained from it. Give a whole "
+            "pipeline; --cache_text_embeddings keeps its text encoders out of memory."
+        )
     pipeline_class = family.pipeline_class(kind)
     parts = inspect.signature(pipeline_class.__init__).parameters.keys() - {"self"}
     unwanted = {"vae", "transformer"} if from_scratch else {"vae"}
@@ -162,6 +168,8 @@ def open_data(options: Options) -> Sources:
         raise OptionError("--random_flip: the data set holds latents, which cannot be flipped; leave it off.")
     if sources.train.holds_latents and options.latents_cache:
         raise OptionError("--latents_cache: the data set holds latents already; leave it off.")
+    if sources.train.holds_latents and options.aspect_ratio_buckets:
+        raise OptionError("--aspect_ratio_buckets: the data set holds latents of one size; leave it off.")
     return sources
 
 
@@ -200,17 +208,13 @@ def build_transformer(options: Options, components: Components) -> nn.Module:
     Raises:
         OptionError: it does not fit VAE, classes or resolution.
     """
-    vae, id2label, family = components.vae, components.sources.id2label, components.family
-    if components.pretrained and options.text_conditioning:
-        return adopt_text_transformer(options, components)
+    vae, id2label = components.vae, components.sources.id2label
+    if options.text_conditioning:
+        return build_text_transformer(options, components)
     if components.pretrained:
         return adopt_transformer(options, components.pretrained, vae, id2label)
     _, size, patch_size = checks.transformer_size(options)
     side = checks.check_geometry(options, latents.downsampling_factor(vae), patch_size)
-    if options.text_conditioning:
-        given = TextModel(latents.latent_channels(vae), side, components.text.text_components)
-        with seeded_weights(options.seed, "transformer"):
-            return family.build_transformer(size, patch_size, given)
     transformer = dit.build_transformer(size, patch_size, latents.latent_channels(vae), side, len(id2label))
     dit.initialize(transformer, options.seed)
     return transformer
@@ -240,8 +244,29 @@ def adopt_transformer(
     return transformer
 
 
+def build_text_transformer(options: Options, components: Components) -> nn.Module:
+    """A text-to-image transformer, fresh or pretrained, and then with a LoRA over it where there is --rank.
+
+    Raises:
+        OptionError: it does not fit the VAE, or has no room for the images.
+    """
+    family, downsampling = components.family, latents.downsampling_factor(components.vae)
+    if components.pretrained:
+        transformer = adopt_text_transformer(options, components)
+    else:
+        _, size, patch_size = checks.transformer_size(options)
+        side = checks.check_geometry(options, downsampling, patch_size)
+        given = TextModel(latents.latent_channels(components.vae), side, components.text.text_components)
+        with seeded_weights(options.seed, "transformer"):
+            transformer = family.build_transformer(size, patch_size, given)
+    checks.check_room(options, family, transformer, downsampling)
+    if options.rank:
+        lora.add_lora(transformer, family, options)
+    return transformer
+
+
 def adopt_text_transformer(options: Options, components: Components) -> nn.Module:
-    """Fits a pretrained text-to-image transformer to the VAE, and lays a LoRA over it with --rank.
+    """Fits a pretrained text-to-image transformer to the VAE.
 
     Raises:
         OptionError: it does not fit.
@@ -254,8 +279,6 @@ def adopt_text_transformer(options: Options, components: Components) -> nn.Modul
             f"{family.latent_channels(transformer)}."
         )
     checks.check_alignment_block(options, family, len(family.blocks(transformer)))
-    if options.rank:
-        lora.add_lora(transformer, family, options)
     return transformer
 
 

@@ -145,11 +145,6 @@ def agrees_in_bf16(vae: ModelMixin, pixel_values: torch.Tensor, tolerance: float
     return bool((fast - exact).square().mean().sqrt() <= tolerance * exact.std())
 
 
-def statistics(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation per channel, each (C,), of latents (B, C, H, W)."""
-    return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-
-
 def are_near_unit_scale(statistics: list[list[float]]) -> bool:
     """Whether latents of this mean and standard deviation per channel can be aligned to as they are."""
     return all(0.5 <= std <= 2.0 for std in statistics[1]) and all(abs(mean) <= 2.0 for mean in statistics[0])

@@ -136,6 +136,12 @@ class Options:
     center_crop: bool = option(
         True, "Crop the centre, as ADM, DiT and SiT do; otherwise a random square.", resume="fixed"
     )
+    aspect_ratio_buckets: str | None = option(
+        None,
+        "Cut each image to the nearest of these sizes instead of to a square: 'height,width;height,width;...' in pixels, or auto "
+        "for the usual ratios from 1:2 to 2:1 at the area of --resolution. With --text_conditioning.",
+        resume="fixed",
+    )
     random_flip: bool = option(False, "Flip images horizontally at random. The paper does not.", resume="fixed")
     num_streams: int = option(
         16,

@@ -1,6 +1,7 @@
 """--precompute_latents_only: fills the latents cache ahead of training, on all processes."""
 
 import sys
+from collections import deque
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -8,7 +9,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaerepa import checks, components, latents
-from vaerepa.data import DataError, Feed, TrainingDraws
+from vaerepa.data import DataError, Feed, TrainingDraws, micro_batch
 from vaerepa.families import dit
 from vaerepa.options import Options
 from vaerepa.stopping import StopRequest, command_again
@@ -42,7 +43,7 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
     with logging_redirect_tqdm(), StopRequest(accelerator.num_processes) as stop:
         batches = feed.missing_batches(draws)
         for step in range(-(-count // share)):
-            next(batches, None)  # the last may have nothing for this process
+            deque(micro_batch(batches), maxlen=0)  # of the last, this process may have nothing
             progress.update(min(share, count - step * share))
             if step % FLUSH_STEPS == FLUSH_STEPS - 1:
                 feed.flush()

@@ -94,7 +94,8 @@ def load_images(dataset_name: str, split: str, resolution: int, max_images: int)
             image = images.read_image(row[column])
         except images.UNREADABLE as error:
             raise OptionError(f"{dataset_name}: row {number} of `{split}` is no image: {error}") from error
-        pixels.append(images.to_pixels(images.crop_square(images.resize_shorter_side(image, resolution), resolution)))
+        size = (resolution, resolution)
+        pixels.append(images.to_pixels(images.crop(images.resize_to_cover(image, size), size)))
     if not pixels:
         raise OptionError(f"--dataset_name {dataset_name}: the split `{split}` has no rows.")
     return torch.stack(pixels)

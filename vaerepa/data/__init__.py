@@ -1,11 +1,21 @@
 """Data: from files to latents on the device, one room after the other.
 
 source (rows in blocks) and opening (which data set, columns and splits) -> order (streams, windows, epochs) -> images
-(decoding, crop) -> loader (batches of all processes and workers) -> latents_cache, prompts -> feed (what a step receives).
+(decoding, crop) and buckets (their sizes) -> loader (batches of all processes and workers) -> latents_cache, prompts -> feed
+(what a step receives).
 """
 
+from vaerepa.data.buckets import parse_buckets
 from vaerepa.data.feed import Feed
-from vaerepa.data.loader import Batches, DataError, Preprocessing, TrainingDraws, ValidationDraws, read_batches
+from vaerepa.data.loader import (
+    Batches,
+    DataError,
+    Preprocessing,
+    TrainingDraws,
+    ValidationDraws,
+    micro_batch,
+    read_batches,
+)
 from vaerepa.data.opening import Sources, open_sources
 from vaerepa.data.prompts import Prompts
 from vaerepa.data.source import Source
@@ -20,6 +30,8 @@ __all__ = [
     "Sources",
     "TrainingDraws",
     "ValidationDraws",
+    "micro_batch",
     "open_sources",
+    "parse_buckets",
     "read_batches",
 ]

@@ -11,6 +11,7 @@ from accelerate.utils.operations import recursively_apply
 from torch import nn
 
 from vaerepa import latents
+from vaerepa.data.buckets import parse_buckets
 from vaerepa.data.latents_cache import CacheKey, LatentsCache, checksum, rounded
 from vaerepa.data.loader import Batches, Draws, Preprocessing, ValidationDraws, read_batches
 from vaerepa.data.prompts import Prompts, choose_caption
@@ -30,7 +31,7 @@ class Feed:
     Args:
         vae: on the device.
         source: what is trained on.
-        latent_shape: (C, h, w).
+        latent_shape: (C, h, w) of a square image.
         prompts: encodes captions, where the transformer is told captions and not labels.
 
     Raises:
@@ -52,8 +53,9 @@ class Feed:
         self.vae = vae
         self.source = source
         self.latent_shape = latent_shape
+        self.buckets = parse_buckets(options, latents.downsampling_factor(vae))
         self.num_skipped = 0  # images that this process could not read
-        self.cache = open_cache(options, vae, source, latent_shape) if options.latents_cache else None
+        self.cache = self._open_cache() if options.latents_cache else None
         self.encode_in_bf16 = False
         readers = accelerator.num_processes * max(1, options.dataloader_num_workers)
         if options.num_streams % readers:
@@ -120,10 +122,17 @@ class Feed:
         cache: LatentsCache | None = None,
         share: bool = True,
     ) -> Iterator[dict]:
-        """Batches of the samples `first` to `last` of any source; with `share` this process's part of them."""
+        """Batches of the samples `first` to `last` of any source; with `share` this process's part of them.
+
+        Each is one group of samples or, where their shapes differ, several after each other (see `read_batches`).
+        """
         options, held_out = self.options, isinstance(draws, ValidationDraws)
         preprocessing = Preprocessing(
-            options.resolution, options.center_crop or held_out, options.random_flip and not held_out, options.seed
+            options.resolution,
+            options.center_crop or held_out,
+            options.random_flip and not held_out,
+            options.seed,
+            self.buckets,
         )
         batches = Batches(
             source,
@@ -216,17 +225,17 @@ class Feed:
             upcoming = queue_next()
             yield batch
 
-
-def open_cache(options: Options, vae: nn.Module, source: Source, latent_shape: tuple[int, int, int]) -> LatentsCache:
-    """The cache of --latents_cache, checked against VAE, data and options."""
-    channels, height, width = latent_shape
-    key = CacheKey(
-        vae=checksum(vae),
-        data=source.storage.revision,
-        resolution=options.resolution,
-        crop="centre",
-        flips=options.random_flip,
-        shape=(channels * (2 if latents.has_posterior(vae) else 1), height, width),
-        captions=source.storage.columns.caption,
-    )
-    return LatentsCache(Path(options.latents_cache), key, len(source.members))
+    def _open_cache(self) -> LatentsCache:
+        """The cache of --latents_cache, checked against VAE, data and options."""
+        options, storage, (channels, height, width) = self.options, self.source.storage, self.latent_shape
+        key = CacheKey(
+            vae=checksum(self.vae),
+            data=storage.revision,
+            resolution=options.resolution,
+            crop="centre",
+            flips=options.random_flip,
+            shape=(channels * (2 if latents.has_posterior(self.vae) else 1), height, width),
+            captions=storage.columns.caption,
+            buckets=self.buckets,
+        )
+        return LatentsCache(Path(options.latents_cache), key, len(self.source.members))

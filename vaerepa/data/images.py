@@ -44,23 +44,28 @@ def decode_image(encoded: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_shorter_side(image: Image.Image, resolution: int) -> Image.Image:
-    """Brings the shorter side to `resolution`: halved by box filters while it is twice too large, then bicubic.
+def resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Brings an image to the smallest size that covers `size`: halved by box filters while twice too large, then bicubic.
 
-    Same result as `center_crop_arr` of openai/guided-diffusion, the preprocessing of ADM, DiT and SiT.
+    For a square the same result as `center_crop_arr` of openai/guided-diffusion, the preprocessing of ADM, DiT and SiT.
+
+    Args:
+        size: height and width in pixels.
     """
-    while min(image.size) >= 2 * resolution:
+    height, width = size
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = resolution / min(image.size)
+    scale = max(height / image.height, width / image.width)
     size = (round(image.width * scale), round(image.height * scale))
     return image.resize(size, resample=Image.Resampling.BICUBIC)
 
 
-def crop_square(image: Image.Image, resolution: int, horizontal: float = 0.5, vertical: float = 0.5) -> Image.Image:
-    """Cuts a square of `resolution` pixels; `horizontal` and `vertical` in [0, 1] place it (0.5: the centre)."""
-    left = int((image.width - resolution) * horizontal)
-    top = int((image.height - resolution) * vertical)
-    return image.crop((left, top, left + resolution, top + resolution))
+def crop(image: Image.Image, size: tuple[int, int], horizontal: float = 0.5, vertical: float = 0.5) -> Image.Image:
+    """Cuts out `size`, height and width in pixels; `horizontal` and `vertical` in [0, 1] place it (0.5: the centre)."""
+    height, width = size
+    left = int((image.width - width) * horizontal)
+    top = int((image.height - height) * vertical)
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The latents cache: what the VAE made of each image, on disk as Arrow files that are mapped into memory.
 
-A row holds the moments of the posterior (mean, then deviation, unscaled), so that each epoch draws anew from it, those of the
-flipped image where images are flipped, label and caption; or the reason why its image cannot be read. A shard takes its name
-when it is whole; shards of several processes, or runs, lie beside each other.
+A row holds the moments of the posterior (mean, then deviation, unscaled) with their height and width, so that each epoch draws
+anew from it, those of the flipped image where images are flipped, label and caption; or the reason why its image cannot be
+read. A shard takes its name when it is whole; shards of several processes, or runs, lie beside each other.
 """
 
 import json
@@ -39,8 +39,9 @@ class CacheKey:
     resolution: int
     crop: str
     flips: bool
-    shape: tuple[int, int, int]  # of the moments
+    shape: tuple[int, int, int]  # of a square's moments
     captions: str | None = None  # the column that they are from
+    buckets: tuple[tuple[int, int], ...] = ()  # sizes other than the square
 
 
 class CachedRow(NamedTuple):
@@ -133,7 +134,7 @@ class LatentsCache:
     def add_unreadable(self, index: int, error: str) -> None:
         """Takes a row whose image cannot be read."""
         if index not in self and index not in self._pending:
-            nothing = np.zeros(self.key.shape, DTYPE)
+            nothing = np.zeros((0, 0, 0), DTYPE)
             arrays = dict.fromkeys(VARIANTS[: 1 + self.key.flips], nothing)
             self._pending[index] = {"label": -1, "caption": None, "error": error, **arrays}
 
@@ -169,29 +170,35 @@ class _Shard:
         self.index = table.column("index").to_numpy()
         self.labels = table.column("label").to_numpy()
         self.captions, self.errors = table.column("caption"), table.column("error")
-        self.variants = [
-            table.column(name).chunk(0).flatten().to_numpy(zero_copy_only=True).reshape(-1, *key.shape)
-            for name in VARIANTS[: 1 + key.flips]
-        ]
+        self.channels = key.shape[0]
+        self.sizes = np.stack([table.column(name).to_numpy() for name in ("height", "width")], 1).tolist()
+        lists = [table.column(name).chunk(0) for name in VARIANTS[: 1 + key.flips]]
+        self.starts = lists[0].offsets.to_numpy().tolist()
+        self.variants = [column.values.to_numpy(zero_copy_only=True) for column in lists]
         self.has_errors = self.errors.null_count < len(self.errors)
         self.has_captions = self.captions.null_count < len(self.captions)
 
     def read(self, place: int, flipped: bool) -> CachedRow:
         error = self.errors[place].as_py() if self.has_errors else None
         caption = self.captions[place].as_py() if self.has_captions else None
-        return CachedRow(self.variants[flipped][place] if error is None else None, self.labels[place], caption, error)
+        if error is not None:
+            return CachedRow(None, self.labels[place], caption, error)
+        flat = self.variants[flipped][self.starts[place] : self.starts[place + 1]]
+        return CachedRow(flat.reshape(self.channels, *self.sizes[place]), self.labels[place], caption, None)
 
 
 def _write_shard(path: Path, rows: dict[int, dict], key: CacheKey) -> None:
-    size = int(np.prod(key.shape))
     columns: dict[str, pa.Array] = {"index": pa.array(list(rows), pa.int64())}
     columns["label"] = pa.array([row["label"] for row in rows.values()], pa.int64())
     for name in ("caption", "error"):
         values = [row[name] for row in rows.values()]
         columns[name] = pa.array(values, None if any(isinstance(value, list) for value in values) else pa.string())
+    for name, axis in (("height", 1), ("width", 2)):
+        columns[name] = pa.array([row[VARIANTS[0]].shape[axis] for row in rows.values()], pa.int32())
     for name in VARIANTS[: 1 + key.flips]:
-        values = np.stack([row[name] for row in rows.values()]).ravel()
-        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values), size)
+        arrays = [row[name].ravel() for row in rows.values()]
+        starts = np.cumsum([0, *map(len, arrays)])
+        columns[name] = pa.LargeListArray.from_arrays(pa.array(starts), pa.array(np.concatenate(arrays)))
     table = pa.table(columns)
     with path.open("wb") as file:
         with pa.ipc.new_file(file, table.schema) as writer:
@@ -220,6 +227,7 @@ def _check_key(folder: Path, key: CacheKey) -> None:
         "flips": "--random_flip" if found.get("flips") else "--no_random_flip",
         "captions": f"captions of the column `{found.get('captions')}`",
         "shape": f"latents of another shape, {found.get('shape')}",
+        "buckets": f"--aspect_ratio_buckets {found.get('buckets')}" if found.get("buckets") else "squares only",
     }
     stale = [reason for name, reason in reasons.items() if found.get(name) != wanted[name]]
     if stale:

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
+from operator import itemgetter
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from accelerate.utils.operations import recursively_apply
+from diffusers.training_utils import find_nearest_bucket
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vaerepa.data import images
@@ -22,7 +24,8 @@ from vaerepa.stopping import ignore_signals
 
 PARTS_AHEAD = 2
 MAX_STAND_INS = 1000  # more damaged images in a row are no accident
-Draws = Callable[[Sequence[int]], dict[str, torch.Tensor]]
+Shape = tuple[int, int, int]  # (C, h, w) of latents
+Draws = Callable[[Sequence[int], Shape], dict[str, torch.Tensor]]
 
 
 class DataError(RuntimeError):
@@ -31,23 +34,34 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a square of pixels; crop and flip are named draws of the sample."""
+    """How an image is cut to a size that trains; crop and flip are named draws of the sample.
+
+    Args:
+        resolution: of a square, in pixels.
+        buckets: heights and widths in pixels instead, of which each image takes the nearest.
+    """
 
     resolution: int
     center_crop: bool = True
     random_flip: bool = False
     seed: int = 0
+    buckets: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, row: Row, ordinal: int) -> torch.Tensor:
-        """The row's image as uint8 pixels, shape (3, resolution, resolution)."""
-        image = images.resize_shorter_side(images.read_image(row.image), self.resolution)
-        if self.center_crop:
-            image = images.crop_square(image, self.resolution)
-        else:
-            left, top = (draw_uniform(self.seed, f"crop {axis}", ordinal) for axis in "xy")
-            image = images.crop_square(image, self.resolution, left, top)
-        pixels = images.to_pixels(image)
+        """The row's image as uint8 pixels, shape (3, height, width)."""
+        image = images.read_image(row.image)
+        size = self.size_of(image.height, image.width)
+        places = (0.5, 0.5)
+        if not self.center_crop:
+            places = [draw_uniform(self.seed, f"crop {axis}", ordinal) for axis in "xy"]
+        pixels = images.to_pixels(images.crop(images.resize_to_cover(image, size), size, *places))
         return pixels.flip(-1) if self.flips(ordinal) else pixels
+
+    def size_of(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that an image is cut to."""
+        if not self.buckets:
+            return self.resolution, self.resolution
+        return self.buckets[find_nearest_bucket(height, width, self.buckets)]
 
     def flips(self, ordinal: int) -> bool:
         """Whether this sample sees its image flipped."""
@@ -56,10 +70,14 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class TrainingDraws:
-    """Time, noise, posterior noise and label drop of training samples."""
+    """Time, noise, posterior noise and label drop of training samples.
+
+    Args:
+        latent_shape: (C, h, w) of a square image.
+    """
 
     seed: int
-    latent_shape: tuple[int, int, int]
+    latent_shape: Shape
     label_dropout: float
     timestep_sampling: str = "uniform"
     logit_mean: float = 0.0
@@ -67,12 +85,13 @@ class TrainingDraws:
     mode_scale: float = 1.29
     timestep_shift: float = 1.0
 
-    def __call__(self, ordinals: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __call__(self, ordinals: Sequence[int], shape: Shape) -> dict[str, torch.Tensor]:
+        """The draws of samples whose latents have the same shape."""
         density = (self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale, self.timestep_shift)
         return {
             "t": torch.tensor([draw_timestep(self.seed, o, *density) for o in ordinals], dtype=torch.float64),
-            "noise": stack_noise(self.seed, "noise", ordinals, self.latent_shape),
-            "posterior": stack_noise(self.seed, "posterior", ordinals, self.latent_shape),
+            "noise": stack_noise(self.seed, "noise", ordinals, shape),
+            "posterior": stack_noise(self.seed, "posterior", ordinals, shape),
             "drop": torch.tensor([draw_uniform(self.seed, "drop", o) < self.label_dropout for o in ordinals]),
         }
 
@@ -81,14 +100,14 @@ class TrainingDraws:
 class ValidationDraws:
     """The same for held-out samples: the i-th is seen at noise level i mod `levels`, under noise that no seed changes."""
 
-    latent_shape: tuple[int, int, int]
+    latent_shape: Shape
     levels: int = 10
 
-    def __call__(self, ordinals: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __call__(self, ordinals: Sequence[int], shape: Shape) -> dict[str, torch.Tensor]:
         return {
             "t": torch.tensor([(o % self.levels + 0.5) / self.levels for o in ordinals], dtype=torch.float64),
-            "noise": stack_noise(0, "validation noise", ordinals, self.latent_shape),
-            "posterior": stack_noise(0, "validation posterior", ordinals, self.latent_shape),
+            "noise": stack_noise(0, "validation noise", ordinals, shape),
+            "posterior": stack_noise(0, "validation posterior", ordinals, shape),
             "drop": torch.zeros(len(ordinals), dtype=torch.bool),
         }
 
@@ -101,7 +120,7 @@ def stack_noise(seed: int, name: str, ordinals: Sequence[int], shape: tuple[int,
     return noise
 
 
-def to_moments(array: np.ndarray, latent_shape: tuple[int, int, int], where: str) -> np.ndarray:
+def to_moments(array: np.ndarray, latent_shape: Shape, where: str) -> np.ndarray:
     """Brings the moments or latents of a data set, flat or not, to (2C, h, w) or (C, h, w).
 
     Raises:
@@ -122,7 +141,8 @@ class Batches(IterableDataset):
 
     Of R processes the r-th takes the ordinals first + r, first + r + R and so on, `batch_size` of them at a time. Each of its
     W data workers makes a part of every micro-batch, of every W-th of those ordinals, and so reads every (R W)-th stream
-    alone where their number divides by R W; `read_batches` joins the parts.
+    alone where their number divides by R W; `read_batches` joins the parts. A part is a list of groups, one of each shape of
+    latents.
 
     Samples come from the cache where it holds their row; else they have pixels, or moments of the data set's own.
     """
@@ -160,11 +180,11 @@ class Batches(IterableDataset):
         """Whether the cache holds all there is to read."""
         return self.cache is not None and self.cache.holds(self.source.members)
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[list[dict]]:
         worker = get_worker_info()
         return self.read_parts(worker.id, worker.num_workers) if worker else self.read_parts(0, 1)
 
-    def read_parts(self, index: int, workers: int) -> Iterator[dict]:
+    def read_parts(self, index: int, workers: int) -> Iterator[list[dict]]:
         """What one of so many workers makes: a part of every batch."""
         source = self.source.without_content() if self.are_cached else self.source
         reader = ShuffledReader(source, self.seed, self.num_streams, self.buffer_size)
@@ -174,43 +194,50 @@ class Batches(IterableDataset):
             own = ordinals[(index - start // self.num_processes) % workers :: workers]
             yield self._read_part(reader, own)
 
-    def _read_part(self, reader: ShuffledReader, ordinals: Sequence[int]) -> dict:
-        """The samples of these ordinals; `skipped` has number and reason of every row that another stands in for."""
-        part: dict = {"ordinal": list(ordinals), "skipped": []}
-        if not ordinals:
-            return part
-        rows, contents = zip(*(self._read_sample(reader, o, part["skipped"]) for o in ordinals), strict=True)
+    def _read_part(self, reader: ShuffledReader, ordinals: Sequence[int]) -> list[dict]:
+        groups: dict[Shape, list[tuple]] = {}
+        for ordinal in ordinals:
+            row, content, skipped = self._read_sample(reader, ordinal)
+            groups.setdefault(self._latent_shape(content), []).append((ordinal, row, content, skipped))
+        return [self._group(shape, *zip(*samples, strict=True)) for shape, samples in groups.items()]
+
+    def _group(self, shape: Shape, ordinals: Sequence[int], rows: Sequence[Row], contents: Sequence, skipped) -> dict:
+        """Samples of one shape; `skipped` has number and reason of every row that another stands in for."""
         has_moments = [isinstance(content, np.ndarray) for content in contents]
-        part |= {
+        group = {
+            "ordinal": list(ordinals),
+            "skipped": [line for lines in skipped for line in lines],
             "index": [row.index for row in rows],
             "caption": [row.caption for row in rows],
             "condition": torch.tensor([row.label for row in rows]),
             "has_moments": has_moments,
             "flipped": [self.preprocessing.flips(ordinal) for ordinal in ordinals],
-            "draws": self.draws(ordinals),
+            "draws": self.draws(ordinals, shape),
         }
         if any(has_moments):
-            part["moments"] = torch.from_numpy(np.stack([c for c in contents if isinstance(c, np.ndarray)]))
+            group["moments"] = torch.from_numpy(np.stack([c for c in contents if isinstance(c, np.ndarray)]))
         if not all(has_moments):
-            part["pixel_values"] = torch.stack([c for c in contents if isinstance(c, torch.Tensor)])
-        return part
+            group["pixel_values"] = torch.stack([c for c in contents if isinstance(c, torch.Tensor)])
+        return group
 
-    def _read_sample(
-        self, reader: ShuffledReader, ordinal: int, skipped: list
-    ) -> tuple[Row, torch.Tensor | np.ndarray]:
-        """A row, and its pixels or moments."""
-        reason = ""
+    def _latent_shape(self, content: torch.Tensor | np.ndarray) -> Shape:
+        channels, side, _ = self.draws.latent_shape
+        height, width = content.shape[1:]
+        if isinstance(content, torch.Tensor):
+            height, width = (pixels * side // self.preprocessing.resolution for pixels in (height, width))
+        return channels, height, width
+
+    def _read_sample(self, reader: ShuffledReader, ordinal: int) -> tuple[Row, torch.Tensor | np.ndarray, list]:
+        """A row, its pixels or moments, and what it stands in for."""
+        skipped: list[tuple[int, str]] = []
         for row in islice(reader.rows_from(ordinal), MAX_STAND_INS):
             try:
-                content = self._read_content(row, ordinal)
+                return *self._read_content(row, ordinal), skipped
             except images.UNREADABLE as error:
-                if not reason:  # a stand-in that fails too counts where its own turn is
-                    reason = f"row {row.index} ({self._place_of(row)}): {error}"
-                    skipped.append((row.index, reason))
-            else:
-                return content
+                if not skipped:  # a stand-in that fails too counts where its own turn is
+                    skipped.append((row.index, f"row {row.index} ({self._place_of(row)}): {error}"))
         in_a_row = min(MAX_STAND_INS, len(self.source))
-        raise DataError(f"none of {in_a_row} images in a row can be decoded; the first: {reason}")
+        raise DataError(f"none of {in_a_row} images in a row can be decoded; the first: {skipped[0][1]}")
 
     def _place_of(self, row: Row) -> str:
         if self.cache is not None and row.index in self.cache:
@@ -230,7 +257,7 @@ class Batches(IterableDataset):
         return row, to_moments(array, self.draws.latent_shape, f"row {row.index}")
 
 
-def run_workers(batches: Batches, num_workers: int, pin_memory: bool) -> Iterable[dict]:
+def run_workers(batches: Batches, num_workers: int, pin_memory: bool) -> Iterable[list[dict]]:
     """Parts of batches, one of each worker in turn.
 
     Workers are processes where images are decoded, and threads where all is cached: there, to hand a sample from one process
@@ -243,10 +270,10 @@ def run_workers(batches: Batches, num_workers: int, pin_memory: bool) -> Iterabl
     )
 
 
-def run_threads(batches: Batches, num_workers: int, pin_memory: bool) -> Iterator[dict]:
+def run_threads(batches: Batches, num_workers: int, pin_memory: bool) -> Iterator[list[dict]]:
     """The same in threads, each of which is a few parts ahead."""
 
-    def read(parts: Iterator[dict]) -> dict | None:
+    def read(parts: Iterator[list[dict]]) -> list[dict] | None:
         part = next(parts, None)
         return recursively_apply(torch.Tensor.pin_memory, part) if pin_memory else part
 
@@ -265,48 +292,76 @@ def run_threads(batches: Batches, num_workers: int, pin_memory: bool) -> Iterato
 
 
 def read_batches(batches: Batches, num_workers: int, device: torch.device | str = "cpu") -> Iterator[dict]:
-    """Micro-batches on the device, their samples in the order of their ordinals; none that is empty.
+    """Micro-batches on the device, each as one group of samples or, where shapes differ, as several after each other.
 
-    Each is a dictionary of pixel_values (B', 3, H, W) uint8 and moments (B - B', 2C or C, h, w), of the samples whose
+    A group is a dictionary of pixel_values (B', 3, H, W) uint8 and moments (B - B', 2C or C, h, w), of the samples whose
     has_moments is False and True; condition (B,) labels, draws (as above, B first); lists of ordinal, index, flipped and
-    caption; and skipped: number and reason of each row that could not be read, for which another stands in.
+    caption, in the order of the ordinals; and skipped: number and reason of each row that could not be read, for which
+    another stands in. Its `share` is the part of the micro-batch that it is; the last group of each is marked by `is_last`.
     """
     on_gpu = torch.device(device).type == "cuda"
-    parts: list[dict] = []
+    parts: list[list[dict]] = []
     for part in run_workers(batches, num_workers, pin_memory=on_gpu):
         parts.append(send_to_device(part, device, non_blocking=on_gpu))
         if len(parts) == max(1, num_workers):
-            full, parts = [part for part in parts if part["ordinal"]], []
-            if full:
-                yield join(full)
+            groups, parts = join(parts), []
+            size = sum(len(group["ordinal"]) for group in groups)
+            for number, group in enumerate(groups, start=1):
+                yield group | {"share": len(group["ordinal"]) / size, "is_last": number == len(groups)}
 
 
-def join(parts: list[dict]) -> dict:
-    """One batch of the parts that were made of it, in the order of the ordinals; the k-th has every len(parts)-th of them."""
-    if len(parts) == 1:
-        return parts[0]
-    parts = sorted(parts, key=lambda part: part["ordinal"][0])
-    joined: dict = {"skipped": [line for part in parts for line in part["skipped"]]}
+def micro_batch(groups: Iterator[dict]) -> Iterator[dict]:
+    """The groups of the next micro-batch alone."""
+    for group in groups:
+        yield group
+        if group["is_last"]:
+            return
+
+
+def join(parts: list[list[dict]]) -> list[dict]:
+    """The groups of one micro-batch, from the parts that workers made of it; that of the first sample first."""
+    by_shape: dict[tuple, list[dict]] = {}
+    for group in sorted((group for part in parts for group in part), key=lambda group: group["ordinal"][0]):
+        by_shape.setdefault(tuple(group["draws"]["noise"].shape[1:]), []).append(group)
+    return [_join_groups(groups) for groups in by_shape.values()]
+
+
+def _join_groups(groups: list[dict]) -> dict:
+    """One group of several with the same shape, in the order of the ordinals."""
+    if len(groups) == 1:
+        return groups[0]
+    places = _places([group["ordinal"] for group in groups])
+    joined: dict = {"skipped": [line for group in groups for line in group["skipped"]]}
     for name in ("ordinal", "index", "caption", "has_moments", "flipped"):
-        joined[name] = _interleave([part[name] for part in parts], [None] * sum(len(part[name]) for part in parts))
-    joined["condition"] = _interleave_tensors([part["condition"] for part in parts])
-    joined["draws"] = {name: _interleave_tensors([part["draws"][name] for part in parts]) for name in parts[0]["draws"]}
+        joined[name] = _interleave([group[name] for group in groups], places)
+    joined["condition"] = _interleave_tensors([group["condition"] for group in groups], places)
+    joined["draws"] = {
+        name: _interleave_tensors([group["draws"][name] for group in groups], places) for name in groups[0]["draws"]
+    }
     for name, kept in (("moments", True), ("pixel_values", False)):
-        tensors = [part[name] for part in parts if name in part]
-        if len(tensors) == len(parts) and all(has == kept for has in joined["has_moments"]):
-            joined[name] = _interleave_tensors(tensors)
-        elif tensors:  # the others of this batch are of the other kind
-            ordinals = [o for p in parts for o, has in zip(p["ordinal"], p["has_moments"], strict=True) if has == kept]
-            order = sorted(range(len(ordinals)), key=ordinals.__getitem__)
-            joined[name] = torch.cat(tensors)[torch.tensor(order, device=tensors[0].device)]
+        holders = [group for group in groups if name in group]
+        if holders:
+            ordinals = [
+                [o for o, has in zip(group["ordinal"], group["has_moments"], strict=True) if has == kept]
+                for group in holders
+            ]
+            joined[name] = _interleave_tensors([group[name] for group in holders], _places(ordinals))
     return joined
 
 
-def _interleave_tensors(parts: list[torch.Tensor]) -> torch.Tensor:
-    return _interleave(parts, parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:]))
+def _places(ordinals: list[list[int]]) -> list[list[int]]:
+    """Where each ordinal of each group stands among all of them."""
+    place_of = {ordinal: place for place, ordinal in enumerate(sorted(o for group in ordinals for o in group))}
+    return [[place_of[ordinal] for ordinal in group] for group in ordinals]
 
 
-def _interleave(parts: list, whole):
-    for place, part in enumerate(parts):
-        whole[place :: len(parts)] = part
+def _interleave(groups: list[list], places: list[list[int]]) -> list:
+    pairs = (pair for values, own in zip(groups, places, strict=True) for pair in zip(own, values, strict=True))
+    return [value for _, value in sorted(pairs, key=itemgetter(0))]
+
+
+def _interleave_tensors(groups: list[torch.Tensor], places: list[list[int]]) -> torch.Tensor:
+    whole = groups[0].new_empty(sum(map(len, groups)), *groups[0].shape[1:])
+    for values, own in zip(groups, places, strict=True):
+        whole.index_copy_(0, torch.tensor(own, device=whole.device), values)
     return whole

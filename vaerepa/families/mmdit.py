@@ -9,8 +9,6 @@ from torch import nn
 from vaerepa.families.dit import Size, initialize_linear, initialize_patches
 from vaerepa.families.text_family import Condition, TextFamily, TextModel
 
-DEFAULT_T5_WIDTH = 4096  # joint_attention_dim where there is no T5
-
 
 class MMDiT(TextFamily):
     name = "Stable Diffusion 3 and 3.5"
@@ -47,8 +45,6 @@ class MMDiT(TextFamily):
 
     def build_transformer(self, size: Size, patch_size: int, given: TextModel) -> SD3Transformer2DModel:
         clips = [given.text_components[name].config for name in ("text_encoder", "text_encoder_2")]
-        t5 = given.text_components.get("text_encoder_3")
-        clip_width = sum(config.hidden_size for config in clips)
         transformer = SD3Transformer2DModel(
             sample_size=given.latent_size,
             patch_size=patch_size,
@@ -57,8 +53,7 @@ class MMDiT(TextFamily):
             num_layers=size.num_layers,
             num_attention_heads=size.num_attention_heads,
             attention_head_dim=size.hidden_size // size.num_attention_heads,
-            # without T5 the two CLIPs' widths must fit, and zeros need not be wider
-            joint_attention_dim=t5.config.d_model if t5 is not None else min(clip_width, DEFAULT_T5_WIDTH),
+            joint_attention_dim=given.text_components["text_encoder_3"].config.d_model,
             caption_projection_dim=size.hidden_size,
             pooled_projection_dim=sum(config.projection_dim for config in clips),
             pos_embed_max_size=2 * (given.latent_size // patch_size),  # room for rectangles
@@ -77,6 +72,9 @@ class MMDiT(TextFamily):
 
     def inner_width(self, transformer: nn.Module) -> int:
         return transformer.inner_dim
+
+    def max_patches(self, transformer: nn.Module) -> int:
+        return transformer.config.pos_embed_max_size
 
     def hidden_states_of(self, output: Any) -> torch.Tensor:
         return output[1]  # after the text's, which the last block does not return

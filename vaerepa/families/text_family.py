@@ -23,7 +23,7 @@ class TextModel:
 
     latent_channels: int
     latent_size: int
-    text_components: dict[str, Any]  # tokenizers and encoders by the pipeline's names; None where it goes without
+    text_components: dict[str, Any]  # tokenizers and encoders by the pipeline's names
 
 
 class TextFamily(ABC):
@@ -85,6 +85,10 @@ class TextFamily(ABC):
     def latent_channels(self, transformer: nn.Module) -> int:
         """Channels C of the latents."""
         return transformer.config.in_channels
+
+    def max_patches(self, transformer: nn.Module) -> int | None:
+        """Patches along one side that it has positions for; None where their number is open."""
+        return None
 
     def hidden_states_of(self, output: Any) -> torch.Tensor:
         """The hidden states (B, N, d) in what a block returns."""

@@ -45,6 +45,9 @@ class ZImage(TextFamily):
     def patch_size(self, transformer: nn.Module) -> int:
         return transformer.config.all_patch_size[0]
 
+    def max_patches(self, transformer: nn.Module) -> int:
+        return min(transformer.config.axes_lens[1:])
+
     def image_places(self, transformer: nn.Module, noisy: torch.Tensor) -> slice:
         return slice(
             0, noisy.shape[-2] * noisy.shape[-1] // self.patch_size(transformer) ** 2

@@ -1,0 +1,136 @@
+"""Aspect-ratio buckets: images keep about their ratio, and neither workers, processes nor restarts change a sample."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from safetensors.torch import load_file
+
+import train_vaerepa
+from tests.conftest import CAPTIONS, read_metrics
+from tests.test_text import assert_same_run
+from vaerepa.data import Batches, Preprocessing, TrainingDraws, micro_batch, open_sources, parse_buckets, read_batches
+from vaerepa.options import Options
+
+SIZES = ((16, 16), (12, 20), (20, 12))
+BUCKETS = {"aspect_ratio_buckets": ";".join(f"{height},{width}" for height, width in SIZES)}
+
+
+@pytest.fixture(scope="module")
+def rectangles(tmp_path_factory):
+    """40 captioned pictures: upright, wide and nearly square."""
+    folder, random = tmp_path_factory.mktemp("rectangles"), np.random.default_rng(2)
+    pictures = [
+        random.integers(0, 256, ((30, 20), (20, 34), (23, 24))[i % 3] + (3,), dtype=np.uint8) for i in range(40)
+    ]
+    rows = {"image": pictures, "text": [CAPTIONS[i % len(CAPTIONS)] for i in range(40)]}
+    features = Features({"image": Image(), "text": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+def samples_of(folder, num_workers=0, **settings) -> dict[int, tuple]:
+    """What each ordinal is given: pixels, noise and caption."""
+    source = open_sources(str(folder), by_caption=True).train
+    draws, preprocessing = TrainingDraws(0, (4, 8, 8), 0.1), Preprocessing(16, center_crop=False, buckets=SIZES)
+    batches = Batches(source, preprocessing, draws, 8, 0, 80, 4, 16, 0, **settings)
+    samples, left = {}, read_batches(batches, num_workers)
+    while groups := list(micro_batch(left)):
+        assert sum(group["share"] for group in groups) == pytest.approx(1.0)
+        for group in groups:
+            assert group["ordinal"] == sorted(group["ordinal"])
+            values = (group["pixel_values"], group["draws"]["noise"], group["caption"])
+            samples |= dict(zip(group["ordinal"], zip(*values, strict=True), strict=True))
+    return samples
+
+
+def test_an_image_takes_the_nearest_size(rectangles):
+    samples = samples_of(rectangles)
+    assert len(samples) == 80
+    for pixels, noise, _ in samples.values():
+        assert pixels.shape[1:] in SIZES
+        assert noise.shape == (4, pixels.shape[1] // 2, pixels.shape[2] // 2)
+    assert {pixels.shape[1:] for pixels, _, _ in samples.values()} == set(SIZES)
+
+
+@pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 1), (1, 3), (2, 0), (2, 2)])
+def test_workers_and_processes_change_no_sample(rectangles, num_processes, num_workers):
+    expected, found = samples_of(rectangles), {}
+    for process in range(num_processes):
+        found |= samples_of(rectangles, num_workers, process=process, num_processes=num_processes)
+    assert found.keys() == expected.keys()
+    for ordinal, (pixels, noise, caption) in expected.items():
+        assert torch.equal(found[ordinal][0], pixels)
+        assert torch.equal(found[ordinal][1], noise)
+        assert found[ordinal][2] == caption
+
+
+@pytest.mark.parametrize("family", ["pixart_sigma", "sd3", "z_image"])
+def test_rectangles_train_and_restart_to_the_bit(family, finetune, rectangles, tmp_path, monkeypatch):
+    compute, losses = train_vaerepa.compute_losses, []
+
+    def record(run, group):
+        computed = compute(run, group)
+        losses.append((run.step, len(group["ordinal"]), computed["loss"].item()))
+        return computed
+
+    options = BUCKETS | {"dataset_name": rectangles, "gradient_accumulation_steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_vaerepa, "compute_losses", record)
+        whole = finetune(family, output_dir=tmp_path / "whole", **options)
+    finetune(family, output_dir=tmp_path / "parts", max_train_steps=2, **options)
+    finetune(
+        family, output_dir=tmp_path / "parts", resume_from_checkpoint="latest", dataloader_num_workers=2, **options
+    )
+    assert_same_run(whole, tmp_path / "parts", 4)
+    assert len(losses) > 8
+    for line in read_metrics(whole, "train/loss"):  # of each step the mean over its samples
+        shares = [(count, loss) for step, count, loss in losses if step == line["step"] - 1]
+        assert sum(count for count, _ in shares) == 8
+        assert line["train/loss"] == pytest.approx(sum(count * loss for count, loss in shares) / 8, rel=1e-5)
+
+
+def test_a_cache_of_rectangles_changes_no_bit(finetune, rectangles, tmp_path):
+    options = BUCKETS | {"dataset_name": rectangles, "latents_cache": tmp_path / "cache", "random_flip": True}
+    options |= {"max_train_steps": 12, "dataloader_num_workers": 2}
+    writing = finetune("sd3", output_dir=tmp_path / "writing", **options)
+    reading = finetune("sd3", output_dir=tmp_path / "reading", **options)
+    assert_same_run(writing, reading, 12)
+    finetune("sd3", code=2, output_dir=tmp_path / "other", **options | {"aspect_ratio_buckets": None})
+
+
+def test_precomputed_rectangles_are_those_of_training(finetune, rectangles, tmp_path):
+    options = BUCKETS | {"dataset_name": rectangles, "output_dir": tmp_path / "run"}
+    finetune("sd3", latents_cache=tmp_path / "ahead", precompute_latents_only=True, **options)
+    ahead = finetune("sd3", latents_cache=tmp_path / "ahead", **options)
+    along = finetune("sd3", latents_cache=tmp_path / "along", **options | {"output_dir": tmp_path / "other"})
+    assert_same_run(ahead, along, 4)
+
+
+def test_two_processes_take_the_steps_of_one(finetune, launch, captioned, pipelines, rectangles, tmp_path):
+    options = BUCKETS | {"dataset_name": rectangles, "learning_rate": 1e-4}
+    one = finetune("sd3", output_dir=tmp_path / "one", **options)
+    fresh = dict.fromkeys(
+        ("pretrained_vae_model_name_or_path", "model", "num_layers", "hidden_size", "num_attention_heads", "patch_size")
+    )
+    two = launch(
+        2,
+        output_dir=tmp_path / "two",
+        text_conditioning=True,
+        pretrained_model_name_or_path=pipelines("sd3"),
+        max_sequence_length=24,
+        **fresh | options,
+    )
+    weights = [load_file(run / "checkpoint-4/state/transformer.safetensors") for run in (one, two)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=2e-5) for name in weights[0])
+    losses = [[line["train/loss"] for line in read_metrics(run, "train/loss")] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_sizes_found_by_themselves_have_the_area_of_the_square():
+    sizes = parse_buckets(Options(aspect_ratio_buckets="auto", resolution=1024), downsampling=8)
+    assert (1024, 1024) in sizes
+    for height, width in sizes:
+        assert height % 32 == width % 32 == 0
+        assert 0.9 < height * width / 1024**2 < 1.1
+        assert 0.45 < height / width < 2.2

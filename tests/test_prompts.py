@@ -1,0 +1,84 @@
+"""Prompts: captions drawn and dropped, embeddings cached in the text encoders' place, negative prompts."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train_vaerepa
+from tests.conftest import CAPTIONS
+from tests.test_text import PROMPTS, assert_same_run
+from vaerepa.data import Prompts
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[list[str]]:
+    """The prompts of every batch that a run asks for."""
+    prompts, condition = [], Prompts.condition
+
+    def record(self, texts):
+        prompts.append(list(texts))
+        return condition(self, texts)
+
+    monkeypatch.setattr(Prompts, "condition", record)
+    return prompts
+
+
+def test_another_caption_of_an_image_is_drawn_in_each_epoch(finetune, asked):
+    finetune("pixart_alpha", max_train_steps=40, proportion_empty_prompts=0.25, alignment="none")
+    training = asked[3:]  # before, 40 images are measured
+    counts = Counter(text for batch in training for text in batch)
+    assert sum(counts.values()) == 8 * 40
+    assert 0.15 < counts.pop("") / 320 < 0.35
+    assert counts.keys() == {*CAPTIONS, *(f"another {caption}" for caption in CAPTIONS)}
+    assert 0.4 < sum(counts[caption] for caption in CAPTIONS) / counts.total() < 0.6
+
+
+def test_held_out_images_are_told_their_first_caption(finetune, asked):
+    finetune("pixart_alpha", max_train_steps=1, num_validation_samples=10)
+    held_out = [text for batch in asked[-2:] for text in batch]
+    assert Counter(held_out) == {caption: 3 - (i > 1) for i, caption in enumerate(CAPTIONS)}
+
+
+@pytest.mark.parametrize("family", ["pixart_alpha", "sd3", "z_image"])
+def test_cached_embeddings_change_no_bit_and_leave_no_text_encoder(family, finetune, tmp_path, monkeypatch):
+    plain = finetune(family, output_dir=tmp_path / "plain", **PROMPTS)
+    loop, encoders = train_vaerepa.loop, []
+
+    def look(run):
+        encoders.append(run.prompts.encoders)
+        loop(run)
+
+    monkeypatch.setattr(train_vaerepa, "loop", look)
+    options = {"cache_text_embeddings": True, "output_dir": tmp_path / "cached"}
+    finetune(family, **options, max_train_steps=2)
+    cached = finetune(family, **options, **PROMPTS, resume_from_checkpoint="latest")
+    assert encoders == [{}, {}]
+    assert_same_run(plain, cached, 4)
+    grids = [np.asarray(Image.open(run / "samples/step-0000004.png")) for run in (plain, cached)]
+    assert (grids[0] == grids[1]).all()
+    assert (cached / "text_encoder").is_dir()  # the pipeline is whole all the same
+
+
+def test_a_damaged_cache_of_embeddings_is_made_again(finetune, tmp_path):
+    options = {"cache_text_embeddings": True, "latents_cache": tmp_path / "cache"}
+    whole = finetune("sd3", **options, output_dir=tmp_path / "whole")
+    (file,) = (tmp_path / "cache").glob("text-*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    again = finetune("sd3", **options, output_dir=tmp_path / "again")  # from latents and captions that are cached now
+    assert_same_run(whole, again, 4)
+
+
+def test_a_longer_prompt_is_told_further(finetune, tmp_path):
+    runs = [finetune("sd3", max_sequence_length=n, output_dir=tmp_path / str(n), **PROMPTS) for n in (4, 24)]
+    grids = [np.asarray(Image.open(run / "samples/step-0000004.png")) for run in runs]
+    assert (grids[0] != grids[1]).any()
+
+
+def test_a_negative_prompt_is_drawn_away_from(finetune, tmp_path):
+    grids = []
+    for negative in ("", "tree"):
+        run = finetune("sd3", negative_prompt=negative, output_dir=tmp_path / f"run{negative}", **PROMPTS)
+        grids.append(np.asarray(Image.open(run / "samples/step-0000004.png")))
+    assert (grids[0] != grids[1]).any()
