@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 import train_vaerepa
 from tests import text_models
 from tests.conftest import read_metrics
+from vaerepa.alignment import VAEAlignment
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
 from vaerepa.data.prompts import choose_caption
-from vaerepa.families import SUPPORTED
+from vaerepa.families import SUPPORTED, Size, parse_model_name
 
 STATE_FILES = ("transformer", "optimizer", "ema_0.9")
 LOADERS = {"pixart_alpha": "peft", "pixart_sigma": "peft", "sd3": "loader", "sd3_5": "loader", "z_image": "loader"}
@@ -250,6 +251,31 @@ def test_a_text_encoder_of_transformers_serves_pixart(finetune, vae, tmp_path):
     run = finetune("pixart_alpha", **options, pretrained_text_encoder_model_name_or_path=encoder, **PROMPTS)
     [picture] = draw_in_stock(tmp_path, (run, None))
     assert abs(picture - picture_in_grid(run, 4)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "patch_size"),
+    [
+        ("MMDiT-M/2", Size(24, 768, 12), 2),
+        ("MMDiT-2B/1", Size(24, 1536, 24), 1),
+        ("PixArt-XL/2", Size(28, 1152, 16), 2),
+    ],
+)
+def test_presets_have_the_published_depth_and_width(model, size, patch_size, finetune, pipelines, vae, capsys):
+    assert parse_model_name(model)[1:] == (size, patch_size)
+    family = "sd3" if model.startswith("MMDiT") else "pixart_alpha"
+    names = {"pretrained_vae_model_name_or_path": vae, "pretrained_text_encoder_model_name_or_path": pipelines(family)}
+    finetune(family, model=model, pretrained_model_name_or_path=None, dry_run=True, **names)
+    head = VAEAlignment(patch_size).build_head(size.hidden_size, 4)
+    parameters = sum(parameter.numel() for parameter in head.parameters())
+    assert f"| head `vae` | {parameters / 1e6:.2f} M parameters |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layers", [["to_q,to_v"], ["to_q", "to_v"]])
+def test_a_lora_lies_over_the_layers_asked_for(layers, finetune):
+    run = finetune("sd3", rank=2, lora_layers=layers, max_train_steps=1)
+    names = load_file(run / "pytorch_lora_weights.safetensors")
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names} == {"to_q", "to_v"}
 
 
 # ---- the card

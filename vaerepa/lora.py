@@ -27,12 +27,13 @@ def add_lora(transformer: nn.Module, family: TextFamily, options: Options) -> No
         OptionError: --lora_layers names none of its layers.
     """
     transformer.requires_grad_(False)
+    layers = [layer for names in options.lora_layers for layer in names.replace(",", " ").split()]
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.lora_alpha or options.rank,
         lora_dropout=options.lora_dropout,
         init_lora_weights="gaussian",
-        target_modules=list(options.lora_layers or family.lora_layers),
+        target_modules=layers or list(family.lora_layers),
     )
     try:
         with seeded_weights(options.seed, "lora"):

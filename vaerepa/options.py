@@ -91,7 +91,8 @@ class Options:
     lora_dropout: float = option(0.0, "Dropout in the LoRA layers.", resume="schedule")
     lora_layers: tuple[str, ...] = option(
         (),
-        "Layers that the LoRA is laid over, by the ends of their names. Default: those of the attention.",
+        "Layers that the LoRA is laid over, by the ends of their names, with commas or spaces between. Default: those of the "
+        "attention.",
         resume="fixed",
     )
 
