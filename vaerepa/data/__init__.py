@@ -6,7 +6,7 @@ source (rows in blocks) and opening (which data set, columns and splits) -> orde
 
 from vaerepa.data.feed import Feed
 from vaerepa.data.loader import Batches, DataError, Preprocessing, TrainingDraws, ValidationDraws, read_batches
-from vaerepa.data.opening import Sources, open_sources
+from vaerepa.data.opening import Sources, open_images, open_sources, take_at_random
 from vaerepa.data.prompts import Prompts
 from vaerepa.data.source import Source
 
@@ -20,6 +20,8 @@ __all__ = [
     "Sources",
     "TrainingDraws",
     "ValidationDraws",
+    "open_images",
     "open_sources",
     "read_batches",
+    "take_at_random",
 ]
