@@ -50,7 +50,7 @@ from vaerepa.components import Components, build_alignments, build_transformer, 
 from vaerepa.data import DataError, Feed, Prompts, Sources, TrainingDraws, ValidationDraws, micro_batch
 from vaerepa.ema import EMA, share_of_start
 from vaerepa.errors import OptionError
-from vaerepa.evaluation import held_out_loss
+from vaerepa.evaluation import TrainingEvaluation, held_out_loss, newest_report, open_evaluation
 from vaerepa.families import Family, dit
 from vaerepa.families.text_family import write_stock_pipeline
 from vaerepa.hub import access
@@ -105,6 +105,7 @@ class Run:
     num_skipped_before: int = 0  # by all, before the restart
     uploader: Uploader | None = None  # on the main process, with --push_to_hub
     validated_step: int | None = None
+    evaluation: TrainingEvaluation | None = None  # with --eval_steps
     stop_reason: str | None = None
 
     @property
@@ -130,6 +131,12 @@ class Run:
         """Patches of an image."""
         _, height, width = self.feed.latent_shape
         return height * width // self.family.patch_size(self.transformer) ** 2
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        factor = latents.downsampling_factor(self.vae)
+        return tuple(factor * side for side in self.feed.latent_shape[1:])
 
     @property
     def trained_weights(self) -> dict[str, nn.Parameter]:
@@ -281,6 +288,7 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     if components.heads and not run.step:
         attach_heads(run, components.heads)
     speed.apply_switches(options, transformer, blocks, accelerator.device)
+    run.evaluation = open_evaluation(options, accelerator, run.sources.train, len(run.sources.id2label))
     return run
 
 
@@ -461,6 +469,8 @@ def loop(run: Run) -> None:
                 save(run, must_succeed=is_last or stops)
             if options.validation_steps and run.step % options.validation_steps == 0 and not stops:
                 validate(run)
+            if options.eval_steps and run.step % options.eval_steps == 0 and not stops and not is_last:
+                evaluate(run)
             if saves and not is_last and options.hub_strategy != "end":
                 publish(run)  # the last state goes up with the last pictures, in `finish`
             if run.uploader:
@@ -661,8 +671,6 @@ def draw_prompts(run: Run) -> None:
     if not options.validation_prompts:
         return
     run.pipeline.register_modules(transformer=transformer)
-    _, height, width = run.feed.latent_shape
-    factor = latents.downsampling_factor(run.vae)
     with run.accelerator.autocast(), torch.no_grad():
         sampling.draw_prompt_grid(
             run.pipeline,
@@ -670,13 +678,33 @@ def draw_prompts(run: Run) -> None:
             list(options.validation_prompts),
             options.negative_prompt,
             max(1, options.num_validation_images // len(options.validation_prompts)),
-            (factor * height, factor * width),
+            run.image_size,
             options.validation_guidance_scale,
             options.validation_num_inference_steps,
             options.seed,
             run.output_dir / "samples" / f"step-{run.step:07d}.png",
         )
     run.pipeline.register_modules(transformer=run.transformer)
+
+
+def evaluate(run: Run) -> None:
+    """FID and its like of images that the exported average draws, on all processes."""
+    options, transformer = run.options, run.exported_transformer.eval()
+    with run.ema.on_device() if run.ema else nullcontext():
+        if run.pipeline is None:
+            pipeline = sampling.build_pipeline(transformer, run.vae, run.objective.scheduler, run.sources.id2label)
+            draw = run.evaluation.classes(pipeline)
+        else:
+            pipeline = run.pipeline
+            pipeline.register_modules(transformer=transformer)
+            draw = run.evaluation.texts(pipeline, run.prompts, run.image_size)
+        weights = f"EMA {options.ema_decay[0]}" if run.ema else "no EMA"
+        report = run.evaluation.run(run.step, draw, weights, sampling.sampler_name(pipeline))
+    if run.pipeline is not None:
+        run.pipeline.register_modules(transformer=run.transformer)
+    write_metrics(run, {f"evaluation/{name}": value for name, value in report.metrics.items()})
+    for line in report.lines():
+        logger.info(f"step {run.step}: {line}")
 
 
 def validation_batches(run: Run) -> Iterator[dict]:
@@ -761,6 +789,8 @@ def finish(run: Run) -> None:
     """Puts the last checkpoint's pipeline at the root of the output folder, with the final pictures and curves."""
     if run.validated_step != run.step:
         validate(run)
+    if run.evaluation:
+        evaluate(run)
     if run.accelerator.is_main_process:
         last = folder_of(run.output_dir, run.step)
         shutil.rmtree(run.output_dir / stored_heads.FOLDER, ignore_errors=True)  # they may have been dropped since
@@ -805,6 +835,7 @@ def card_facts(run: Run) -> dict[str, Any]:
         "grid_step": step_of(Path(grids[-1].stem)) if grids else None,
         "curves": "training_curves.png" if (run.output_dir / "training_curves.png").exists() else None,
         "held_out_loss": last_held_out_loss(run),
+        "report": newest_report(run.output_dir, run.step),
         "is_flow": objectives.name_of(run.objective.scheduler) == "flow_matching",
         "has_learned_sigma": not run.pipeline and dit.has_learned_sigma(transformer),
         "works_in_stock": dit.works_in_stock_pipeline(len(id2label)),

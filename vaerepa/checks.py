@@ -14,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from vaerepa import checkpoints, families
+from vaerepa import checkpoints, evaluation, families
 from vaerepa.data import parse_buckets
 from vaerepa.errors import OptionError
 from vaerepa.families import Family, TextFamily, dit
@@ -52,6 +52,8 @@ POSITIVE = (
     "logit_std",
     "validation_steps",
     "validation_num_inference_steps",
+    "eval_steps",
+    "eval_num_inference_steps",
     "logging_steps",
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -65,6 +67,7 @@ NOT_NEGATIVE = (
     "num_validation_images",
     "num_validation_samples",
     "validation_guidance_scale",
+    "eval_guidance_scale",
 )
 MIN_BAD_IMAGES = 10  # fewer say nothing about the data
 TEXT_FINE_TUNING = {  # what survived in other trainers: weight 1.0 was too strong (method: arXiv 2601.17830)
@@ -105,6 +108,8 @@ def check_options(options: Options) -> None:
         )
     if options.report_to != "none":
         check_tracker(options.report_to)
+    if options.eval_steps:
+        evaluation.check(options.num_eval_samples, options.eval_reference)
     access.check_names(options)
     check_data(options)
     check_text(options)

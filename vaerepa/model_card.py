@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from vaerepa.evaluation import NAMES, Report
 from vaerepa.options import FIELDS, Options
 from vaerepa.privacy import is_local, public_name
 
@@ -32,11 +33,11 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
     Args:
         name: the repository, user/name, or the name of the run.
         facts: what the template asks for beyond the options; what is missing leaves no empty heading. `classes` are the
-            names of the classes, `held_out_loss` is the exported weights' loss, `pipeline_class` is the stock pipeline's name
-            where it draws from text.
+            names of the classes, `held_out_loss` is the exported weights' loss, `report` the newest of --eval_steps,
+            `pipeline_class` is the stock pipeline's name where it draws from text.
     """
     card = ModelCard.from_template(
-        card_metadata(options, name, facts.get("held_out_loss")),
+        card_metadata(options, name, facts.get("held_out_loss"), facts.get("report")),
         template_path=str(template),
         title=plain(name),
         name=json.dumps(name),
@@ -55,6 +56,8 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         base_name=json.dumps(public_name(options.pretrained_model_name_or_path or "")),
         guidance_scale=options.validation_guidance_scale,
         sampling_steps=options.validation_num_inference_steps,
+        metrics=_shown_metrics(facts.get("report")),
+        report_context=plain(facts["report"].context()) if facts.get("report") else "",
         options=[(option, plain(str(value))) for option, value in _shown_options(options)],
         **{fact: value for fact, value in facts.items() if fact != "classes"},
     )
@@ -63,24 +66,36 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
     os.replace(unfinished, path)
 
 
-def card_metadata(options: Options, name: str, held_out_loss: float | None) -> ModelCardData:
+def card_metadata(options: Options, name: str, held_out_loss: float | None, report: Report | None) -> ModelCardData:
     """The card's head; libraries write it as YAML, so that no name can break it."""
     base, vae = options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path
     task = TEXT_TASK if options.text_conditioning else CLASS_TASK
     plain_tag = "text-to-image" if options.text_conditioning else "sit"
     tags = ["diffusers", "vae-repa" if options.alignment != "none" else plain_tag]
     tags += ["class-conditional"] if not options.text_conditioning else ["lora"] if options.rank else []
-    results = []
+    results, dataset = [], public_name(_dataset(options))
     if held_out_loss is not None:
         results.append(
             EvalResult(
                 task_type=task,
-                dataset_type=public_name(_dataset(options)),
-                dataset_name=public_name(_dataset(options)),
+                dataset_type=dataset,
+                dataset_name=dataset,
                 dataset_split=options.validation_split or "held out",
                 metric_type="loss",
                 metric_name="Held-out denoising loss",
                 metric_value=held_out_loss,
+            )
+        )
+    for metric, value in report.metrics.items() if report else ():
+        results.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=report.reference["dataset"],
+                dataset_name=report.reference["dataset"],
+                dataset_split=report.reference.get("split"),
+                metric_type=metric,
+                metric_name=f"{NAMES[metric]} of {report.num_samples} samples",
+                metric_value=value,
             )
         )
     return ModelCardData(
@@ -114,6 +129,10 @@ def _shown_options(options: Options) -> Iterable[tuple[str, object]]:
         is_past = spec.metadata["resume"] != "free"
         if name in SHOWN or (is_past and value != spec.default and not isinstance(value, str)):
             yield name, " ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _shown_metrics(report: Report | None) -> list[tuple[str, str]]:
+    return [(NAMES[name], f"{value:.5g}") for name, value in report.metrics.items()] if report else []
 
 
 def _dataset(options: Options) -> str:

@@ -300,6 +300,25 @@ class Options:
     validation_num_inference_steps: int = option(50, "Sampling steps of the sample grids.")
     num_validation_samples: int = option(512, "Held-out images of the validation loss.")
 
+    # --- Evaluation ----------------------------------------------------------------------------------------------
+    eval_steps: int | None = option(
+        None,
+        "Draw images and measure FID, KID, precision and recall every so many steps, and at the end; needs "
+        "requirements-evaluation.txt. Default: never.",
+        group="Evaluation",
+    )
+    num_eval_samples: int = option(1000, "Images to draw; FID of fewer is larger, so compare equal numbers only.")
+    eval_reference: str | None = option(
+        None,
+        "Statistics of real images (.npz, as `python -m vaerepa.evaluate` keeps or takes them). Default: of up to 10000 "
+        "training images, measured once.",
+    )
+    eval_guidance_scale: float = option(1.0, "Guidance scale of these images; 1 is none.")
+    eval_num_inference_steps: int = option(50, "Sampling steps of these images.")
+    inception_weights: str | None = option(
+        None, "File of the FID Inception's weights. Default: torch-fidelity downloads its own."
+    )
+
     # --- Output --------------------------------------------------------------------------------------------------
     output_dir: str = option(
         "outputs/vaerepa", "Folder for checkpoints, pictures and the final pipeline.", group="Output"

@@ -1,6 +1,7 @@
 """Sample grids: the pictures of a run, drawn through the pipeline that is shipped with it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -28,6 +29,11 @@ def build_pipeline(
         pipeline = dit.build_stock_pipeline(transformer, vae, scheduler, id2label).to(vae.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def sampler_name(pipeline: DiffusionPipeline) -> str:
+    """By what a pipeline samples unless it is told: Euler's method the shipped one, its scheduler any other."""
+    return "euler" if isinstance(pipeline, VAEREPAPipeline) else type(pipeline.scheduler).__name__
 
 
 def grid_labels(num_images: int, num_classes: int) -> list[int]:
@@ -78,24 +84,37 @@ def draw_prompt_grid(
     every = [text for _ in range(images_per_prompt) for text in texts]
     images = []
     for start, text in enumerate(every):  # one by one: the picture of a prompt does not depend on the others
-        positive = prompts.family.pipeline_inputs(prompts.condition([text, negative_prompt]))
-        halves = {name: (both[:1], both[1:]) for name, both in positive.items()}
-        inputs = {name: half[0] for name, half in halves.items()}
-        inputs |= {f"negative_{name}": half[1] for name, half in halves.items()}
-        images += pipeline(
-            **inputs,
-            **prompts.family.call_options,
+        images += draw_texts(
+            pipeline,
+            prompts,
+            [text],
+            negative_prompt,
+            [torch.Generator().manual_seed(seed + start // len(texts))],
             height=size[0],
             width=size[1],
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
-            generator=torch.Generator().manual_seed(seed + start // len(texts)),
-        ).images
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     labelled = [write_below(image, text) for image, text in zip(images, every, strict=True)]
     width, height = (max(side) for side in zip(*(image.size for image in labelled), strict=True))
     cells = [_lay_on_white(image, (width, height)) for image in labelled]
     make_image_grid(cells, rows=images_per_prompt, cols=len(texts)).save(path)
+
+
+def draw_texts(
+    pipeline: DiffusionPipeline,
+    prompts: Prompts,
+    texts: list[str],
+    negative_prompt: str,
+    generators: list[torch.Generator],
+    **call: Any,
+) -> list[Image.Image]:
+    """Samples a picture of each text by a stock pipeline; `call` are further arguments of its call."""
+    both = prompts.family.pipeline_inputs(prompts.condition([*texts, *[negative_prompt] * len(texts)]))
+    inputs = {name: embeddings[: len(texts)] for name, embeddings in both.items()}
+    inputs |= {f"negative_{name}": embeddings[len(texts) :] for name, embeddings in both.items()}
+    return pipeline(**inputs, **prompts.family.call_options, generator=generators, **call).images
 
 
 def write_below(image: Image.Image, text: str) -> Image.Image:

@@ -16,7 +16,7 @@ from vaerepa.data.loader import (
     micro_batch,
     read_batches,
 )
-from vaerepa.data.opening import Sources, open_sources
+from vaerepa.data.opening import Sources, open_images, open_sources, take_at_random
 from vaerepa.data.prompts import Prompts
 from vaerepa.data.source import Source
 
@@ -31,7 +31,9 @@ __all__ = [
     "TrainingDraws",
     "ValidationDraws",
     "micro_batch",
+    "open_images",
     "open_sources",
     "parse_buckets",
     "read_batches",
+    "take_at_random",
 ]

@@ -104,7 +104,36 @@ def open_sources(
         validation = _open_split(collection, validation_split, columns)
         if not by_caption:
             _check_labels(validation, id2label, validation_split)
-    return Sources(_take(train, max_train_samples, seed), validation, id2label)
+    return Sources(take_at_random(train, max_train_samples, seed), validation, id2label)
+
+
+def open_images(
+    name_or_path: str,
+    split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    max_images: int | None = None,
+    with_captions: bool = False,
+) -> Source:
+    """Opens one split of any data set for its images, whatever their labels; of more than `max_images` so many at random.
+
+    Raises:
+        OptionError: no such data set, split or column, or no images in it.
+    """
+    collection = open_collection(name_or_path, config_name, revision, cache_dir)
+    if split not in collection.splits:
+        raise OptionError(f"{name_or_path} has no split `{split}`; it has {', '.join(collection.splits)}.")
+    features = collection.features
+    image = image_column or _find(features, "image_column", IMAGE_NAMES, _is_image, Image)
+    if not _is_image(features.get(image)):
+        raise OptionError(f"--image_column {image}: expected a column of images; there are {', '.join(features)}.")
+    columns = Columns(label=None, image=image)
+    if with_captions:
+        columns = find_columns(features, image, None, caption_column, by_caption=True)
+    return take_at_random(_open_split(collection, split, columns), max_images)
 
 
 # ---- kinds of data sets
@@ -286,7 +315,7 @@ def find_columns(
     moments = next((name for name in MOMENTS_NAMES if name in features and _is_array(features[name])), None)
     if moments is not None and image_column is None:
         return Columns(label, moments=moments, caption=caption)
-    image = image_column or _find(features, "image_column", IMAGE_NAMES, lambda f: isinstance(f, Image), Image)
+    image = image_column or _find(features, "image_column", IMAGE_NAMES, _is_image, Image)
     if not isinstance(features[image], Image):
         raise OptionError(f"--image_column {image} holds {features[image]}; expected an Image feature.")
     return Columns(label, image=image, caption=caption)
@@ -302,6 +331,10 @@ def _find(features: Features, flag: str, names: tuple[str, ...], fits: Callable[
         f"--{flag} is missing: none of the data set's columns ({', '.join(features)}) is clearly it. Name it"
         + ("." if flag == "image_column" else "; images in folders take their labels from the folders' names.")
     )
+
+
+def _is_image(feature: object) -> bool:
+    return isinstance(feature, Image)
 
 
 def _is_label(feature: object) -> bool:
@@ -352,7 +385,8 @@ def _hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
     return source.subset(~held_out), source.subset(held_out)
 
 
-def _take(source: Source, count: int | None, seed: int) -> Source:
+def take_at_random(source: Source, count: int | None, seed: int = 0) -> Source:
+    """So many of the rows, or all if `count` is None or more."""
     if count is None or count >= len(source):
         return source
     rows = np.flatnonzero(source.members)

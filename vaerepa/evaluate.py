@@ -1,0 +1,369 @@
+"""Evaluates a trained pipeline: draws images by all processes, and measures FID, sFID, KID, precision, recall and more.
+
+    accelerate launch -m vaerepa.evaluate --pretrained_model_name_or_path outputs/quickstart \
+        --reference configs/quickstart/digits --num_samples 1000 --output_dir outputs/quickstart-evaluation
+
+Image i depends on the seed and i alone: any number of processes draws the same set, and a killed run goes on where it was.
+"""
+
+import argparse
+import inspect
+import logging
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, DiffusionPipeline, DiTPipeline
+
+from pipeline_vaerepa import DEFAULT_STEPS, VAEREPAPipeline
+from vaerepa import checkpoints, checks, evaluation, families, latents, objectives
+from vaerepa.data import Prompts, Source, open_images
+from vaerepa.data.latents_cache import checksum
+from vaerepa.data.prompts import choose_caption
+from vaerepa.errors import OptionError
+from vaerepa.evaluation.samples import (
+    NPZ,
+    Draw,
+    balanced,
+    claim_folder,
+    draw_classes,
+    draw_missing,
+    draw_prompts,
+    write_npz,
+)
+from vaerepa.families import TextFamily
+from vaerepa.layout import POSITION, STATE, all_checkpoints, step_of
+from vaerepa.privacy import public_name, redact
+
+logger = logging.getLogger(__name__)
+
+STOCK_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: how it draws, the pixels of its images, and what these depend on."""
+
+    draw: Draw
+    resolution: int
+    settings: dict[str, Any]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vaerepa.evaluate", description="Samples a pipeline and measures its images.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the pipeline.")
+    add("--revision", help="Its revision on the Hub.")
+    add("--variant", help="Variant of its files, for example fp16.")
+    add(
+        "--output_dir",
+        type=Path,
+        required=True,
+        help="Folder for images and numbers; the same goes on with its images.",
+    )
+    add("--num_samples", type=int, default=50_000, help="Images to draw (default: 50000).")
+    add("--batch_size", type=int, default=16, help="Images that a process draws at once (default: 16).")
+    add("--seed", type=int, default=0, help="Noise, labels and prompts follow from it (default: 0).")
+    add(
+        "--sampler",
+        choices=list(DEFAULT_STEPS),
+        help="Of class-conditional flows (default: sde, as the paper's tables).",
+    )
+    add("--num_inference_steps", type=int, help="Default: 250 of sde, 50 of euler, 25 of heun, 50 of stock pipelines.")
+    add("--guidance_scale", type=float, help="Default: 1.0, no guidance; of text-to-image the stock pipeline's.")
+    add(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="Guide in these t only (default: 0 1).",
+    )
+    add("--prompts", type=Path, help="File with a prompt per line. Default: captions of the reference data set.")
+    add("--negative_prompt", default="", help="Negative prompt of text-to-image pipelines.")
+    add(
+        "--max_sequence_length",
+        type=int,
+        help="Tokens of a prompt. Default: the stock pipeline's; give what was trained.",
+    )
+    add("--resolution", type=int, help="Pixels of text-to-image samples. Default: what the transformer was made for.")
+    add("--npz", action="store_true", help="Also write samples.npz (arr_0), which the evaluator of ADM takes.")
+    add(
+        "--reference",
+        help="Real images: a data set, or statistics as .npz. Without it, images are drawn and not measured.",
+    )
+    add("--reference_split", default="train", help="Split of that data set (default: train).")
+    add("--reference_config_name", help="Config of that data set.")
+    add("--reference_revision", help="Its revision on the Hub.")
+    add("--num_reference_images", type=int, help="Take so many of its images, drawn at random. Default: all.")
+    add("--image_column", help="Its column with the images. Default: found from the features.")
+    add("--caption_column", help="Its column with the captions. Default: found from the features.")
+    add("--inception_weights", help="File of the FID Inception's weights. Default: torch-fidelity downloads its own.")
+    add("--cache_dir", help="Where models, data sets and reference statistics are kept.")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the evaluation; user errors become one sentence and an exit code."""
+    args = build_parser().parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    try:
+        evaluate(args)
+    except OptionError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nerror: {redact(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted. The same command goes on with the images that are there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """The story: check, open, draw, measure."""
+    check_arguments(args)
+    accelerator = Accelerator()
+    if accelerator.device.type == "cpu":  # accelerate launch leaves one thread to each
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    folder = args.output_dir
+    with checks.locked_output_dir(folder) if accelerator.is_main_process else nullcontext():
+        checks.check_shared(folder, accelerator)
+        with accelerator.local_main_process_first():
+            pipeline, family = load_pipeline(args)
+            reference = open_reference(args, with_captions=family is not None and args.prompts is None)
+        pipeline.to(accelerator.device)
+        precision = f"{pipeline.transformer.dtype}, mixed precision {accelerator.mixed_precision}".replace("torch.", "")
+        subject = open_texts(args, pipeline, family, reference) if family else open_classes(args, pipeline)
+        settings = describe(args, pipeline) | subject.settings | {"seed": args.seed, "precision": precision}
+        with accelerator.main_process_first():
+            claim_folder(folder, settings)
+        if reference is None:
+            draw_missing(accelerator, folder, args.num_samples, args.batch_size, subject.draw)
+        else:
+            about = {"dataset": public_name(args.reference), "split": args.reference_split}
+            about |= {"resolution": subject.resolution}
+            evaluator = evaluation.open_evaluator(accelerator, args.inception_weights, reference, about, args.cache_dir)
+            report = evaluator.evaluate(folder, args.num_samples, args.batch_size, subject.draw, settings)
+            if accelerator.is_main_process:
+                print("\n".join(report.lines()))
+        if args.npz and accelerator.is_main_process:
+            logger.info(f"writing {folder / NPZ}")
+            write_npz(folder, args.num_samples)
+        accelerator.end_training()
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Checks what needs neither model nor data.
+
+    Raises:
+        OptionError: a value outside its range, or a file that is not there.
+    """
+    for name in (
+        "num_samples",
+        "batch_size",
+        "num_inference_steps",
+        "max_sequence_length",
+        "resolution",
+        "num_reference_images",
+    ):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise OptionError(f"--{name} {value}: expected above 0.")
+    if args.reference:
+        evaluation.check(args.num_samples, args.reference if args.reference.endswith(".npz") else None)
+    low, high = args.guidance_interval or (0.0, 1.0)
+    if not 0 <= low <= high <= 1:
+        raise OptionError(f"--guidance_interval {low} {high}: expected two rising numbers within 0 and 1.")
+    if args.prompts and not args.prompts.is_file():
+        raise OptionError(f"--prompts {args.prompts}: there is no such file.")
+
+
+def open_reference(args: argparse.Namespace, with_captions: bool) -> Path | Source | None:
+    """The real images, or their statistics.
+
+    Raises:
+        OptionError: they are not there.
+    """
+    if args.reference is None:
+        return None
+    if args.reference.endswith(".npz"):
+        return Path(args.reference)
+    return open_images(
+        args.reference,
+        args.reference_split,
+        args.image_column,
+        args.caption_column,
+        args.reference_config_name,
+        args.reference_revision,
+        args.cache_dir,
+        args.num_reference_images,
+        with_captions,
+    )
+
+
+def load_pipeline(args: argparse.Namespace) -> tuple[DiffusionPipeline, TextFamily | None]:
+    """The pipeline, and its family if it draws from text.
+
+    Raises:
+        OptionError: nothing is there, or a kind of pipeline that is not known.
+    """
+    name = args.pretrained_model_name_or_path
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        kind = DiffusionPipeline.load_config(name, **where).get("_class_name")
+    except OSError as error:
+        raise OptionError(
+            f"--pretrained_model_name_or_path {name}: no pipeline there. Expected a Hub id, or a folder with model_index.json."
+        ) from error
+    family = families.text_family_of(kind)
+    if family is None and kind != "DiTPipeline":
+        raise OptionError(
+            f"--pretrained_model_name_or_path {name} holds a {kind}; expected a DiTPipeline, {families.SUPPORTED}."
+        )
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, variant=args.variant, **where)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+    return pipeline, family
+
+
+def open_classes(args: argparse.Namespace, pipeline: DiTPipeline) -> Subject:
+    """A class-conditional pipeline, asked for all classes equally often: the shipped one samples flows, the stock one others.
+
+    Raises:
+        OptionError: an argument that goes with flows or with text-to-image only, or a scheduler that no seed reaches.
+    """
+    for flag in ("prompts", "negative_prompt", "max_sequence_length", "resolution"):
+        if getattr(args, flag):
+            raise OptionError(f"--{flag} goes with text-to-image pipelines; this one draws classes.")
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    id2label = {number: name for name, number in pipeline.labels.items()}
+    scale = 1.0 if args.guidance_scale is None else args.guidance_scale
+    num_classes = len(id2label) or transformer.config.num_embeds_ada_norm
+    settings = {"guidance_scale": scale}
+    call: dict[str, Any] = {"guidance_scale": scale}
+    if objectives.name_of(scheduler) == "flow_matching":
+        pipeline = VAEREPAPipeline(transformer, pipeline.vae, scheduler, id2label)
+        sampler = args.sampler or "sde"
+        interval = tuple(args.guidance_interval or (0.0, 1.0))
+        call |= {"sampler": sampler, "guidance_interval": interval}
+        settings |= {"guidance_interval": list(interval)}
+    else:
+        for flag in ("sampler", "guidance_interval"):
+            if getattr(args, flag):
+                raise OptionError(
+                    f"--{flag} goes with flow models; this one is sampled by its {type(scheduler).__name__}."
+                )
+        if isinstance(scheduler, DDPMScheduler):
+            raise OptionError(
+                "its DDPMScheduler draws noise that no seed of an image reaches; save it with a DDIMScheduler."
+            )
+        sampler = type(scheduler).__name__
+    pipeline.set_progress_bar_config(disable=True)
+    call["num_inference_steps"] = args.num_inference_steps or DEFAULT_STEPS.get(sampler, STOCK_STEPS)
+    settings = {
+        "sampler": sampler,
+        "num_inference_steps": call["num_inference_steps"],
+        **settings,
+        "classes": num_classes,
+    }
+    draw = draw_classes(pipeline, balanced(args.num_samples, num_classes, args.seed), args.seed, **call)
+    return Subject(draw, transformer.config.sample_size * latents.downsampling_factor(pipeline.vae), settings)
+
+
+def open_texts(
+    args: argparse.Namespace, pipeline: DiffusionPipeline, family: TextFamily, reference: Path | Source | None
+) -> Subject:
+    """A text-to-image pipeline, asked by captions of the reference or by the prompts of a file.
+
+    Raises:
+        OptionError: no prompts, no resolution, or an argument that goes with class-conditional pipelines.
+    """
+    for flag in ("sampler", "guidance_interval"):
+        if getattr(args, flag):
+            raise OptionError(f"--{flag} goes with class-conditional flows; this pipeline has its own scheduler.")
+    size = pipeline.transformer.config.get("sample_size")
+    resolution = args.resolution or (size and size * latents.downsampling_factor(pipeline.vae))
+    if resolution is None:
+        raise OptionError("--resolution is missing: this transformer was made for no particular one.")
+    texts = read_prompts(args, reference)
+    texts = [texts[place] for place in balanced(args.num_samples, len(texts), args.seed)]
+    pipeline.set_progress_bar_config(disable=True)
+    length = args.max_sequence_length or family.max_sequence_length
+    prompts = Prompts(family, pipeline, length, pipeline.device)
+    own = inspect.signature(pipeline.__call__).parameters
+    call = {
+        "num_inference_steps": args.num_inference_steps or STOCK_STEPS,
+        "guidance_scale": own["guidance_scale"].default if args.guidance_scale is None else args.guidance_scale,
+    }
+    settings = {"sampler": type(pipeline.scheduler).__name__, **call, "negative_prompt": args.negative_prompt or None}
+    settings |= {
+        "max_sequence_length": length,
+        "prompts": f"{public_name(str(args.prompts or args.reference))}, {digest(texts)}",
+    }
+    draw = draw_prompts(
+        pipeline, prompts, texts, args.negative_prompt, args.seed, height=resolution, width=resolution, **call
+    )
+    return Subject(draw, resolution, settings | {"resolution": resolution})
+
+
+def read_prompts(args: argparse.Namespace, reference: Path | Source | None) -> list[str]:
+    """All prompts to choose from: lines of a file, or a caption of each reference image.
+
+    Raises:
+        OptionError: there are none.
+    """
+    if args.prompts:
+        texts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif isinstance(reference, Source):
+        texts = [choose_caption(several, args.seed, i) for i, several in enumerate(reference.captions())]
+    else:
+        texts = []
+    if not texts:
+        raise OptionError("this pipeline draws from text: give --prompts, or a data set with captions as --reference.")
+    return texts
+
+
+def describe(args: argparse.Namespace, pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Which pipeline, and which weights."""
+    name = args.pretrained_model_name_or_path
+    return {
+        "pipeline": public_name(name),
+        "revision": args.revision,
+        "class": type(pipeline).__name__,
+        "trained": trained(Path(name)) if Path(name).is_dir() else None,
+        "weights": checksum(pipeline.transformer)[:16],
+        "vae": checksum(pipeline.vae)[:16],
+    }
+
+
+def trained(folder: Path) -> str | None:
+    """Steps and average of a pipeline that this trainer wrote, as far as the folder tells them."""
+    if (folder / STATE / POSITION).is_file():  # a checkpoint
+        position = checkpoints.load_position(folder)
+        return in_words(position["step"], position["options"])
+    kept = all_checkpoints(folder)
+    if not kept or not (folder / "run_config.yaml").is_file():
+        return None
+    return in_words(step_of(kept[-1]), yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8")))
+
+
+def in_words(step: int, options: dict[str, Any]) -> str:
+    average = f"EMA {options['ema_decay'][0]}" if options["use_ema"] else "no EMA"
+    return f"{step} steps, {average}"
+
+
+def digest(texts: list[str]) -> str:
+    return blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

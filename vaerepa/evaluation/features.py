@@ -1,0 +1,65 @@
+"""Features of many images, shared out over all processes: their statistics, and those that are kept themselves."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from vaerepa.evaluation.extractor import Extractor, batches_of
+from vaerepa.evaluation.statistics import Statistics, Sums
+
+KEPT = ("pool", "logits")  # KID, precision and recall, and the Inception Score need them one by one
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a set of images.
+
+    Attributes:
+        count: images that the statistics are over.
+        statistics: of the features `pool` and `spatial`, as far as they are known.
+        features: `pool` and `logits`, (n, d) in the order of the images, of all of them or of fewer.
+    """
+
+    count: int
+    statistics: dict[str, Statistics]
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def measure(
+    accelerator: Accelerator,
+    extractor: Extractor,
+    images: Iterable[tuple[int, torch.Tensor]],
+    count: int,
+    keep_every: int = 1,
+) -> Measured:
+    """Features of all images; every process must call it with its own share.
+
+    Args:
+        images: numbers, and images as uint8 tensors of shape (3, H, W), of this process.
+        count: images of all processes together, for the progress bar.
+        keep_every: keeps the features of each image whose number divides by it.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    sums: dict[str, Sums] = {"pool": Sums(), "spatial": Sums()}
+    kept: list[tuple[int, dict[str, torch.Tensor]]] = []
+    progress = tqdm(total=count, desc="features", disable=not accelerator.is_local_main_process)
+    for numbers, pixels in batches_of(images):
+        features = extractor(pixels)
+        for name, own in sums.items():
+            own.add(features[name])
+        for place, number in enumerate(numbers):
+            if number % keep_every == 0:
+                kept.append((number, {name: features[name][place] for name in KEPT if name in features}))
+        progress.update(min(len(numbers) * accelerator.num_processes, count - progress.n))
+    progress.close()
+    statistics = {name: own.statistics() for name, own in sums.items()}
+    total = sum(gather_object([sums["pool"].count]))
+    rows = [features for _, features in sorted(gather_object(kept), key=lambda item: item[0])]
+    names = rows[0] if rows else ()
+    return Measured(total, statistics, {name: torch.stack([row[name] for row in rows]) for name in names})

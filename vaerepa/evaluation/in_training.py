@@ -1,0 +1,100 @@
+"""--eval_steps: a small evaluation in training, by the same code as `python -m vaerepa.evaluate`."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+from vaerepa.data import Prompts, Source, take_at_random
+from vaerepa.data.prompts import choose_caption
+from vaerepa.errors import OptionError
+from vaerepa.evaluation.evaluator import REPORT, Evaluator, Report, open_evaluator, read_report
+from vaerepa.evaluation.reference import MAX_KEPT
+from vaerepa.evaluation.samples import Draw, balanced, draw_classes, draw_prompts
+from vaerepa.layout import step_of
+from vaerepa.options import Options
+from vaerepa.privacy import public_name
+
+FOLDER = "evaluation"  # in the output folder
+
+
+@dataclass(frozen=True)
+class TrainingEvaluation:
+    """What is opened once, before the first step."""
+
+    options: Options
+    evaluator: Evaluator
+    choices: list[Any]  # a class or a caption for each image
+
+    def classes(self, pipeline: DiffusionPipeline) -> Draw:
+        """Draws by a class-conditional pipeline of vaerepa.sampling."""
+        return draw_classes(pipeline, self.choices, self.options.seed, **self._call())
+
+    def texts(self, pipeline: DiffusionPipeline, prompts: Prompts, size: tuple[int, int]) -> Draw:
+        """Draws by a stock text-to-image pipeline; `size` is height and width in pixels."""
+        options = self.options
+        more = self._call() | {"height": size[0], "width": size[1]}
+        return draw_prompts(pipeline, prompts, self.choices, options.negative_prompt, options.seed, **more)
+
+    def run(self, step: int, draw: Draw, weights: str, sampler: str) -> Report:
+        """Draws and measures; every process must call it. The report stays in the output folder, the images do not.
+
+        Args:
+            weights: which are evaluated, as for example "EMA 0.9999".
+        """
+        options, accelerator = self.options, self.evaluator.accelerator
+        folder = Path(options.output_dir, FOLDER, f"step-{step}")
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)  # of this step before a restart
+            (folder / "images").mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        settings = {"trained": f"{step} steps, {weights}", "sampler": sampler, **self._call(), "seed": options.seed}
+        settings["precision"] = f"mixed precision {accelerator.mixed_precision}"
+        report = self.evaluator.evaluate(folder, options.num_eval_samples, options.train_batch_size, draw, settings)
+        if accelerator.is_main_process:
+            shutil.rmtree(folder / "images")
+        return report
+
+    def _call(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "guidance_scale": options.eval_guidance_scale,
+            "num_inference_steps": options.eval_num_inference_steps,
+        }
+
+
+def newest_report(output_dir: Path, step: int) -> Report | None:
+    """The newest report that this run has written up to a step."""
+    paths = [path for path in (output_dir / FOLDER).glob(f"step-*/{REPORT}") if step_of(path.parent) <= step]
+    return read_report(max(paths, key=lambda path: step_of(path.parent))) if paths else None
+
+
+def open_evaluation(
+    options: Options, accelerator: Accelerator, source: Source, num_classes: int
+) -> TrainingEvaluation | None:
+    """Opens extractor and reference, where --eval_steps asks for them; every process must call it.
+
+    Args:
+        source: the training images; of more than 10 000 so many are the reference.
+
+    Raises:
+        OptionError: something is missing or does not fit.
+    """
+    if options.eval_steps is None:
+        return None
+    if source.holds_latents and options.eval_reference is None:
+        raise OptionError("--eval_steps: the data set holds latents; give statistics of images by --eval_reference.")
+    count, seed = options.num_eval_samples, options.seed
+    if options.text_conditioning:
+        captions = [choose_caption(several, seed, i) for i, several in enumerate(source.captions())]
+        choices = [captions[place] for place in balanced(count, len(captions), seed)]
+    else:
+        choices = balanced(count, num_classes, seed)
+    about = {"dataset": public_name(options.train_data_dir or options.dataset_name), "split": options.train_split}
+    about |= {"resolution": options.resolution}
+    reference = Path(options.eval_reference) if options.eval_reference else take_at_random(source, MAX_KEPT)
+    evaluator = open_evaluator(accelerator, options.inception_weights, reference, about, options.cache_dir)
+    return TrainingEvaluation(options, evaluator, choices)

@@ -1,0 +1,185 @@
+"""The real images that samples are compared with: measured once, kept as .npz; or statistics that others made."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from vaerepa.data import Source
+from vaerepa.data.images import UNREADABLE, crop, read_image, resize_to_cover, to_pixels
+from vaerepa.errors import OptionError
+from vaerepa.evaluation.extractor import Extractor
+from vaerepa.evaluation.features import Measured, measure
+from vaerepa.evaluation.statistics import Statistics
+
+logger = logging.getLogger(__name__)
+
+MAX_KEPT = 10_000  # images whose features are kept, as in ADM's reference batches
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names in an .npz
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images, measured; `about` says which and how many."""
+
+    measured: Measured
+    about: dict[str, Any]
+
+
+def measure_source(
+    accelerator: Accelerator, extractor: Extractor, source: Source, about: dict[str, Any], cache_dir: str | None
+) -> Reference:
+    """Features of a data set's images, centre-cropped as in training; kept for the next time. All processes must call it.
+
+    Args:
+        about: what the images are: data set, revision, split, `resolution`; with `extractor` the key of what is kept.
+
+    Raises:
+        OptionError: the source holds latents, or fewer than two readable images.
+    """
+    if source.holds_latents:
+        raise OptionError(f"{about['dataset']} holds latents; a reference needs images, or statistics as .npz.")
+    about = about | {"revision": source.storage.revision, "num_images": len(source), "extractor": extractor.name}
+    key = blake2b(json.dumps([about, _digest(source.members)]).encode(), digest_size=8).hexdigest()
+    path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vaerepa-reference" / f"{key}.npz"
+    if accelerator.gather(torch.tensor([path.is_file()], device=accelerator.device)).all():
+        return read_statistics(path, extractor)
+    images = _images(source, about["resolution"], accelerator.process_index, accelerator.num_processes)
+    try:
+        measured = measure(accelerator, extractor, images, len(source), keep_every=-(-len(source) // MAX_KEPT))
+    except ValueError as error:
+        raise OptionError(f"the reference {about['dataset']} cannot be used: {error}") from error
+    reference = Reference(measured, about)
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_statistics(path, reference)
+    accelerator.wait_for_everyone()
+    return reference
+
+
+def open_npz(accelerator: Accelerator, extractor: Extractor, path: Path) -> Reference:
+    """Statistics that this room wrote, or a reference batch of ADM: mu, sigma, mu_s, sigma_s and images arr_0, or some.
+
+    ADM's statistics are taken with the published weights only, which they were made with (by TensorFlow); what they lack,
+    and what KID, precision and recall need, comes from the images. All processes must call it.
+
+    Raises:
+        OptionError: it is neither, or made by another extractor.
+    """
+    with _open(path) as arrays:
+        names = set(arrays.files)
+        if "extractor" in names:
+            return read_statistics(path, extractor)
+        foreign = {
+            k: Statistics(*(_tensor(arrays[n]) for n in pair)) for k, pair in STATISTICS.items() if names >= {*pair}
+        }
+        if foreign and not extractor.is_published:
+            raise OptionError(
+                f"--reference {path} holds statistics of the published Inception weights, and {extractor.name} are others; "
+                "take those (leave --inception_weights off), or images as the reference."
+            )
+        if not foreign and "arr_0" not in names:
+            raise OptionError(
+                f"--reference {path}: expected mu and sigma, or images arr_0; it holds {', '.join(names)}."
+            )
+        wrong = [
+            k
+            for k, one in foreign.items()
+            if one.sigma.shape != (one.mu.numel(),) * 2 or one.mu.numel() != extractor.sizes[k]
+        ]
+        if wrong:
+            raise OptionError(f"--reference {path}: its {STATISTICS[wrong[0]][0]} is not of this extractor's size.")
+        pixels = arrays["arr_0"] if "arr_0" in names else np.empty((0,))
+    if pixels.size and (pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8):
+        raise OptionError(
+            f"--reference {path}: arr_0 must be uint8 of shape (N, H, W, 3), and is {pixels.dtype} {pixels.shape}."
+        )
+    measured = Measured(0, {})
+    if pixels.size:
+        own = range(accelerator.process_index, len(pixels), accelerator.num_processes)
+        images = ((i, torch.from_numpy(pixels[i]).permute(2, 0, 1)) for i in own)
+        measured = measure(accelerator, extractor, images, len(pixels), keep_every=-(-len(pixels) // MAX_KEPT))
+    about = {"dataset": path.name, "num_images": None if foreign else measured.count, "extractor": extractor.name}
+    return Reference(Measured(measured.count, measured.statistics | foreign, measured.features), about)
+
+
+def read_statistics(path: Path, extractor: Extractor) -> Reference:
+    """What `write_statistics` wrote.
+
+    Raises:
+        OptionError: it is damaged, or made by another extractor.
+    """
+    with _open(path) as arrays:
+        try:
+            about = json.loads(str(arrays["about"]))
+            made_by = str(arrays["extractor"])
+            measured = Measured(
+                int(arrays["count"]),
+                {name: Statistics(*(_tensor(arrays[part]) for part in pair)) for name, pair in STATISTICS.items()},
+                {"pool": torch.from_numpy(arrays["features"])},
+            )
+        except (KeyError, ValueError, OSError) as error:
+            raise OptionError(f"the statistics {path} are damaged; remove them: {error}") from error
+    if made_by != extractor.name:
+        raise OptionError(
+            f"the statistics {path} were made by {made_by}, and the samples are measured by {extractor.name}: they cannot be "
+            "compared. Give the same --inception_weights, or the data set in their place."
+        )
+    return Reference(measured, about)
+
+
+def write_statistics(path: Path, reference: Reference) -> None:
+    """Writes an .npz under ADM's names (which pytorch-fid reads too), with `features`, `count`, `extractor` and `about`."""
+    arrays = {}
+    for name, pair in STATISTICS.items():
+        statistics = reference.measured.statistics[name]
+        arrays |= dict(zip(pair, (statistics.mu.numpy(), statistics.sigma.numpy()), strict=True))
+    unfinished = path.with_name(f".{path.name}.unfinished.npz")
+    np.savez(
+        unfinished,
+        **arrays,
+        features=reference.measured.features["pool"].numpy(),
+        count=reference.measured.count,
+        extractor=reference.about["extractor"],
+        about=json.dumps(reference.about),
+    )
+    unfinished.replace(path)
+
+
+def _images(source: Source, resolution: int, index: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Numbers, and images as uint8 tensors of shape (3, R, R), of each `count`-th block from the `index`-th on."""
+    starts, size = np.cumsum([0, *source.block_sizes]), (resolution, resolution)
+    for block in range(index, len(source.block_sizes), count):
+        for place, row in enumerate(source.read_block(block)):
+            try:
+                image = resize_to_cover(read_image(row.image), size)
+            except UNREADABLE as error:
+                logger.warning(f"image {row.index} of the reference cannot be read and is left out: {error}")
+                continue
+            yield int(starts[block]) + place, to_pixels(crop(image, size))
+
+
+def _open(path: Path) -> np.lib.npyio.NpzFile:
+    try:
+        arrays = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise OptionError(f"{path} is no .npz that can be read: {error}") from error
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise OptionError(f"{path} is no .npz.")
+    return arrays
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array, dtype=np.float64))
+
+
+def _digest(members: np.ndarray) -> str:
+    return blake2b(np.packbits(members).tobytes(), digest_size=8).hexdigest()

@@ -1,0 +1,149 @@
+"""Samples: images that follow from the seed and their number alone, drawn by all processes into one folder.
+
+FOLDER/settings.json              what the images depend on
+FOLDER/images/000000.png ...      each takes its name when it is whole; a killed run goes on with those that lack
+FOLDER/samples.npz                the same as one array, for evaluators that take that
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm.auto import tqdm
+
+from vaerepa import sampling
+from vaerepa.data import Prompts
+from vaerepa.data.images import to_pixels
+from vaerepa.errors import OptionError
+from vaerepa.randomness import draw_permutation, generator
+
+Draw = Callable[[list[int]], list[Image.Image]]  # from the numbers of images to the images
+SETTINGS = "settings.json"
+NPZ = "samples.npz"
+
+
+def balanced(count: int, choices: int, seed: int) -> list[int]:
+    """A choice in [0, choices) for each image: each comes equally often, up to one; the i-th follows from the seed and i."""
+    order = draw_permutation(seed, "evaluation", choices).tolist()
+    return [order[i % choices] for i in range(count)]
+
+
+def draw_classes(pipeline: DiffusionPipeline, labels: list[int], seed: int, **call: Any) -> Draw:
+    """Draws image i of class labels[i] by a class-conditional pipeline; `call` are further arguments of its call."""
+
+    def draw(numbers: list[int]) -> list[Image.Image]:
+        return pipeline([labels[i] for i in numbers], generator=_generators(seed, numbers), **call).images
+
+    return draw
+
+
+def draw_prompts(
+    pipeline: DiffusionPipeline, prompts: Prompts, texts: list[str], negative_prompt: str, seed: int, **call: Any
+) -> Draw:
+    """Draws image i of the prompt texts[i] by a text-to-image pipeline; `call` are further arguments of its call."""
+
+    def draw(numbers: list[int]) -> list[Image.Image]:
+        wanted = [texts[i] for i in numbers]
+        return sampling.draw_texts(pipeline, prompts, wanted, negative_prompt, _generators(seed, numbers), **call)
+
+    return draw
+
+
+def _generators(seed: int, numbers: list[int]) -> list[torch.Generator]:
+    return [generator(seed, "evaluation", i) for i in numbers]
+
+
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder, or finds it again: what lies there must have been drawn alike.
+
+    Raises:
+        OptionError: it holds other images, or cannot be written.
+    """
+    path = folder / SETTINGS
+    settings = json.loads(json.dumps(settings))
+    try:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [f"{k} was {before.get(k)} and is {v}" for k, v in settings.items() if before.get(k) != v]
+            if changed:
+                raise OptionError(
+                    f"--output_dir {folder} holds images that were drawn otherwise: {'; '.join(changed)}. Choose another."
+                )
+            return
+        if next((folder / "images").iterdir(), None):
+            raise OptionError(f"--output_dir {folder} holds images of unknown origin; choose another.")
+        write_whole(path, json.dumps(settings, indent=2).encode())
+    except OSError as error:
+        raise OptionError(f"--output_dir {folder} cannot be written: {error.strerror}.") from error
+    except json.JSONDecodeError as error:
+        raise OptionError(f"{path} is damaged; remove the folder, or choose another --output_dir.") from error
+
+
+def draw_missing(accelerator: Accelerator, folder: Path, count: int, batch_size: int, draw: Draw) -> None:
+    """Draws those of the images 0 to `count` - 1 that the folder lacks, shared out over all processes."""
+    missing = [i for i in range(count) if not image_path(folder, i).exists()]
+    accelerator.wait_for_everyone()  # until all have seen the same
+    own = missing[accelerator.process_index :: accelerator.num_processes]
+    progress = tqdm(
+        total=count,
+        initial=count - len(missing),
+        desc="samples",
+        disable=not accelerator.is_local_main_process,
+    )
+    for start in range(0, len(own), batch_size):
+        numbers = own[start : start + batch_size]
+        with accelerator.autocast():
+            images = draw(numbers)
+        for number, image in zip(numbers, images, strict=True):
+            _write_image(image_path(folder, number), image)
+        progress.update(min(len(numbers) * accelerator.num_processes, count - progress.n))
+    progress.close()
+    accelerator.wait_for_everyone()
+
+
+def image_path(folder: Path, number: int) -> Path:
+    """Where an image lies."""
+    return folder / "images" / f"{number:06d}.png"
+
+
+def read_pixels(folder: Path, numbers: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yields the numbers, and the images as uint8 tensors of shape (3, H, W)."""
+    for number in numbers:
+        with Image.open(image_path(folder, number)) as image:
+            yield number, to_pixels(image.convert("RGB"))
+
+
+def write_npz(folder: Path, count: int) -> Path:
+    """Writes the images as `arr_0`, uint8 of shape (N, H, W, 3), as the evaluator of ADM (openai/guided-diffusion) reads."""
+    path = folder / NPZ
+    unfinished = path.with_name(f".{NPZ}.unfinished")
+    with Image.open(image_path(folder, 0)) as first:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, first.height, first.width, 3)}
+    with zipfile.ZipFile(unfinished, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for _, pixels in read_pixels(folder, range(count)):  # one by one: 50 000 of 256 pixels are 10 GB
+            file.write(pixels.permute(1, 2, 0).contiguous().numpy().tobytes())
+    os.replace(unfinished, path)
+    return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that takes its name when it is whole."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
+
+
+def _write_image(path: Path, image: Image.Image) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    image.save(unfinished, format="PNG")
+    os.replace(unfinished, path)
