@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from tests.conftest import ROOT
-from vaerepa import components, dry_run
+from vaerepa import checks, components, dry_run
 from vaerepa.alignment import AlignedTransformer
 from vaerepa.families import dit
 from vaerepa.options import parse_options
@@ -87,10 +87,10 @@ def test_the_papers_model_has_its_published_figures(print_dry_run):
 
 
 def estimate_of(arguments: list[str]):
-    options = parse_options(arguments)
+    options = checks.fill_in_defaults(parse_options(arguments))
     parts = components.open_components(options)
     transformer = components.build_transformer(options, parts)
-    alignments = components.build_alignments(options, dit, transformer, [[0.0], [1.0]])
+    alignments = components.build_alignments(options, parts, transformer, [[0.0], [1.0]])
     return options, parts, transformer, alignments
 
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from vaerepa import checks, families, latents, lora, objectives
-from vaerepa.alignment import Alignment, VAEAlignment
+from vaerepa.alignment import Alignment, AlignmentMethod, SRAAlignment, VAEAlignment, settings
 from vaerepa.alignment.stored_heads import StoredHeads, load_heads
 from vaerepa.data import Sources, open_sources
 from vaerepa.errors import OptionError
@@ -227,7 +227,7 @@ def adopt_transformer(
         raise OptionError(
             f"the VAE has {latents.latent_channels(vae)} latent channels, the pretrained transformer {config.in_channels}."
         )
-    checks.check_alignment_block(options, dit, config.num_layers)
+    settings.blocks_of(options, config.num_layers)
     if not pretrained.shares_embedder:
         logger.info("its blocks have different timestep and label embedders: they are left apart")
     if dit.has_learned_sigma(transformer):
@@ -253,7 +253,7 @@ def adopt_text_transformer(options: Options, components: Components) -> nn.Modul
             f"the VAE has {latents.latent_channels(vae)} latent channels, the pretrained transformer "
             f"{family.latent_channels(transformer)}."
         )
-    checks.check_alignment_block(options, family, len(family.blocks(transformer)))
+    settings.blocks_of(options, len(family.blocks(transformer)))
     if options.rank:
         lora.add_lora(transformer, family, options)
     return transformer
@@ -268,31 +268,43 @@ def have_same_classes(one: dict[int, str] | None, other: dict[int, str]) -> bool
 
 
 def build_alignments(
-    options: Options, family: Family, transformer: nn.Module, latent_statistics: list[list[float]]
+    options: Options, components: Components, transformer: nn.Module, latent_statistics: list[list[float]]
 ) -> list[Alignment]:
-    """The alignment methods that are asked for, with their blocks, weights and ranges."""
-    if options.alignment == "none":
-        return []
+    """The alignment methods that are asked for, with their blocks, weights and ranges; `options` are filled in."""
+    blocks = settings.blocks_of(options, len(components.family.blocks(transformer)))
+    ranges = settings.t_ranges_of(options)
+    weights, schedules, stops = (
+        settings.values_of(options, f"alignment_{key}") for key in ("weight", "weight_schedule", "stop_step")
+    )
+    return [
+        Alignment(
+            name=name,
+            method=build_method(place, options, components, transformer, latent_statistics),
+            block=block,
+            weight=weights[place],
+            weight_schedule=schedules[place],
+            stop_step=stops[place],
+            t_range=ranges[place],
+        )
+        for place, (name, block) in enumerate(blocks.items())
+    ]
+
+
+def build_method(
+    place: int, options: Options, components: Components, transformer: nn.Module, latent_statistics: list[list[float]]
+) -> AlignmentMethod:
+    """The method at this place in --alignment."""
+    name, family = options.alignment[place], components.family
+    head_and_loss = {
+        argument: settings.values_of(options, f"alignment_{key}")[place]
+        for argument, key in {"distance": "loss", "beta": "beta", "num_layers": "layers", "width": "width"}.items()
+    }
+    if name == "sra":
+        num_layers = len(family.blocks(transformer))
+        return SRAAlignment(settings.teacher_block_of(options, num_layers), **head_and_loss)
     normalizes = options.alignment_normalize
     if options.text_conditioning and not latents.are_near_unit_scale(latent_statistics):
         logger.info("the latents are not near unit scale: the alignment's target is normalised per channel")
         normalizes = True
-    method = VAEAlignment(
-        family.patch_size(transformer),
-        distance=options.alignment_loss,
-        beta=options.alignment_beta,
-        num_layers=options.alignment_layers,
-        width=options.alignment_width,
-        statistics=tuple(map(torch.tensor, latent_statistics)) if normalizes else None,
-    )
-    return [
-        Alignment(
-            name="vae",
-            method=method,
-            block=options.alignment_block or family.default_alignment_block(len(family.blocks(transformer))),
-            weight=options.alignment_weight,
-            weight_schedule=options.alignment_weight_schedule,
-            stop_step=options.alignment_stop_step,
-            t_range=options.alignment_t_range,
-        )
-    ]
+    statistics = tuple(map(torch.tensor, latent_statistics)) if normalizes else None
+    return VAEAlignment(family.patch_size(transformer), statistics=statistics, **head_and_loss)

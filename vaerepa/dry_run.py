@@ -42,7 +42,7 @@ def describe(options: Options) -> str:
     with nullcontext() if parts.pretrained else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
-    alignments = components.build_alignments(options, parts.family, transformer, no_statistics)
+    alignments = components.build_alignments(options, parts, transformer, no_statistics)
     shape = latents.latent_shape(parts.vae, options.resolution)
     num_images = len(parts.sources.train)
     num_steps = checks.steps_in(options, num_images)
