@@ -263,6 +263,9 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         pipeline=pipeline,
         prompts=prompts,
     )
+    if components.encoder:  # which does not train, and needs no more than half precision
+        half = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
+        components.encoder.to(accelerator.device, half if accelerator.device.type == "cuda" else None)
     if position.get("num_images", len(run.sources.train)) != len(run.sources.train):
         raise OptionError(
             f"the data set had {position['num_images']} images in this run's past, and has {len(run.sources.train)}; give the "
@@ -341,7 +344,7 @@ def measure_latents(run: Run) -> None:
     logger.info(
         f"latents of the first {count} images: mean {samples.mean():.3f}, standard deviation {samples.std():.3f}"
     )
-    aims_at_latents = "vae" in settings.methods_of(options)
+    aims_at_latents = "vae" in options.alignment and options.alignment_target in settings.LATENT_TARGETS
     checks_scale = aims_at_latents and not options.alignment_normalize and not options.text_conditioning
     if checks_scale and not 0.5 <= samples.std() <= 2.0:
         logger.warning(

@@ -194,7 +194,7 @@ def test_an_unknown_flag_names_the_nearest(argument, nearest):
         ("output_dir", "[a, b]", "text"),
         ("mixed_precision", "fp8", "one of no, fp16, bf16"),
         ("objective", "ddim", "one of flow_matching, ddpm"),
-        ("alignment", "rope", "one or more values, each one of none, vae, sra"),
+        ("alignment", "rope", "one or more values, each one of none, vae, repa, sra"),
         ("alignment_loss", "true", "one or more values, each one of smooth_l1, l1, l2, cosine"),
         ("alignment_block", "[2, x]", "one or more values, each a whole number"),
         ("alignment_t_range", "[0, half]", "one or more values of type float"),

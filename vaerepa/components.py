@@ -11,8 +11,10 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from vaerepa import checks, families, latents, lora, objectives
-from vaerepa.alignment import Alignment, AlignmentMethod, SRAAlignment, VAEAlignment, settings
+from vaerepa.alignment import Alignment, AlignmentMethod, REPAAlignment, SRAAlignment, VAEAlignment, settings
 from vaerepa.alignment.stored_heads import StoredHeads, load_heads
+from vaerepa.alignment.vae_features import VAEFeatures
+from vaerepa.alignment.vision_encoder import VisionEncoder, load_encoder
 from vaerepa.data import Sources, open_sources
 from vaerepa.errors import OptionError
 from vaerepa.families import Family, TextFamily, TextModel, TextPipeline, dit
@@ -35,6 +37,7 @@ class Components:
     pretrained: dit.PretrainedPipeline | TextPipeline | None
     text: TextPipeline | None = None  # whose text encoders are used
     heads: StoredHeads | None = None  # which lie beside it
+    encoder: VisionEncoder | None = None  # that `repa` aligns to
 
 
 def open_components(options: Options) -> Components:
@@ -56,7 +59,8 @@ def open_components(options: Options) -> Components:
     if text and not pretrained:
         scheduler = family.default_scheduler(options.timestep_shift)
     objective = build_objective(options, scheduler, len(sources.id2label))
-    return Components(family, vae, sources, objective, pretrained, text, heads)
+    encoder = load_encoder(options.alignment_encoder, options.cache_dir) if "repa" in options.alignment else None
+    return Components(family, vae, sources, objective, pretrained, text, heads, encoder)
 
 
 def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
@@ -125,6 +129,8 @@ def open_vae_and_data(options: Options, family: Family = dit) -> tuple[nn.Module
         OptionError: one of them is not there, or does not fit the options.
     """
     vae, sources = load_vae(options, family), open_data(options)
+    if "vae_features" in settings.requirements_of(options).get("vae", ()):
+        VAEFeatures(vae, options.alignment_target)
     if sources.train.holds_latents and latents.is_folded(vae):
         raise OptionError(
             "the data set holds latents, and this VAE shifts or normalises its own, which is not known of those in a data set. "
@@ -158,6 +164,11 @@ def open_data(options: Options) -> Sources:
         options.seed,
         options.text_conditioning,
     )
+    if sources.train.holds_latents:
+        for flag in settings.pixel_readers(options):
+            raise OptionError(
+                f"{flag} looks at the images, and the data set holds latents (--image_column names images)."
+            )
     if sources.train.holds_latents and options.random_flip:
         raise OptionError("--random_flip: the data set holds latents, which cannot be flipped; leave it off.")
     if sources.train.holds_latents and options.latents_cache:
@@ -302,9 +313,14 @@ def build_method(
     if name == "sra":
         num_layers = len(family.blocks(transformer))
         return SRAAlignment(settings.teacher_block_of(options, num_layers), **head_and_loss)
+    patch_size = family.patch_size(transformer)
+    if name == "repa":
+        return REPAAlignment(patch_size, components.encoder, is_improved=options.alignment_irepa, **head_and_loss)
+    if options.alignment_target not in settings.LATENT_TARGETS:
+        return VAEAlignment(patch_size, features=VAEFeatures(components.vae, options.alignment_target), **head_and_loss)
     normalizes = options.alignment_normalize
     if options.text_conditioning and not latents.are_near_unit_scale(latent_statistics):
         logger.info("the latents are not near unit scale: the alignment's target is normalised per channel")
         normalizes = True
     statistics = tuple(map(torch.tensor, latent_statistics)) if normalizes else None
-    return VAEAlignment(family.patch_size(transformer), statistics=statistics, **head_and_loss)
+    return VAEAlignment(patch_size, statistics=statistics, target=options.alignment_target, **head_and_loss)

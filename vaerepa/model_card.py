@@ -36,6 +36,11 @@ CITATIONS = {  # key, title and year by arXiv number
         "Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think",
         2024,
     ),
+    "2512.10794": (
+        "irepa2025",
+        "What Matters for Representation Alignment: Global Information or Spatial Structure?",
+        2025,
+    ),
     "2505.02831": (
         "sra2025",
         "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation Guidance by Themselves",

@@ -184,40 +184,42 @@ class Options:
     label_dropout: float = option(0.1, "Share of labels dropped for classifier-free guidance.", resume="fixed")
 
     # --- Alignment -----------------------------------------------------------------------------------------------
-    alignment: tuple[Literal["none", "vae", "sra"], ...] = option(
+    alignment: tuple[Literal["none", "vae", "repa", "sra"], ...] = option(
         ("vae",),
-        "Representation alignment, one method or several: `vae` is VAE-REPA, `sra` aligns to the average of the weights "
-        "(SRA), `none` is the plain transformer. Of the options below each takes one value for all methods, or one per method, "
-        "in order; `none` leaves a method its default.",
+        "Representation alignment, one method or several: `vae` is VAE-REPA, `repa` aligns to a vision encoder (REPA), `sra` "
+        "to the average of the weights (SRA), `none` is the plain transformer. The options below that differ by method take one "
+        "value for all, or one per method, in order; there `none` leaves a method its default.",
         resume="fixed",
         group="Alignment",
     )
     alignment_block: tuple[int | None, ...] | None = option(
         None,
-        "Block whose output is aligned, counted from 1. Default of vae: 2 up to 12 blocks, 8 above; of sra: 3 of 12, 6 of 24, "
-        "8 of 28, else after a quarter of the blocks.",
+        "Block whose output is aligned, counted from 1. Default of vae: 2 up to 12 blocks, 8 above; of repa: 4 up to 12, 8 "
+        "above; of sra: 3 of 12, 6 of 24, 8 of 28, else after a quarter of the blocks.",
         resume="fixed",
     )
     alignment_weight: tuple[float | None, ...] | None = option(
         None,
-        "Weight of the alignment loss (lambda). Default of vae: 1.0; of sra: 0.5 with cosine, else 0.2. Where a text-to-image "
-        "model is fine-tuned 0.2, falling to 0 by cosine until step 500.",
+        "Weight of the alignment loss (lambda). Default of vae: 1.0; of repa: 0.5; of sra: 0.5 with cosine, else 0.2. Where a "
+        "text-to-image model is fine-tuned 0.2, falling to 0 by cosine until step 500.",
         resume="schedule",
     )
     alignment_loss: tuple[Literal["smooth_l1", "l1", "l2", "cosine"] | None, ...] | None = option(
         None,
-        "Distance of head output and target; cosine is taken over the values of a token. Default of vae: smooth_l1; of sra: "
-        "cosine.",
+        "Distance of head output and target; cosine is taken over the values of a token. Default of vae: smooth_l1; of repa "
+        "and sra: cosine.",
         resume="schedule",
     )
     alignment_beta: tuple[float, ...] = option(
         (0.05,), "Where smooth_l1 turns from quadratic to linear.", resume="schedule"
     )
     alignment_layers: tuple[int | None, ...] | None = option(
-        None, "Linear layers of the head. Default of vae: 5; of sra: 2.", resume="fixed"
+        None, "Linear layers of the head. Default of vae: 5; of repa: 3; of sra: 2.", resume="fixed"
     )
     alignment_width: tuple[int | None, ...] | None = option(
-        None, "Width of the head's inner layers. Default: twice the transformer's width.", resume="fixed"
+        None,
+        "Width of the head's inner layers. Default of vae and sra: twice the transformer's width; of repa: 2048.",
+        resume="fixed",
     )
     alignment_t_range: tuple[float, ...] = option(
         (0.0, 1.0), "Only samples whose t lies in this range, two numbers, are aligned.", resume="schedule"
@@ -227,6 +229,30 @@ class Options:
     )
     alignment_stop_step: tuple[int | None, ...] | None = option(
         None, "After this step the head is dropped and training goes on without it. Default: never.", resume="schedule"
+    )
+    alignment_target: Literal[
+        "latent",
+        "velocity",
+        "vae_mid_block",
+        "vae_down_block_1",
+        "vae_down_block_2",
+        "vae_down_block_3",
+        "vae_down_block_4",
+    ] = option(
+        "latent",
+        "What `vae` aligns to: the latents, their velocity, or features of the VAE's encoder, which then runs twice.",
+        resume="fixed",
+    )
+    alignment_encoder: str = option(
+        "facebook/dinov2-base",
+        "Vision transformer of transformers that `repa` aligns to: a Hub id or a folder of a DINOv2, DINOv3, CLIP, SigLIP or "
+        "their like, with its image processor.",
+        resume="fixed",
+    )
+    alignment_irepa: bool = option(
+        False,
+        "iREPA: a 3x3 convolution as head of `repa`, and its target normalised per channel over the tokens of each image.",
+        resume="fixed",
     )
     alignment_teacher_block: int | None = option(
         None,

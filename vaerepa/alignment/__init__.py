@@ -6,6 +6,7 @@ the method's loss to yours; the README shows it in a dozen lines.
 
 from vaerepa.alignment.aligned_transformer import AlignedTransformer
 from vaerepa.alignment.method import Alignment, AlignmentContext, AlignmentMethod
+from vaerepa.alignment.repa import REPAAlignment
 from vaerepa.alignment.sra import SRAAlignment
 from vaerepa.alignment.vae import VAEAlignment
 
@@ -14,6 +15,7 @@ __all__ = [
     "Alignment",
     "AlignmentContext",
     "AlignmentMethod",
+    "REPAAlignment",
     "SRAAlignment",
     "VAEAlignment",
 ]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vaerepa.alignment.grid import grid_of
+from vaerepa.alignment.heads import GridConvolution
 from vaerepa.families import TextFamily, dit
 
 
@@ -64,7 +66,12 @@ class AlignedTransformer(nn.Module):
         finally:
             self._recording = False
         places = self.family.image_places(self.transformer, hidden_states)
-        return prediction, {name: head(self._take(name, places)) for name, head in self.heads.items()}
+        grid = grid_of(hidden_states, self.family.patch_size(self.transformer))
+        outputs = {}
+        for name, head in self.heads.items():
+            tokens = self._take(name, places)
+            outputs[name] = head(tokens, grid) if isinstance(head, GridConvolution) else head(tokens)
+        return prediction, outputs
 
     def drop_heads(self, names: Iterable[str] | None = None) -> None:
         """Removes these heads, or all, and their hooks; without heads it costs what the bare transformer costs."""

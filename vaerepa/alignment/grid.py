@@ -17,7 +17,8 @@ def grid_of(latents: torch.Tensor, patch_size: int) -> tuple[int, int]:
 
 
 def resample(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Features (B, c, h, w) as float32 tokens (B, N, c) of another grid over the same image, bilinear and antialiased."""
+    """Features (B, c, h, w) as tokens (B, N, c) of another grid over the same image, bilinear and antialiased."""
+    features = features.to(torch.get_default_dtype())
     if features.shape[-2:] != grid:
-        features = F.interpolate(features.float(), grid, mode="bilinear", align_corners=False, antialias=True)
-    return features.float().flatten(2).transpose(1, 2)
+        features = F.interpolate(features, grid, mode="bilinear", align_corners=False, antialias=True)
+    return features.flatten(2).transpose(1, 2)

@@ -3,12 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+from vaerepa.alignment.repa import REPAAlignment
 from vaerepa.alignment.sra import SRAAlignment, default_blocks
 from vaerepa.alignment.vae import VAEAlignment
 from vaerepa.errors import OptionError
-from vaerepa.options import Options
+from vaerepa.options import FIELDS, Options
 
-METHODS = {"vae": VAEAlignment, "sra": SRAAlignment}
+METHODS = {"vae": VAEAlignment, "repa": REPAAlignment, "sra": SRAAlignment}
+LATENT_TARGETS = ("latent", "velocity")  # of `vae`; the others are stages of the VAE's encoder
 PER_METHOD = (
     "alignment_block",
     "alignment_weight",
@@ -21,6 +23,14 @@ PER_METHOD = (
 )
 # what survived in other trainers that fine-tune text-to-image models: weight 1.0 was too strong
 TEXT_FINE_TUNING = {"weight": 0.2, "weight_schedule": "cosine", "stop_step": 500}
+OPTIONS_OF = {  # one method alone, with their defaults
+    name: {option: FIELDS[option].default for option in options}
+    for name, options in {
+        "vae": ("alignment_target",),
+        "repa": ("alignment_encoder", "alignment_irepa"),
+        "sra": ("alignment_teacher_block",),
+    }.items()
+}
 
 
 def methods_of(options: Options) -> tuple[str, ...]:
@@ -66,10 +76,17 @@ def check_alignment(options: Options) -> None:
             raise OptionError(
                 f"--alignment_weight_schedule {schedule} needs --alignment_stop_step, where it reaches 0."
             )
+    for name, given in OPTIONS_OF.items():
+        for option, default in given.items():
+            if name not in methods and getattr(options, option) != default:
+                raise OptionError(f"--{option} goes with --alignment {name}.")
+    if options.alignment_target not in LATENT_TARGETS and options.alignment_normalize:
+        raise OptionError("--alignment_normalize goes with --alignment_target latent and velocity.")
+    if options.latents_cache:
+        for flag in pixel_readers(options):
+            raise OptionError(f"{flag} looks at the images, which --latents_cache does not keep; leave the cache off.")
     if "sra" in methods:
         check_teacher(options)
-    elif options.alignment_teacher_block is not None:
-        raise OptionError("--alignment_teacher_block goes with --alignment sra.")
 
 
 def check_t_ranges(options: Options, named: str) -> None:
@@ -90,6 +107,25 @@ def check_teacher(options: Options) -> None:
         raise OptionError("--alignment sra learns from the average of the weights: leave --no_use_ema out.")
     if options.offload_ema:
         raise OptionError("--alignment sra needs the average of the weights in every step: leave --offload_ema out.")
+
+
+def requirements_of(options: Options) -> dict[str, frozenset[str]]:
+    """What each method requires beside the latents, before any is built; see `AlignmentMethod`."""
+    requires = {name: METHODS[name].requires for name in methods_of(options)}
+    if "vae" in requires and options.alignment_target not in LATENT_TARGETS:
+        requires["vae"] = frozenset({"vae_features"})
+    return requires
+
+
+def pixel_readers(options: Options) -> list[str]:
+    """The flags that ask for images beside the latents."""
+    flags = {"pixel_values": "--alignment {}", "vae_features": f"--alignment_target {options.alignment_target}"}
+    return [
+        flag.format(name)
+        for name, requires in requirements_of(options).items()
+        for requirement, flag in flags.items()
+        if requirement in requires
+    ]
 
 
 def fill_in_defaults(options: Options) -> Options:
