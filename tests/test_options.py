@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from vaerepa.alignment import settings
 from vaerepa.options import (
     FIELDS,
     OptionError,
@@ -293,6 +294,31 @@ def test_an_option_that_the_saved_run_did_not_know_is_no_change():
     assert changed_options(saved, replace(Options(), seed=5, resolution=64), "fixed") == [
         "--resolution was 256 and is 64"
     ]
+
+
+OLD_RUN = {  # as it was saved when there was one method
+    "alignment": "vae",
+    "alignment_block": 2,
+    "alignment_weight": 1.0,
+    "alignment_loss": "smooth_l1",
+    "alignment_beta": 0.05,
+    "alignment_layers": 5,
+    "alignment_width": None,
+    "alignment_t_range": [0.0, 1.0],
+    "alignment_weight_schedule": "constant",
+    "alignment_stop_step": 500,
+}
+
+
+def test_a_run_of_a_single_method_goes_on(config):
+    options = settings.fill_in_defaults(parse_yaml(config, yaml.safe_dump(OLD_RUN)))
+    assert options == settings.fill_in_defaults(Options(alignment_block=(2,), alignment_stop_step=(500,)))
+    for resume in ("fixed", "schedule"):
+        assert changed_options(OLD_RUN, options, resume) == []
+    changed = changed_options(OLD_RUN, replace(options, alignment=("vae", "sra"), alignment_layers=(2,)), "fixed")
+    assert changed == ["--alignment was ['vae'] and is ['vae', 'sra']", "--alignment_layers was [5] and is [2]"]
+    none = OLD_RUN | {"alignment": "none", "alignment_block": None}
+    assert changed_options(none, Options(alignment=("none",)), "fixed") == []
 
 
 def test_the_table_has_a_row_for_each_option():
