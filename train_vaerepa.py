@@ -327,8 +327,7 @@ def build_prompts(
 def attach_heads(run: Run, heads: stored_heads.StoredHeads) -> None:
     """Goes on with the alignment heads that lie beside the pipeline which is fine-tuned, where they fit."""
     if stored_heads.fits(heads, run.model.heads, run.alignments):
-        for name, head in run.model.heads.items():
-            checkpoints.load_parameters(head, heads.of(name))
+        checkpoints.load_parameters(run.model.heads, heads.tensors)
         logger.info("its alignment heads are kept")
     else:
         logger.info("its alignment heads are for another alignment: new ones are drawn")
@@ -374,8 +373,7 @@ def restore_weights(run: Run, checkpoint: Path) -> None:
             raise OptionError(
                 f"--alignment_stop_step cannot be raised: the head of {ended[0]} was dropped before this checkpoint."
             )
-        for name, head in run.model.heads.items():
-            checkpoints.load_parameters(head, heads.of(name))
+        checkpoints.load_parameters(run.model.heads, heads.of(run.model.heads))
 
 
 def restore_optimizer(run: Run, checkpoint: Path, position: dict) -> None:

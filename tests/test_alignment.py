@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import train_vaerepa
 from tests.conftest import read_metrics
+from tests.test_finetuning import PRETRAINED
 from tests.test_training import DOUBLE
 from vaerepa.alignment import AlignmentContext, SRAAlignment, settings
 from vaerepa.alignment.sra import default_blocks
@@ -86,6 +87,22 @@ def test_a_head_that_ended_does_not_come_back(train, capfd):
     assert "--alignment_stop_step cannot be raised: the head of vae was dropped" in capfd.readouterr().err
     train(**(options | {"max_train_steps": 4}), alignment_stop_step=1, resume_from_checkpoint="latest")
     assert not (run / "checkpoint-4/heads").exists()
+
+
+def test_fine_tuning_keeps_heads_for_the_same_aim_alone(train, tmp_path, caplog):
+    caplog.set_level("INFO")
+    base = train(output_dir=tmp_path / "base", max_train_steps=1)
+    for target, kept in (("latent", True), ("velocity", False)):
+        caplog.clear()
+        train(
+            **PRETRAINED,
+            pretrained_model_name_or_path=base,
+            alignment_target=target,
+            output_dir=tmp_path / target,
+            max_train_steps=1,
+        )
+        assert ("its alignment heads are kept" in caplog.text) == kept
+        assert ("new ones are drawn" in caplog.text) != kept
 
 
 def test_at_weight_zero_no_method_changes_the_transformer(train, tmp_path):

@@ -1,6 +1,7 @@
 """Alignment heads in a checkpoint: a folder of their own beside the transformer, which stock diffusers never opens."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,10 @@ class StoredHeads:
     block_of: dict[str, int]
     aim_of: dict[str, str]
 
-    def of(self, name: str) -> dict[str, torch.Tensor]:
-        """The parameters of one method's head."""
-        return {key.removeprefix(f"{name}."): t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
+    def of(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The parameters of these methods' heads."""
+        prefixes = tuple(f"{name}." for name in names)
+        return {key: tensor for key, tensor in self.tensors.items() if key.startswith(prefixes)}
 
 
 def save_heads(folder: Path, heads: nn.ModuleDict, alignments: list[Alignment]) -> None:
