@@ -45,7 +45,8 @@ from vaerepa import (
     speed,
     throughput,
 )
-from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, stored_heads
+from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, settings, stored_heads
+from vaerepa.alignment.taps import output_of
 from vaerepa.components import Components, build_alignments, build_transformer, open_components
 from vaerepa.data import DataError, Feed, Prompts, Sources, TrainingDraws, ValidationDraws, micro_batch
 from vaerepa.ema import EMA, share_of_start
@@ -57,7 +58,7 @@ from vaerepa.hub import access
 from vaerepa.hub.push import tag_of
 from vaerepa.hub.uploader import Uploader
 from vaerepa.layout import STATE, all_checkpoints, folder_of, step_of
-from vaerepa.logs import MetricsFile, Window, plot_curves
+from vaerepa.logs import MetricsFile, Window, by_noise_level, plot_curves
 from vaerepa.options import Options, as_plain, changed_options, parse_options, write_config
 from vaerepa.precompute import precompute_latents
 from vaerepa.privacy import public_values, redact, take_token
@@ -97,7 +98,8 @@ class Run:
     prompts: Prompts | None = None
     window: Window = field(default_factory=Window)
     latent_statistics: list[list[float]] = field(default_factory=list)  # mean and standard deviation per channel
-    alignments: list[Alignment] = field(default_factory=list)
+    alignments: list[Alignment] = field(default_factory=list)  # that have not ended
+    aims: list[dict[str, Any]] = field(default_factory=list)  # of all, for the model card
     model: nn.Module | None = None  # AlignedTransformer, as accelerate prepared it
     optimizer: torch.optim.Optimizer | None = None
     learning_rate: Callable[[int], float] | None = None
@@ -268,6 +270,9 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         pipeline=pipeline,
         prompts=prompts,
     )
+    if components.encoder:  # which does not train, and needs no more than half precision
+        half = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
+        components.encoder.to(accelerator.device, half if accelerator.device.type == "cuda" else None)
     if position.get("num_images", len(run.sources.train)) != len(run.sources.train):
         raise OptionError(
             f"the data set had {position['num_images']} images in this run's past, and has {len(run.sources.train)}; give the "
@@ -277,8 +282,9 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         run.latent_statistics, run.feed.encode_in_bf16 = position["latent_statistics"], position["encode_in_bf16"]
     else:
         measure_latents(run)
-    alignments = build_alignments(options, family, transformer, run.latent_statistics)
+    alignments = build_alignments(options, components, transformer, run.latent_statistics)
     run.alignments = [alignment for alignment in alignments if alignment.is_active(run.step)]
+    run.aims = [model_card.describe_alignment(alignment) for alignment in alignments]
     width = family.inner_width(transformer)
     channels = run.feed.latent_shape[0]
     heads = {a.name: a.method.build_head(width, channels, options.seed) for a in run.alignments}
@@ -342,7 +348,8 @@ def measure_latents(run: Run) -> None:
     batches = run.feed.read(run.sources.train, run.training_draws, min(count, 16), 0, count, share=False)
     values = torch.cat([batch["latents"].transpose(0, 1).flatten(1) for batch in batches], dim=1)  # of each channel
     logger.info(f"latents of the first {count} images: mean {values.mean():.3f}, standard deviation {values.std():.3f}")
-    checks_scale = options.alignment == "vae" and not options.alignment_normalize and not options.text_conditioning
+    aims_at_latents = "vae" in options.alignment and options.alignment_target in settings.LATENT_TARGETS
+    checks_scale = aims_at_latents and not options.alignment_normalize and not options.text_conditioning
     if checks_scale and not 0.5 <= values.std() <= 2.0:
         logger.warning(
             f"the latents' standard deviation {values.std():.3f} is far from 1: the alignment loss may swamp the denoising "
@@ -353,7 +360,8 @@ def measure_latents(run: Run) -> None:
 
 def prepare(run: Run) -> None:
     """Builds the optimizer and hands it, with the model, to accelerate."""
-    optimizer = optimization.build_optimizer([run.trained_weights.values(), run.model.heads.parameters()], run.options)
+    heads = [head.parameters() for head in run.model.heads.values()]
+    optimizer = optimization.build_optimizer([run.trained_weights.values(), *heads], run.options)
     run.learning_rate = optimization.learning_rate_schedule(run.options, run.max_train_steps)
     run.skipped_in_a_row = torch.zeros((), device=run.accelerator.device)
     run.model, run.optimizer = run.accelerator.prepare(run.model, optimizer)
@@ -365,11 +373,12 @@ def restore_weights(run: Run, checkpoint: Path) -> None:
         checkpoints.load_parameters(average, checkpoints.load_tensors(checkpoint, f"ema_{decay}"))
     if run.alignments:
         heads = stored_heads.load_heads(checkpoint)
-        if heads is None:
+        ended = [a.name for a in run.alignments if heads is None or a.name not in heads.block_of]
+        if ended:
             raise OptionError(
-                "--alignment_stop_step cannot be raised: the alignment heads were dropped before this checkpoint."
+                f"--alignment_stop_step cannot be raised: the head of {ended[0]} was dropped before this checkpoint."
             )
-        checkpoints.load_parameters(run.model.heads, heads.tensors)
+        checkpoints.load_parameters(run.model.heads, heads.of(run.model.heads))
 
 
 def restore_optimizer(run: Run, checkpoint: Path, position: dict) -> None:
@@ -393,12 +402,15 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
     logger.info(
         f"{options.pretrained_model_name_or_path or options.model}: {size:.2f} M parameters, "
         + (f"of which a LoRA of rank {options.rank} trains {trained:.2f} M, " if options.rank else "")
-        + f"alignment head {head_size:.2f} M, "
+        + f"alignment heads {head_size:.2f} M, "
         + (f"{type(run.pipeline).__name__}" if run.pipeline else f"{len(run.sources.id2label)} classes")
     )
     for alignment in run.alignments:
         until = f", {alignment.weight_schedule} to 0 at step {alignment.stop_step}" if alignment.stop_step else ""
-        logger.info(f"alignment `{alignment.name}` on block {alignment.block}, weight {alignment.weight}{until}")
+        logger.info(
+            f"alignment `{alignment.name}` of block {alignment.block} with {alignment.method.aim}, weight "
+            f"{alignment.weight}{until}"
+        )
     logger.info(
         f"{len(run.sources.train)} images, {len(run.sources.validation or ())} held out; batch {options.global_batch_size} = "
         f"{options.train_batch_size} x {accelerator.num_processes} processes x {options.gradient_accumulation_steps} accumulated"
@@ -455,7 +467,7 @@ def loop(run: Run) -> None:
             train_step(run, batches, measure_gradients=logs_now)
             progress.update()
             profile_step()
-            if run.alignments and not all(alignment.is_active(run.step) for alignment in run.alignments):
+            if not all(alignment.is_active(run.step) for alignment in run.alignments):
                 drop_heads(run)
             if logs_now:
                 log(run, stopwatch, progress)
@@ -519,19 +531,37 @@ def compute_losses(run: Run, batch: dict) -> dict[str, torch.Tensor]:
     prediction, head_outputs = run.model(noisy, **inputs)
     losses = {"denoising_loss": run.objective.loss(prediction, target, t).mean()}
     total = losses["denoising_loss"]
-    context = AlignmentContext(clean, noise, t)
+    teacher = teacher_of(run, batch) if run.ema else None
+    context = AlignmentContext(clean, noise, t, batch.get("pixel_values"), batch["draws"], teacher)
     for alignment in run.alignments:
-        loss = alignment.loss(head_outputs[alignment.name], context)
+        sample_losses = alignment.sample_losses(head_outputs[alignment.name], context)
+        loss = alignment.loss(sample_losses, t)
         losses[f"alignment_loss_{alignment.name}"] = loss
+        losses[f"alignment_by_t_{alignment.name}"] = by_noise_level(sample_losses, t)
         total = total + alignment.weight_at(run.step) * loss
     return {"loss": total, **losses}
 
 
-def corrupt(run: Run, batch: dict) -> tuple:
-    """Clean latents, noise, t, noisy latents x_t, target, and what the transformer is told beside x_t."""
+def teacher_of(run: Run, batch: dict) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """What the average's blocks make of this batch at other times, see `AlignmentContext`."""
+
+    def hidden_tokens(t: torch.Tensor, block: int) -> torch.Tensor:
+        transformer, family = run.ema.exported, run.family
+        _, _, _, noisy, _, inputs = corrupt(run, batch, t)
+        with run.accelerator.autocast():
+            tapped = family.blocks(transformer)[block - 1]
+            output = output_of(tapped, lambda: family.predict(transformer, noisy, **inputs))
+        return family.hidden_states_of(output)[:, family.image_places(transformer, noisy)]
+
+    return hidden_tokens
+
+
+def corrupt(run: Run, batch: dict, t: torch.Tensor | None = None) -> tuple:
+    """Clean latents, noise, t, noisy latents x_t, target, and what the transformer is told beside x_t; t as drawn, or given."""
     draws = batch["draws"]
     clean = batch["latents"]
-    noise, t = draws["noise"].to(clean.dtype), draws["t"].to(clean.dtype)
+    noise = draws["noise"].to(clean.dtype)
+    t = draws["t"].to(clean.dtype) if t is None else t
     noisy, target = run.objective.corrupt(clean, noise, t)
     timesteps = run.objective.timesteps(t)
     return (
@@ -553,15 +583,18 @@ def skip_nonfinite_step(run: Run, gradient_norm: torch.Tensor) -> None:
 
 
 def drop_heads(run: Run) -> None:
-    """Alignment is over: the heads leave module, optimizer and wrapper."""
+    """Some alignment is over: its head leaves module, optimizer and wrapper."""
     aligned = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
-    aligned.drop_heads()
     optimizer = run.optimizer.optimizer
-    optimization.drop_last_group(optimizer)
-    run.alignments, run.model, run.optimizer = [], None, None
+    ended = [alignment.name for alignment in run.alignments if not alignment.is_active(run.step)]
+    for name in ended:
+        optimization.drop_group(optimizer, aligned.heads[name])
+    aligned.drop_heads(ended)
+    run.alignments = [alignment for alignment in run.alignments if alignment.name not in ended]
+    run.model = run.optimizer = None
     run.accelerator.free_memory()  # the old DDP wrapper must be gone before its parameters are wrapped again
     run.model, run.optimizer = run.accelerator.prepare(aligned, optimizer)
-    logger.info(f"step {run.step}: alignment is over, its head is dropped")
+    logger.info(f"step {run.step}: alignment `{'`, `'.join(ended)}` is over, its head is dropped")
 
 
 # --- log, validate, save ----------------------------------------------------------------------------------------------
@@ -829,7 +862,7 @@ def card_facts(run: Run) -> dict[str, Any]:
         "classes": id2label.values(),
         "num_classes": len(id2label),
         "steps": run.step,
-        "block": run.options.alignment_block or run.family.default_alignment_block(len(run.family.blocks(transformer))),
+        "alignments": run.aims,
         "label": min(7, len(id2label) - 1),
         "grid": f"samples/{grids[-1].name}" if grids else None,
         "grid_step": step_of(Path(grids[-1].stem)) if grids else None,

@@ -9,15 +9,19 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
+from tests import vision_models
 from tests.conftest import ROOT
-from vaerepa import components, dry_run
+from vaerepa import checks, components, dry_run
 from vaerepa.alignment import AlignedTransformer
 from vaerepa.families import dit
 from vaerepa.options import parse_options
 
 CONFIGS = sorted(
-    path.relative_to(ROOT) for path in (ROOT / "configs").glob("**/*.yaml") if "accelerate" not in path.parts
+    path.relative_to(ROOT)
+    for path in (ROOT / "configs").glob("**/*.yaml")
+    if "accelerate" not in path.parts and path.stem != "ablations"
 )
+ABLATIONS = yaml.safe_load((ROOT / "configs/imagenet256/ablations.yaml").read_text())
 PRESETS = dict.fromkeys(("model", "num_layers", "hidden_size", "num_attention_heads", "patch_size", "resolution"))
 NO_DEFAULTS = PRESETS | dict.fromkeys(("global_batch_size", "learning_rate", "ema_decay", "max_train_steps"))
 
@@ -39,7 +43,11 @@ def hub(tmp_path_factory) -> dict[str, Path]:
         2, 16, in_channels=4, out_channels=8, num_layers=28, sample_size=32, patch_size=2
     )
     DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder / "dit")
-    return {"stabilityai/sd-vae-ft-mse": folder / "vae", "facebook/DiT-XL-2-256": folder / "dit"}
+    return {
+        "stabilityai/sd-vae-ft-mse": folder / "vae",
+        "facebook/DiT-XL-2-256": folder / "dit",
+        "facebook/dinov2-base": vision_models.save("dinov2", folder / "dinov2"),
+    }
 
 
 @pytest.fixture
@@ -56,6 +64,8 @@ def print_dry_run(train, data, hub, capsys):
                 options[name] = ROOT / values[name]
             elif name not in options:
                 options[name] = None
+        if values.get("alignment_encoder") in hub:
+            options["alignment_encoder"] = hub[values["alignment_encoder"]]
         if values.get("text_conditioning"):  # these have captions
             for name in ("dataset_name", "pretrained_text_encoder_model_name_or_path"):
                 options[name] = ROOT / values[name]
@@ -73,7 +83,12 @@ def test_every_config_passes_a_dry_run(print_dry_run, tmp_path, config):
     values = yaml.safe_load((ROOT / config).read_text())
     table = print_dry_run(config)
     assert table["steps"].startswith(f"{values['max_train_steps']} of ")
-    assert ("head `vae`" in table) == (values.get("alignment", "vae") == "vae")
+    methods = values.get("alignment", "vae")
+    methods = set(methods if isinstance(methods, list) else [methods]) - {"none"}
+    assert {name for name in ("vae", "repa", "sra") if f"head `{name}`" in table} == methods
+    assert {name for name in ("vae", "repa", "sra") if f"frozen models of `{name}`, one image" in table} == methods - {
+        "vae"
+    }
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -86,11 +101,22 @@ def test_the_papers_model_has_its_published_figures(print_dry_run):
     assert table["forward pass with it, one image"].endswith("+4.02%")
 
 
+@pytest.mark.parametrize("row", ABLATIONS["rows"])
+def test_every_ablation_parses(row, tmp_path):
+    values = yaml.safe_load((ROOT / "configs/imagenet256" / ABLATIONS["base"]).read_text())
+    (tmp_path / "row.yaml").write_text(yaml.safe_dump(values | ABLATIONS["rows"][row]))
+    options = parse_options(["--config", str(tmp_path / "row.yaml")])
+    checks.check_options(options)
+    base = parse_options(["--config", str(ROOT / "configs/imagenet256" / ABLATIONS["base"])])
+    assert (options == base) == (row == "paper")
+    assert len(ABLATIONS["rows"][row]) <= 1
+
+
 def estimate_of(arguments: list[str]):
-    options = parse_options(arguments)
+    options = checks.fill_in_defaults(parse_options(arguments))
     parts = components.open_components(options)
     transformer = components.build_transformer(options, parts)
-    alignments = components.build_alignments(options, dit, transformer, [[0.0], [1.0]])
+    alignments = components.build_alignments(options, parts, transformer, [[0.0], [1.0]])
     return options, parts, transformer, alignments
 
 
@@ -131,6 +157,17 @@ def test_activations_are_estimated_as_measured_on_the_cpu(arguments):
     assert outputs is not None
     sizes = estimate(given, transformer, alignments)
     assert batch * sizes.activation_memory == pytest.approx(measured, rel=0.1)
+
+
+def test_frozen_models_are_counted(arguments, hub):
+    methods = {"alignment": ["vae", "repa", "sra"], "alignment_encoder": hub["facebook/dinov2-base"]}
+    given, _, transformer, alignments = estimate_of(arguments(**methods))
+    sizes = estimate(given, transformer, alignments)
+    assert sizes.frozen_flops.keys() == {"repa", "sra"}
+    tokens, width, patch = 17, vision_models.WIDTH, vision_models.PATCH_SIZE
+    layer = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * 4 * width  # multiply-adds
+    assert sizes.frozen_flops["repa"] == 2 * (16 * 3 * patch**2 * width + 2 * layer)
+    assert 0.7 * sizes.flops < sizes.frozen_flops["sra"] < 0.8 * sizes.flops  # three blocks of four
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -58,7 +58,7 @@ def message_of(capfd) -> str:
         ({"alignment_t_range": [0.7, 0.4]}, ["--alignment_t_range 0.7 0.4", "rising"]),
         ({"alignment_weight_schedule": "linear"}, ["--alignment_stop_step"]),
         ({"alignment_block": 5}, ["--alignment_block 5", "4 blocks"]),
-        ({"num_layers": 1}, ["--alignment_block 2", "the default"]),
+        ({"num_layers": 1}, ["--alignment_block 2", "the default of vae"]),
         ({"num_layers": None}, ["--model custom needs --num_layers"]),
         ({"model": "SiT-B/2"}, ["--num_layers goes with --model custom"]),
         ({"model": "SiT-M/3"} | PRESET, ["SiT-M/3", "presets are", "custom"]),

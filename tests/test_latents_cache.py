@@ -267,9 +267,10 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_latents_in_a_data_set_cannot_be_flipped_or_cached_again(train, pictures, vae, tmp_path, capfd):
+def test_latents_in_a_data_set_cannot_be_flipped_or_cached_again_or_seen(train, pictures, vae, tmp_path, capfd):
     write_moments(pictures, vae, tmp_path / "moments")
-    for option in ({"random_flip": True}, {"latents_cache": tmp_path / "cache"}):
+    needs_images = ({"alignment": "repa"}, {"alignment_target": "vae_mid_block"})
+    for option in ({"random_flip": True}, {"latents_cache": tmp_path / "cache"}, *needs_images):
         train(code=2, dataset_name=None, train_data_dir=tmp_path / "moments", **option)
         assert "the data set holds latents" in capfd.readouterr().err
 

@@ -116,7 +116,7 @@ def test_the_head_adds_four_percent_of_arithmetic():
 
 
 def test_the_papers_blocks_are_the_default():
-    blocks = {name: dit.default_alignment_block(size.num_layers) for name, size in dit.SIZES.items()}
+    blocks = {name: VAEAlignment.default_block(size.num_layers) for name, size in dit.SIZES.items()}
     assert blocks == {"S": 2, "B": 2, "L": 8, "XL": 8}
 
 
@@ -652,6 +652,10 @@ def alignment(**kwargs) -> Alignment:
     return Alignment("vae", VAEAlignment(PATCH_SIZE), block=2, **kwargs)
 
 
+def loss_of(method: Alignment, prediction: torch.Tensor, context: AlignmentContext) -> torch.Tensor:
+    return method.loss(method.sample_losses(prediction, context), context.t)
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -677,7 +681,7 @@ def test_a_batch_outside_the_range_gives_zero_loss_and_zero_gradients(transforme
     aligned = align(transformer, {"vae": 2})
     _, outputs = aligned(**inputs())
     context = context_of(draw(6, CHANNELS, SIDE, SIDE), t=torch.linspace(0.6, 1.0, 6))
-    loss = alignment(t_range=(0.0, 0.5)).loss(outputs["vae"], context)
+    loss = loss_of(alignment(t_range=(0.0, 0.5)), outputs["vae"], context)
     assert loss == 0
     loss.backward()
     for name, parameter in aligned.heads.named_parameters():
@@ -690,9 +694,9 @@ def test_only_samples_in_the_range_count(transformer):
     prediction = draw(6, 16, 16, seed=3)
     method = VAEAlignment(PATCH_SIZE)
     losses = method.loss(prediction, method.target(context_of(latents)))
-    ranged = alignment(t_range=(0.2, 0.7)).loss(prediction, context_of(latents, t))
+    ranged = loss_of(alignment(t_range=(0.2, 0.7)), prediction, context_of(latents, t))
     assert ranged.item() == pytest.approx(losses[1:4].sum().item() / 6, rel=1e-5)
-    whole = alignment().loss(prediction, context_of(latents, t))
+    whole = loss_of(alignment(), prediction, context_of(latents, t))
     assert whole.item() == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
@@ -700,7 +704,7 @@ def test_only_samples_in_the_range_count(transformer):
 def test_two_halves_of_a_batch_average_to_the_whole(t_range):
     latents, t, prediction = draw(8, CHANNELS, SIDE, SIDE), torch.linspace(0.0, 1.0, 8), draw(8, 16, 16, seed=3)
     method = alignment(t_range=t_range)
-    whole = method.loss(prediction, context_of(latents, t))
-    halves = [method.loss(prediction[half], context_of(latents[half], t[half])) for half in (slice(4), slice(4, 8))]
+    whole = loss_of(method, prediction, context_of(latents, t))
+    halves = [loss_of(method, prediction[half], context_of(latents[half], t[half])) for half in (slice(4), slice(4, 8))]
     assert sum(halves).item() / 2 == pytest.approx(whole.item(), rel=1e-5)
     assert whole > 0

@@ -8,7 +8,8 @@ from huggingface_hub import EvalResult, ModelCard
 
 from tests.conftest import ROOT
 from tests.test_finetuning import PRETRAINED, pipeline  # noqa: F401
-from vaerepa.model_card import write_card
+from vaerepa.alignment import Alignment, VAEAlignment
+from vaerepa.model_card import describe_alignment, write_card
 from vaerepa.options import Options
 
 # in part, from https://huggingface.co/docs/hub/repositories-licenses and huggingface.js, packages/tasks/src/pipelines.ts
@@ -87,8 +88,9 @@ HOSTILE = ["a: b\n---\nlicense: mit", "'\"}{%- for -%}", "[x](javascript:alert(1
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_name_breaks_the_card(tmp_path, name):
-    options = Options(train_data_dir=name, pretrained_model_name_or_path=name, alignment_width=7)
+    options = Options(train_data_dir=name, pretrained_model_name_or_path=name, alignment_width=(7,))
     facts = {"num_classes": 2, "classes": [name, name], "held_out_loss": 0.5, "works_in_stock": True, "steps": 3}
+    facts["alignments"] = [describe_alignment(Alignment("vae", VAEAlignment(2), block=2))]
     write_card(tmp_path / "README.md", ROOT / "model_card_template.md", options, name, facts)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "unknown"

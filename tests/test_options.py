@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from vaerepa.alignment import settings
 from vaerepa.options import (
     FIELDS,
     OptionError,
@@ -49,9 +50,18 @@ def other_value(name: str):
         return not spec.default
     text = f"no: #{name} 'Ä' 1e-4"
     if typing.get_origin(kind) is tuple:
-        return (text, "0.75") if typing.get_args(kind)[0] is str else (0.25, 0.75)
+        inner = typing.get_args(kind)[0]
+        if typing.get_origin(inner) in (types.UnionType, typing.Union):
+            return (None, other_of(typing.get_args(inner)[0], text))
+        return (other_of(inner, text), other_of(inner, "0.75"))
     if typing.get_origin(kind) is typing.Literal:
         return next(choice for choice in typing.get_args(kind) if choice != spec.default)
+    return other_of(kind, text)
+
+
+def other_of(kind, text: str):
+    if typing.get_origin(kind) is typing.Literal:
+        return typing.get_args(kind)[-1]
     return {int: 12345, float: 1.5e-7, str: text}[kind]
 
 
@@ -73,7 +83,7 @@ def test_yaml_numbers_become_ints(config, text):
 
 
 def test_whole_numbers_become_floats_where_a_float_is_asked_for(config):
-    weight = parse_yaml(config, "alignment_weight: 2").alignment_weight
+    (weight,) = parse_yaml(config, "alignment_weight: 2").alignment_weight
     assert type(weight) is float
     assert weight == 2.0
 
@@ -123,7 +133,9 @@ def test_mixed_precision_from_yaml(config, text, value):
 def test_none_unsets_an_option_on_the_command_line(config):
     options = parse_yaml(config, "validation_split: test\nvalidation_steps: 5", "--validation_split", "none")
     assert (options.validation_split, options.validation_steps) == (None, 5)
-    assert parse_options(["--alignment", "none"]).alignment == "none"
+    assert parse_options(["--alignment", "none"]).alignment == ("none",)
+    assert parse_options(["--alignment_stop_step", "none"]).alignment_stop_step is None
+    assert parse_options(["--alignment_stop_step", "none", "5"]).alignment_stop_step == (None, 5)
 
 
 def test_an_empty_yaml_file_leaves_the_defaults(config):
@@ -171,7 +183,7 @@ def test_an_unknown_flag_names_the_nearest(argument, nearest):
         ("learning_rate", "fast", "a number"),
         ("learning_rate", "true", "a number"),
         ("learning_rate", "[1, 2]", "a number"),
-        ("alignment_beta", "null", "a number"),
+        ("adam_beta1", "null", "a number"),
         ("max_train_steps", "many", "a whole number"),
         ("max_train_steps", "2.5", "a whole number"),
         ("max_train_steps", "'2.5'", "a whole number"),
@@ -182,11 +194,11 @@ def test_an_unknown_flag_names_the_nearest(argument, nearest):
         ("random_flip", "1", "true or false"),
         ("output_dir", "[a, b]", "text"),
         ("mixed_precision", "fp8", "one of no, fp16, bf16"),
-        ("alignment", "repa", "one of none, vae"),
-        ("alignment_loss", "true", "one of smooth_l1, l1, l2, cosine"),
-        ("alignment_t_range", "0.5", "2 values of type float"),
-        ("alignment_t_range", "[0, 0.5, 1]", "2 values of type float"),
-        ("alignment_t_range", "[0, half]", "2 values of type float"),
+        ("objective", "ddim", "one of flow_matching, ddpm"),
+        ("alignment", "rope", "one or more values, each one of none, vae, repa, sra"),
+        ("alignment_loss", "true", "one or more values, each one of smooth_l1, l1, l2, cosine"),
+        ("alignment_block", "[2, x]", "one or more values, each a whole number"),
+        ("alignment_t_range", "[0, half]", "one or more values of type float"),
         ("ema_decay", "[]", "one or more values of type float"),
         ("ema_decay", "[[0.9]]", "one or more values of type float"),
     ],
@@ -282,6 +294,31 @@ def test_an_option_that_the_saved_run_did_not_know_is_no_change():
     assert changed_options(saved, replace(Options(), seed=5, resolution=64), "fixed") == [
         "--resolution was 256 and is 64"
     ]
+
+
+OLD_RUN = {  # as it was saved when there was one method
+    "alignment": "vae",
+    "alignment_block": 2,
+    "alignment_weight": 1.0,
+    "alignment_loss": "smooth_l1",
+    "alignment_beta": 0.05,
+    "alignment_layers": 5,
+    "alignment_width": None,
+    "alignment_t_range": [0.0, 1.0],
+    "alignment_weight_schedule": "constant",
+    "alignment_stop_step": 500,
+}
+
+
+def test_a_run_of_a_single_method_goes_on(config):
+    options = settings.fill_in_defaults(parse_yaml(config, yaml.safe_dump(OLD_RUN)))
+    assert options == settings.fill_in_defaults(Options(alignment_block=(2,), alignment_stop_step=(500,)))
+    for resume in ("fixed", "schedule"):
+        assert changed_options(OLD_RUN, options, resume) == []
+    changed = changed_options(OLD_RUN, replace(options, alignment=("vae", "sra"), alignment_layers=(2,)), "fixed")
+    assert changed == ["--alignment was ['vae'] and is ['vae', 'sra']", "--alignment_layers was [5] and is [2]"]
+    none = OLD_RUN | {"alignment": "none", "alignment_block": None}
+    assert changed_options(none, Options(alignment=("none",)), "fixed") == []
 
 
 def test_the_table_has_a_row_for_each_option():

@@ -78,6 +78,15 @@ def picture_in_grid(run: Path, step: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", text_models.FAMILIES)
+def test_each_family_teaches_itself(family, finetune):
+    run = finetune(family, alignment=["vae", "sra"], alignment_block=1, alignment_teacher_block=2, max_train_steps=2)
+    names = ("train/alignment_loss_vae", "train/alignment_loss_sra", "train/loss")
+    lines = read_metrics(run, *names)
+    assert len(lines) == 2
+    assert all(line[name] > 0 for line in lines for name in names)
+
+
+@pytest.mark.parametrize("family", text_models.FAMILIES)
 def test_each_family_trains_restarts_to_the_bit_and_loads_in_its_stock_pipeline(family, finetune, pipelines, tmp_path):
     whole = finetune(family, output_dir=tmp_path / "whole", num_validation_samples=8, **PROMPTS)
     finetune(family, output_dir=tmp_path / "parts", max_train_steps=2)

@@ -126,6 +126,7 @@ def test_many_bad_steps_in_a_row_stop_the_run(train, monkeypatch, capfd):
     "options",
     [
         {"mixed_precision": "bf16"},
+        {"alignment": ["vae", "sra"], "mixed_precision": "bf16", "gradient_checkpointing": True},
         {"gradient_checkpointing": True},
         {"timestep_sampling": "logit_normal", "no_center_crop": True, "random_flip": True},
         {

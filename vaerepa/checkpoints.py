@@ -149,12 +149,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter
 def load_optimizer(
     optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Puts moments saved by `optimizer_tensors` back, on the device of each parameter."""
+    """Puts moments saved by `optimizer_tensors` back, on the device of each parameter; not those of a head that is gone."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     index_of = {names[p]: index for index, p in enumerate(parameters)}
     for key, value in tensors.items():
         name, moment = key.rsplit("/", 1)
+        if name not in index_of:
+            continue
         is_count = value.ndim == 0 and value.dtype == torch.int64  # a number once, as 8-bit AdamW counts steps
         state.setdefault(index_of[name], {})[moment] = value.item() if is_count else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from vaerepa import checkpoints, evaluation, families
+from vaerepa.alignment import settings
 from vaerepa.data import parse_buckets
 from vaerepa.errors import OptionError
 from vaerepa.families import Family, TextFamily, dit
@@ -70,11 +71,6 @@ NOT_NEGATIVE = (
     "eval_guidance_scale",
 )
 MIN_BAD_IMAGES = 10  # fewer say nothing about the data
-TEXT_FINE_TUNING = {  # what survived in other trainers: weight 1.0 was too strong (method: arXiv 2601.17830)
-    "alignment_weight": 0.2,
-    "alignment_weight_schedule": "cosine",
-    "alignment_stop_step": 500,
-}
 CUSTOM_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "patch_size")
 
 
@@ -85,9 +81,10 @@ def check_options(options: Options) -> None:
         OptionError: a value outside its range, or two that contradict each other.
     """
     for name in POSITIVE + NOT_NEGATIVE:
-        value, lowest = getattr(options, name), "above 0" if name in POSITIVE else "0 or more"
-        if value is not None and not (value > 0 or (value == 0 and name in NOT_NEGATIVE)):
-            raise OptionError(f"--{name} {value}: expected {lowest}.")
+        values, lowest = getattr(options, name), "above 0" if name in POSITIVE else "0 or more"
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None and not (value > 0 or (value == 0 and name in NOT_NEGATIVE)):
+                raise OptionError(f"--{name} {value}: expected {lowest}.")
     if not 0 <= options.max_bad_fraction <= 1:
         raise OptionError(f"--max_bad_fraction {options.max_bad_fraction}: expected a number from 0 to 1.")
     for name in ("adam_beta1", "adam_beta2", "label_dropout", "proportion_empty_prompts", "lora_dropout"):
@@ -99,13 +96,7 @@ def check_options(options: Options) -> None:
         raise OptionError(
             f"--ema_decay {options.ema_decay}: expected different numbers from 0 up to, but not including, 1."
         )
-    low, high = options.alignment_t_range
-    if not 0 <= low < high <= 1:
-        raise OptionError(f"--alignment_t_range {low} {high}: expected two rising numbers within 0 and 1.")
-    if options.alignment_weight_schedule != "constant" and options.alignment_stop_step is None:
-        raise OptionError(
-            f"--alignment_weight_schedule {options.alignment_weight_schedule} needs --alignment_stop_step, where it reaches 0."
-        )
+    settings.check_alignment(options)
     if options.report_to != "none":
         check_tracker(options.report_to)
     if options.eval_steps:
@@ -123,12 +114,7 @@ def fill_in_defaults(options: Options) -> Options:
     """Gives a value to the options whose default depends on others."""
     if options.rank:
         options = replace(options, use_ema=False)
-    if options.alignment_weight is not None:
-        return options
-    if not (options.text_conditioning and options.pretrained_model_name_or_path):
-        return replace(options, alignment_weight=1.0)
-    given = options.alignment_stop_step is not None  # then the weight falls as is asked for
-    return replace(options, **(TEXT_FINE_TUNING if not given else {"alignment_weight": 0.2}))
+    return settings.fill_in_defaults(options)
 
 
 def check_text(options: Options) -> None:
@@ -238,20 +224,8 @@ def transformer_size(options: Options) -> tuple[Family, dit.Size, int]:
                 f"--hidden_size {size.hidden_size} must divide by --num_attention_heads {size.num_attention_heads}, "
                 "and by 4 for the position embedding."
             )
-    check_alignment_block(options, family, size.num_layers)
+    settings.blocks_of(options, size.num_layers)
     return family, size, patch_size
-
-
-def check_alignment_block(options: Options, family: Family, num_layers: int) -> None:
-    """Checks that the block which is aligned exists.
-
-    Raises:
-        OptionError: it does not.
-    """
-    block = options.alignment_block or family.default_alignment_block(num_layers)
-    if options.alignment != "none" and block > num_layers:
-        what = "" if options.alignment_block else ", the default,"
-        raise OptionError(f"--alignment_block {block}{what} is beyond the model, which has {num_layers} blocks.")
 
 
 def resolve_batch_sizes(options: Options, num_processes: int) -> Options:

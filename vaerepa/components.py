@@ -11,8 +11,10 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from vaerepa import checks, families, latents, lora, objectives
-from vaerepa.alignment import Alignment, VAEAlignment
+from vaerepa.alignment import Alignment, AlignmentMethod, REPAAlignment, SRAAlignment, VAEAlignment, settings
 from vaerepa.alignment.stored_heads import StoredHeads, load_heads
+from vaerepa.alignment.vae_features import VAEFeatures
+from vaerepa.alignment.vision_encoder import VisionEncoder, load_encoder
 from vaerepa.data import Sources, open_sources
 from vaerepa.errors import OptionError
 from vaerepa.families import Family, TextFamily, TextModel, TextPipeline, dit
@@ -35,6 +37,7 @@ class Components:
     pretrained: dit.PretrainedPipeline | TextPipeline | None
     text: TextPipeline | None = None  # whose text encoders are used
     heads: StoredHeads | None = None  # which lie beside it
+    encoder: VisionEncoder | None = None  # that `repa` aligns to
 
 
 def open_components(options: Options) -> Components:
@@ -56,7 +59,8 @@ def open_components(options: Options) -> Components:
     if text and not pretrained:
         scheduler = family.default_scheduler(options.timestep_shift)
     objective = build_objective(options, scheduler, len(sources.id2label))
-    return Components(family, vae, sources, objective, pretrained, text, heads)
+    encoder = load_encoder(options.alignment_encoder, options.cache_dir) if "repa" in options.alignment else None
+    return Components(family, vae, sources, objective, pretrained, text, heads, encoder)
 
 
 def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
@@ -131,6 +135,8 @@ def open_vae_and_data(options: Options, family: Family = dit) -> tuple[nn.Module
         OptionError: one of them is not there, or does not fit the options.
     """
     vae, sources = load_vae(options, family), open_data(options)
+    if "vae_features" in settings.requirements_of(options).get("vae", ()):
+        VAEFeatures(vae, options.alignment_target)
     if sources.train.holds_latents and latents.is_folded(vae):
         raise OptionError(
             "the data set holds latents, and this VAE shifts or normalises its own, which is not known of those in a data set. "
@@ -164,6 +170,11 @@ def open_data(options: Options) -> Sources:
         options.seed,
         options.text_conditioning,
     )
+    if sources.train.holds_latents:
+        for flag in settings.pixel_readers(options):
+            raise OptionError(
+                f"{flag} looks at the images, and the data set holds latents (--image_column names images)."
+            )
     if sources.train.holds_latents and options.random_flip:
         raise OptionError("--random_flip: the data set holds latents, which cannot be flipped; leave it off.")
     if sources.train.holds_latents and options.latents_cache:
@@ -231,7 +242,7 @@ def adopt_transformer(
         raise OptionError(
             f"the VAE has {latents.latent_channels(vae)} latent channels, the pretrained transformer {config.in_channels}."
         )
-    checks.check_alignment_block(options, dit, config.num_layers)
+    settings.blocks_of(options, config.num_layers)
     if not pretrained.shares_embedder:
         logger.info("its blocks have different timestep and label embedders: they are left apart")
     if dit.has_learned_sigma(transformer):
@@ -278,7 +289,7 @@ def adopt_text_transformer(options: Options, components: Components) -> nn.Modul
             f"the VAE has {latents.latent_channels(vae)} latent channels, the pretrained transformer "
             f"{family.latent_channels(transformer)}."
         )
-    checks.check_alignment_block(options, family, len(family.blocks(transformer)))
+    settings.blocks_of(options, len(family.blocks(transformer)))
     return transformer
 
 
@@ -291,31 +302,48 @@ def have_same_classes(one: dict[int, str] | None, other: dict[int, str]) -> bool
 
 
 def build_alignments(
-    options: Options, family: Family, transformer: nn.Module, latent_statistics: list[list[float]]
+    options: Options, components: Components, transformer: nn.Module, latent_statistics: list[list[float]]
 ) -> list[Alignment]:
-    """The alignment methods that are asked for, with their blocks, weights and ranges."""
-    if options.alignment == "none":
-        return []
+    """The alignment methods that are asked for, with their blocks, weights and ranges; `options` are filled in."""
+    blocks = settings.blocks_of(options, len(components.family.blocks(transformer)))
+    ranges = settings.t_ranges_of(options)
+    weights, schedules, stops = (
+        settings.values_of(options, f"alignment_{key}") for key in ("weight", "weight_schedule", "stop_step")
+    )
+    return [
+        Alignment(
+            name=name,
+            method=build_method(place, options, components, transformer, latent_statistics),
+            block=block,
+            weight=weights[place],
+            weight_schedule=schedules[place],
+            stop_step=stops[place],
+            t_range=ranges[place],
+        )
+        for place, (name, block) in enumerate(blocks.items())
+    ]
+
+
+def build_method(
+    place: int, options: Options, components: Components, transformer: nn.Module, latent_statistics: list[list[float]]
+) -> AlignmentMethod:
+    """The method at this place in --alignment."""
+    name, family = options.alignment[place], components.family
+    head_and_loss = {
+        argument: settings.values_of(options, f"alignment_{key}")[place]
+        for argument, key in {"distance": "loss", "beta": "beta", "num_layers": "layers", "width": "width"}.items()
+    }
+    if name == "sra":
+        num_layers = len(family.blocks(transformer))
+        return SRAAlignment(settings.teacher_block_of(options, num_layers), **head_and_loss)
+    patch_size = family.patch_size(transformer)
+    if name == "repa":
+        return REPAAlignment(patch_size, components.encoder, is_improved=options.alignment_irepa, **head_and_loss)
+    if options.alignment_target not in settings.LATENT_TARGETS:
+        return VAEAlignment(patch_size, features=VAEFeatures(components.vae, options.alignment_target), **head_and_loss)
     normalizes = options.alignment_normalize
     if options.text_conditioning and not latents.are_near_unit_scale(latent_statistics):
         logger.info("the latents are not near unit scale: the alignment's target is normalised per channel")
         normalizes = True
-    method = VAEAlignment(
-        family.patch_size(transformer),
-        distance=options.alignment_loss,
-        beta=options.alignment_beta,
-        num_layers=options.alignment_layers,
-        width=options.alignment_width,
-        statistics=tuple(map(torch.tensor, latent_statistics)) if normalizes else None,
-    )
-    return [
-        Alignment(
-            name="vae",
-            method=method,
-            block=options.alignment_block or family.default_alignment_block(len(family.blocks(transformer))),
-            weight=options.alignment_weight,
-            weight_schedule=options.alignment_weight_schedule,
-            stop_step=options.alignment_stop_step,
-            t_range=options.alignment_t_range,
-        )
-    ]
+    statistics = tuple(map(torch.tensor, latent_statistics)) if normalizes else None
+    return VAEAlignment(patch_size, statistics=statistics, target=options.alignment_target, **head_and_loss)

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from vaerepa import checks, components, latents, optimization, throughput
 from vaerepa.alignment import AlignedTransformer, Alignment
+from vaerepa.alignment.taps import output_of
 from vaerepa.families import Family
 from vaerepa.options import Options
 
@@ -18,13 +20,14 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes in numbers of parameters, FLOPs of one image's forward pass, bytes."""
+    """Sizes in numbers of parameters, FLOPs of one image's forward pass (of frozen models by method), bytes."""
 
     parameters: int
     stock_parameters: int
     head_parameters: dict[str, int]
     flops: int
     head_flops: dict[str, int]
+    frozen_flops: dict[str, int]
     state_memory: int
     activation_memory: int
     pipeline_bytes: int
@@ -42,7 +45,7 @@ def describe(options: Options) -> str:
     with nullcontext() if parts.pretrained else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
-    alignments = components.build_alignments(options, parts.family, transformer, no_statistics)
+    alignments = components.build_alignments(options, parts, transformer, no_statistics)
     shape = latents.latent_shape(parts.vae, options.resolution)
     num_images = len(parts.sources.train)
     num_steps = checks.steps_in(options, num_images)
@@ -84,12 +87,35 @@ def estimate(
         head_parameters=head_sizes,
         flops=plain,
         head_flops=head_flops,
+        frozen_flops=frozen_flops(forward, alignments, options.resolution),
         state_memory=trained * (2 * FLOAT32 + moments) + (0 if options.offload_ema else averages * size * FLOAT32),
         activation_memory=saved_bytes(options, forward, heads, block_of),
         pipeline_bytes=stock_size * FLOAT32,
         checkpoint_bytes=stock_size * FLOAT32 + trained * (FLOAT32 + moments) + averages * size * FLOAT32,
         latents_cache_bytes=2 * FLOAT16 * elements * num_images,
     )
+
+
+def frozen_flops(forward: "OneForward", alignments: list[Alignment], resolution: int) -> dict[str, int]:
+    """FLOPs of one image through the frozen models whose output a method aligns to; they go to the meta device."""
+    flops = {}
+    with torch.device("meta"):
+        for name, method in ((alignment.name, alignment.method) for alignment in alignments):
+            if "teacher" in method.requires:
+                tapped = forward.family.blocks(forward.transformer)[method.teacher_block - 1]
+                bare = forward.through({}, {})
+                flops[name] = throughput.forward_flops(partial(output_of, tapped, bare))
+            elif "pixel_values" in method.requires:
+                encoder = method.encoder.to(torch.device("meta"))
+                images = torch.zeros(1, 3, encoder.side, encoder.side, dtype=encoder.model.dtype)
+                flops[name] = throughput.forward_flops(partial(encoder.model, pixel_values=images))
+            elif "vae_features" in method.requires:
+                encoder = method.features.vae.to("meta").encoder
+                images = torch.zeros(1, 3, resolution, resolution)
+                flops[name] = throughput.forward_flops(
+                    partial(output_of, method.features.module, partial(encoder, images))
+                )
+    return flops
 
 
 def count(module: nn.Module) -> int:
@@ -159,7 +185,8 @@ def report(
 ) -> str:
     """The table that --dry_run prints, in Markdown."""
     head_flops, points = sum(sizes.head_flops.values()), (0, num_steps // 2, num_steps - 1)
-    training_flops = 3 * (sizes.flops + head_flops) * num_steps * options.global_batch_size
+    image_flops = 3 * (sizes.flops + head_flops) + sum(sizes.frozen_flops.values())
+    training_flops = image_flops * num_steps * options.global_batch_size
     rows = [
         ("parameters of the transformer", f"{sizes.parameters / 1e6:.1f} M"),
         ("in the stock file, an embedder per block", f"{sizes.stock_parameters / 1e6:.1f} M"),
@@ -169,6 +196,9 @@ def report(
         flops = sizes.flops + sizes.head_flops[name]
         rows.append((f"head `{name}`", f"{parameters / 1e6:.2f} M parameters"))
         rows.append(("forward pass with it, one image", f"{flops / 1e9:.1f} GFLOP, +{flops / sizes.flops - 1:.2%}"))
+        if name in sizes.frozen_flops:
+            frozen = sizes.frozen_flops[name] / 1e9
+            rows.append((f"frozen models of `{name}`, one image", f"{frozen:.1f} GFLOP, forward only"))
     activations = 0 if options.gradient_checkpointing else options.train_batch_size * sizes.activation_memory
     memory = (sizes.state_memory + activations) / GIB
     rows += [

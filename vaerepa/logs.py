@@ -3,29 +3,34 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+NUM_NOISE_LEVELS = 5
+
 
 class Window:
     """Values of the steps since the last log line, left on the device until they are read.
+
+    A value is a scalar, or the sums and the numbers of samples at each noise level (see `by_noise_level`).
 
     Kept per step and reduced over processes element by element, so that a window which a restart cut in two gives the same
     mean to the last bit.
     """
 
-    def __init__(self, reduced: dict[str, list[float]] | None = None):
+    def __init__(self, reduced: dict[str, list] | None = None):
         self._reduced = reduced or {}
         self._pending: dict[str, list[torch.Tensor]] = {}
 
     def add(self, **values: torch.Tensor) -> None:
-        """Adds the scalars of one step."""
+        """Adds the values of one step."""
         for name, value in values.items():
             self._pending.setdefault(name, []).append(value.detach())
 
-    def reduce(self, accelerator: Accelerator) -> dict[str, list[float]]:
+    def reduce(self, accelerator: Accelerator) -> dict[str, list]:
         """Values per step, averaged over all processes; every process must call it."""
         for name, values in self._pending.items():
             mean = accelerator.reduce(torch.stack(values).float(), reduction="mean")
@@ -34,10 +39,35 @@ class Window:
         return self._reduced
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean of each value, then starts anew; every process must call it."""
-        values = self.reduce(accelerator)
+        """Mean of each value, then starts anew; every process must call it.
+
+        A noise level without samples has none.
+        """
+        means: dict[str, float] = {}
+        for name, steps in self.reduce(accelerator).items():
+            if not isinstance(steps[0], list):
+                means[name] = _sum(steps) / len(steps)
+                continue
+            sums, counts = (list(zip(*rows, strict=True)) for rows in zip(*steps, strict=True))
+            for level, (values, numbers) in enumerate(zip(sums, counts, strict=True)):
+                if any(numbers):
+                    means[f"{name}/{level / len(sums):.1f}-{(level + 1) / len(sums):.1f}"] = _sum(values) / _sum(
+                        numbers
+                    )
         self._reduced = {}
-        return {name: math.fsum(v) / len(v) if all(map(math.isfinite, v)) else math.nan for name, v in values.items()}
+        return means
+
+
+def by_noise_level(values: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Sums and numbers of the values (B,) at each of five equal ranges of t in [0, 1], per sample of the batch, shape (2, 5)."""
+    levels = (NUM_NOISE_LEVELS * t).long().clamp(max=NUM_NOISE_LEVELS - 1)
+    is_at = levels[:, None] == torch.arange(NUM_NOISE_LEVELS, device=t.device)
+    values = values.detach()[:, None]
+    return torch.stack([torch.where(is_at, values, 0.0).mean(0), is_at.to(values.dtype).mean(0)])
+
+
+def _sum(values: Sequence[float]) -> float:
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
 
 
 class MetricsFile:

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from vaerepa.alignment import Alignment, settings
 from vaerepa.evaluation import NAMES, Report
 from vaerepa.options import FIELDS, Options
 from vaerepa.privacy import is_local, public_name
@@ -25,6 +26,28 @@ SHOWN = (
     "mixed_precision",
 )
 NUM_NAMED_CLASSES = 20
+CITATIONS = {  # key, title and year by arXiv number
+    "2601.17830": (
+        "vaerepa2026",
+        "VAE-REPA: Variational Autoencoder Representation Alignment for Efficient Diffusion Training",
+        2026,
+    ),
+    "2410.06940": (
+        "repa2024",
+        "Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think",
+        2024,
+    ),
+    "2512.10794": (
+        "irepa2025",
+        "What Matters for Representation Alignment: Global Information or Spatial Structure?",
+        2025,
+    ),
+    "2505.02831": (
+        "sra2025",
+        "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation Guidance by Themselves",
+        2025,
+    ),
+}
 
 
 def write_card(path: Path, template: Path, options: Options, name: str, facts: dict[str, Any]) -> None:
@@ -46,7 +69,6 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         dataset=plain(public_name(_dataset(options))),
         base=plain(public_name(options.pretrained_model_name_or_path or "")),
         vae=plain(public_name(options.pretrained_vae_model_name_or_path or "")),
-        aligned=options.alignment != "none",
         text=options.text_conditioning,
         rank=options.rank,
         max_sequence_length=options.max_sequence_length,
@@ -68,10 +90,11 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
 
 def card_metadata(options: Options, name: str, held_out_loss: float | None, report: Report | None) -> ModelCardData:
     """The card's head; libraries write it as YAML, so that no name can break it."""
+    methods = settings.methods_of(options)
     base, vae = options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path
     task = TEXT_TASK if options.text_conditioning else CLASS_TASK
     plain_tag = "text-to-image" if options.text_conditioning else "sit"
-    tags = ["diffusers", "vae-repa" if options.alignment != "none" else plain_tag]
+    tags = ["diffusers", *([settings.METHODS[name].title.lower() for name in methods] if methods else [plain_tag])]
     tags += ["class-conditional"] if not options.text_conditioning else ["lora"] if options.rank else []
     results, dataset = [], public_name(_dataset(options))
     if held_out_loss is not None:
@@ -109,6 +132,18 @@ def card_metadata(options: Options, name: str, held_out_loss: float | None, repo
         model_name=name,
         eval_results=results or None,
     )
+
+
+def describe_alignment(alignment: Alignment) -> dict[str, Any]:
+    """What the template says of one method."""
+    method = alignment.method
+    described = {
+        "name": alignment.name,
+        "title": method.title,
+        "arxiv": method.arxiv,
+        "citation": CITATIONS[method.arxiv],
+    }
+    return described | {"block": alignment.block, "aim": plain(method.aim)}
 
 
 def plain(text: str) -> str:

@@ -64,7 +64,9 @@ def learning_rate_schedule(options: Options, num_training_steps: int) -> Callabl
     return lambda step: base * factor(step)
 
 
-def drop_last_group(optimizer: torch.optim.Optimizer) -> None:
-    """Forgets the last group's parameters and their state."""
-    for parameter in optimizer.param_groups.pop()["params"]:
+def drop_group(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Forgets the group of a module's parameters, and their state."""
+    parameters = set(module.parameters())
+    optimizer.param_groups[:] = [g for g in optimizer.param_groups if not parameters.issuperset(g["params"])]
+    for parameter in parameters:
         optimizer.state.pop(parameter, None)

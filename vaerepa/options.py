@@ -191,43 +191,84 @@ class Options:
     label_dropout: float = option(0.1, "Share of labels dropped for classifier-free guidance.", resume="fixed")
 
     # --- Alignment -----------------------------------------------------------------------------------------------
-    alignment: Literal["none", "vae"] = option(
-        "vae",
-        "Representation alignment: `vae` is VAE-REPA, `none` the plain transformer.",
+    alignment: tuple[Literal["none", "vae", "repa", "sra"], ...] = option(
+        ("vae",),
+        "Representation alignment, one method or several: `vae` is VAE-REPA, `repa` aligns to a vision encoder (REPA), `sra` "
+        "to the average of the weights (SRA), `none` is the plain transformer. The options below that differ by method take one "
+        "value for all, or one per method, in order; there `none` leaves a method its default.",
         resume="fixed",
         group="Alignment",
     )
-    alignment_block: int | None = option(
-        None, "Block whose output is aligned, counted from 1. Default: 2 up to 12 blocks, 8 above.", resume="fixed"
-    )
-    alignment_weight: float | None = option(
+    alignment_block: tuple[int | None, ...] | None = option(
         None,
-        "Weight of the alignment loss (lambda). Default: 1.0; where a text-to-image model is fine-tuned 0.2, falling to 0 by "
-        "cosine until step 500.",
+        "Block whose output is aligned, counted from 1. Default of vae: 2 up to 12 blocks, 8 above; of repa: 4 up to 12, 8 "
+        "above; of sra: 3 of 12, 6 of 24, 8 of 28, else after a quarter of the blocks.",
+        resume="fixed",
+    )
+    alignment_weight: tuple[float | None, ...] | None = option(
+        None,
+        "Weight of the alignment loss (lambda). Default of vae: 1.0; of repa: 0.5; of sra: 0.5 with cosine, else 0.2. Where a "
+        "text-to-image model is fine-tuned 0.2, falling to 0 by cosine until step 500.",
         resume="schedule",
     )
-    alignment_loss: Literal["smooth_l1", "l1", "l2", "cosine"] = option(
-        "smooth_l1",
-        "Distance of head output and latents; cosine is taken over the values of a token.",
+    alignment_loss: tuple[Literal["smooth_l1", "l1", "l2", "cosine"] | None, ...] | None = option(
+        None,
+        "Distance of head output and target; cosine is taken over the values of a token. Default of vae: smooth_l1; of repa "
+        "and sra: cosine.",
         resume="schedule",
     )
-    alignment_beta: float = option(0.05, "Where smooth_l1 turns from quadratic to linear.", resume="schedule")
-    alignment_layers: int = option(5, "Linear layers of the head.", resume="fixed")
-    alignment_width: int | None = option(
-        None, "Width of the head's inner layers. Default: twice the transformer's width.", resume="fixed"
+    alignment_beta: tuple[float, ...] = option(
+        (0.05,), "Where smooth_l1 turns from quadratic to linear.", resume="schedule"
     )
-    alignment_t_range: tuple[float, float] = option(
-        (0.0, 1.0), "Only samples whose t lies in this range are aligned.", resume="schedule"
+    alignment_layers: tuple[int | None, ...] | None = option(
+        None, "Linear layers of the head. Default of vae: 5; of repa: 3; of sra: 2.", resume="fixed"
     )
-    alignment_weight_schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "How the weight falls to 0 at --alignment_stop_step.", resume="schedule"
+    alignment_width: tuple[int | None, ...] | None = option(
+        None,
+        "Width of the head's inner layers. Default of vae and sra: twice the transformer's width; of repa: 2048.",
+        resume="fixed",
     )
-    alignment_stop_step: int | None = option(
+    alignment_t_range: tuple[float, ...] = option(
+        (0.0, 1.0), "Only samples whose t lies in this range, two numbers, are aligned.", resume="schedule"
+    )
+    alignment_weight_schedule: tuple[Literal["constant", "linear", "cosine"], ...] = option(
+        ("constant",), "How the weight falls to 0 at --alignment_stop_step.", resume="schedule"
+    )
+    alignment_stop_step: tuple[int | None, ...] | None = option(
         None, "After this step the head is dropped and training goes on without it. Default: never.", resume="schedule"
+    )
+    alignment_target: Literal[
+        "latent",
+        "velocity",
+        "vae_mid_block",
+        "vae_down_block_1",
+        "vae_down_block_2",
+        "vae_down_block_3",
+        "vae_down_block_4",
+    ] = option(
+        "latent",
+        "What `vae` aligns to: the latents, their velocity, or features of the VAE's encoder, which then runs twice.",
+        resume="fixed",
+    )
+    alignment_encoder: str = option(
+        "facebook/dinov2-base",
+        "Vision transformer of transformers that `repa` aligns to: a Hub id or a folder of a DINOv2, DINOv3, CLIP, SigLIP or "
+        "their like, with its image processor.",
+        resume="fixed",
+    )
+    alignment_irepa: bool = option(
+        False,
+        "iREPA: a 3x3 convolution as head of `repa`, and its target normalised per channel over the tokens of each image.",
+        resume="fixed",
+    )
+    alignment_teacher_block: int | None = option(
+        None,
+        "Block of the average that `sra` aligns to. Default: 8 of 12, 16 of 24, 20 of 28, else after two thirds of the blocks.",
+        resume="fixed",
     )
     alignment_normalize: bool = option(
         False,
-        "Normalise the target per channel, with statistics measured on the data. For VAEs whose latents are not near "
+        "Normalise the target of `vae` per channel, with statistics measured on the data. For VAEs whose latents are not near "
         "unit scale; with --text_conditioning there always.",
         resume="fixed",
     )
@@ -434,11 +475,21 @@ def as_plain(options: Options) -> dict[str, Any]:
 def changed_options(before: dict[str, Any], now: Options, resume: Resume) -> list[str]:
     """Names the options of one `resume` class that differ between a saved run, in its public values, and this one."""
     current = public_values(as_plain(now))
+    saved = {name: _listed(value, current[name]) for name, value in before.items() if name in current}
+    idle = "alignment_" if now.alignment == ("none",) else None  # without a method its options say nothing
     return [
-        f"--{name} was {before[name]!r} and is {current[name]!r}"
+        f"--{name} was {saved[name]!r} and is {current[name]!r}"
         for name, spec in FIELDS.items()
-        if spec.metadata["resume"] == resume and name in before and before[name] != current[name]
+        if spec.metadata["resume"] == resume
+        and name in saved
+        and saved[name] != current[name]
+        and not (idle and name.startswith(idle))
     ]
+
+
+def _listed(saved: Any, current: Any) -> Any:
+    """A value that was saved before its option took several."""
+    return [saved] if isinstance(current, list) and not isinstance(saved, list | types.NoneType) else saved
 
 
 def options_table() -> str:
@@ -473,7 +524,7 @@ def _build_parser() -> argparse.ArgumentParser:
         if spec.type is bool:
             group.add_argument(f"--{spec.name}", action="store_true", help=help_text)
             group.add_argument(f"--no_{spec.name}", dest=spec.name, action="store_false", help=argparse.SUPPRESS)
-        elif typing.get_origin(spec.type) is tuple:
+        elif any(typing.get_origin(kind) is tuple for kind in _alternatives(spec.type)):
             group.add_argument(f"--{spec.name}", nargs="+", metavar="VALUE", help=help_text)
         else:
             group.add_argument(f"--{spec.name}", metavar="VALUE", help=help_text)
@@ -490,7 +541,8 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 def _convert(kind: Any, value: Any) -> Any:
     kinds = _alternatives(kind)
-    if value is None or (type(None) in kinds and str(value).lower() in ("none", "null")):
+    alone = value[0] if isinstance(value, list) and len(value) == 1 else value  # as the command line gives it
+    if value is None or (type(None) in kinds and str(alone).lower() in ("none", "null")):
         if type(None) not in kinds:
             raise ValueError
         return None
@@ -533,15 +585,17 @@ def _describe(kind: Any) -> str:
         elif typing.get_origin(alternative) is tuple:
             inner = typing.get_args(alternative)
             count = "one or more" if inner[-1] is Ellipsis else str(len(inner))
-            names.append(f"{count} values of type {inner[0].__name__}")
+            each = f" of type {inner[0].__name__}" if isinstance(inner[0], type) else f", each {_describe(inner[0])}"
+            names.append(f"{count} values{each}")
         elif alternative is not type(None):
             names.append({bool: "true or false", int: "a whole number", float: "a number", str: "text"}[alternative])
     return " or ".join(names)
 
 
 def _choices(kind: Any) -> str:
-    literals = [k for k in _alternatives(kind) if typing.get_origin(k) is Literal]
-    return f" One of {', '.join(typing.get_args(literals[0]))}." if literals else ""
+    if typing.get_origin(kind) is Literal:
+        return f" One of {', '.join(typing.get_args(kind))}."
+    return "".join(dict.fromkeys(map(_choices, typing.get_args(kind))))
 
 
 def _unknown_message(what: str, name: str, known: list[str]) -> str:

@@ -5,7 +5,17 @@ the method's loss to yours; the README shows it in a dozen lines.
 """
 
 from vaerepa.alignment.aligned_transformer import AlignedTransformer
-from vaerepa.alignment.method import Alignment, AlignmentContext
+from vaerepa.alignment.method import Alignment, AlignmentContext, AlignmentMethod
+from vaerepa.alignment.repa import REPAAlignment
+from vaerepa.alignment.sra import SRAAlignment
 from vaerepa.alignment.vae import VAEAlignment
 
-__all__ = ["AlignedTransformer", "Alignment", "AlignmentContext", "VAEAlignment"]
+__all__ = [
+    "AlignedTransformer",
+    "Alignment",
+    "AlignmentContext",
+    "AlignmentMethod",
+    "REPAAlignment",
+    "SRAAlignment",
+    "VAEAlignment",
+]

@@ -1,5 +1,6 @@
 """AlignedTransformer: the one module that accelerate prepares, a transformer and the heads on its blocks."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vaerepa.alignment.grid import grid_of
+from vaerepa.alignment.heads import GridConvolution
 from vaerepa.families import TextFamily, dit
 
 
@@ -53,7 +56,7 @@ class AlignedTransformer(nn.Module):
         self.measure_gradients = False
         self._taps = {name: Tap() for name in heads}
         self._recording = False
-        self._hooks = [blocks[block_of[name] - 1].register_forward_hook(self._record(name)) for name in heads]
+        self._hooks = {name: blocks[block_of[name] - 1].register_forward_hook(self._record(name)) for name in heads}
 
     def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Returns the prediction for noisy latents (B, C, H, W), and the output of each head by method name."""
@@ -63,13 +66,18 @@ class AlignedTransformer(nn.Module):
         finally:
             self._recording = False
         places = self.family.image_places(self.transformer, hidden_states)
-        return prediction, {name: head(self._take(name, places)) for name, head in self.heads.items()}
+        grid = grid_of(hidden_states, self.family.patch_size(self.transformer))
+        outputs = {}
+        for name, head in self.heads.items():
+            tokens = self._take(name, places)
+            outputs[name] = head(tokens, grid) if isinstance(head, GridConvolution) else head(tokens)
+        return prediction, outputs
 
-    def drop_heads(self) -> None:
-        """Removes all heads and their hooks; what is left costs what the bare transformer costs."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._taps, self.heads = [], {}, nn.ModuleDict()
+    def drop_heads(self, names: Iterable[str] | None = None) -> None:
+        """Removes these heads, or all, and their hooks; without heads it costs what the bare transformer costs."""
+        for name in list(self.heads) if names is None else names:
+            self._hooks.pop(name).remove()
+            del self._taps[name], self.heads[name]
 
     def gradient_ratios(self) -> dict[str, torch.Tensor]:
         """Norm of the alignment gradient over that of the rest, at each tapped block of the last backward pass.

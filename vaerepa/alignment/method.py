@@ -1,8 +1,9 @@
 """What every alignment method is given, and how its loss enters the sum: range of t, weight, schedule, stop."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -10,29 +11,49 @@ from torch import nn
 
 @dataclass
 class AlignmentContext:
-    """What is known about a batch when the alignment loss is computed.
+    """What is known about a batch when its alignment targets are computed.
 
     Attributes:
         latents: clean latents z that the model trains on, shape (B, C, H, W).
         noise: the noise of the same shape.
         t: times in [0, 1], shape (B,).
+        pixel_values: the images that the latents were encoded from, after crop and flip, uint8, shape (B, 3, H, W).
+        draws: the named draws of the samples, each with B first.
+        teacher: image tokens (B, N, d) that the average of the weights has after a block, counted from 1, for this batch at
+            times (B,), under the same noise and the same condition, dropped where the student's is.
     """
 
     latents: torch.Tensor
     noise: torch.Tensor
     t: torch.Tensor
+    pixel_values: torch.Tensor | None = None
+    draws: dict[str, torch.Tensor] = field(default_factory=dict)
+    teacher: Callable[[torch.Tensor, int], torch.Tensor] | None = None
 
 
 class AlignmentMethod(Protocol):
-    """A target and a distance; `requires` names what must be at hand beside the latents."""
+    """A target and a distance.
 
+    Attributes:
+        title: as its paper calls it.
+        arxiv: number of its paper.
+        requires: what must be at hand beside the latents: pixel_values, vae_features (of pixel_values too), teacher.
+        aim: the target in words.
+    """
+
+    title: ClassVar[str]
+    arxiv: ClassVar[str]
     requires: frozenset[str]
+    aim: str
 
-    def build_head(self, hidden_size: int, latent_channels: int, seed: int) -> nn.Module: ...
+    def build_head(self, hidden_size: int, latent_channels: int, seed: int) -> nn.Module:
+        """The head, from hidden states (B, N, d) of width d to tokens of the target's width."""
 
-    def target(self, context: AlignmentContext) -> torch.Tensor: ...
+    def target(self, context: AlignmentContext) -> torch.Tensor:
+        """Tokens (B, N, c) in float32 (float64 stays), without gradient."""
 
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor: ...
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Loss of each sample, shape (B,)."""
 
 
 @dataclass
@@ -60,12 +81,15 @@ class Alignment:
         left = 1.0 - step / self.stop_step
         return self.weight * (left if self.weight_schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
-    def loss(self, prediction: torch.Tensor, context: AlignmentContext) -> torch.Tensor:
+    def sample_losses(self, prediction: torch.Tensor, context: AlignmentContext) -> torch.Tensor:
+        """The method's loss of each sample, shape (B,), whatever its t."""
+        return self.method.loss(prediction, self.method.target(context))
+
+    def loss(self, sample_losses: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Mean over the whole batch, samples outside `t_range` counting as zero.
 
         So the loss does not depend on how a batch is split over devices, and a batch without a sample in the range still
         gives every parameter of the head a (zero) gradient, which DDP insists on.
         """
         low, high = self.t_range
-        in_range = (context.t >= low) & (context.t <= high)
-        return (self.method.loss(prediction, self.method.target(context)) * in_range).mean()
+        return (sample_losses * ((t >= low) & (t <= high))).mean()

@@ -1,6 +1,7 @@
 """Alignment heads in a checkpoint: a folder of their own beside the transformer, which stock diffusers never opens."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vaerepa.alignment.method import Alignment
+from vaerepa.alignment.vae import VAEAlignment
 
 FOLDER = "heads"
 WEIGHTS = "heads.safetensors"
@@ -19,10 +21,16 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class StoredHeads:
-    """The parameters of all heads, and the block that each reads, counted from 1, by method."""
+    """The parameters of all heads; by method the block that each reads, counted from 1, and what it is aligned to."""
 
     tensors: dict[str, torch.Tensor]
     block_of: dict[str, int]
+    aim_of: dict[str, str]
+
+    def of(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The parameters of these methods' heads."""
+        prefixes = tuple(f"{name}." for name in names)
+        return {key: tensor for key, tensor in self.tensors.items() if key.startswith(prefixes)}
 
 
 def save_heads(folder: Path, heads: nn.ModuleDict, alignments: list[Alignment]) -> None:
@@ -32,7 +40,7 @@ def save_heads(folder: Path, heads: nn.ModuleDict, alignments: list[Alignment]) 
     (folder / FOLDER).mkdir()
     tensors = {name: parameter.detach().contiguous() for name, parameter in heads.named_parameters()}
     save_file(tensors, folder / FOLDER / WEIGHTS)
-    config = {alignment.name: {"block": alignment.block} for alignment in alignments}
+    config = {a.name: {"block": a.block, "aim": a.method.aim} for a in alignments}
     (folder / FOLDER / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
@@ -50,13 +58,17 @@ def load_heads(
             config, weights = (hf_hub_download(filename=name, **where) for name in (CONFIG, WEIGHTS))
         except (EntryNotFoundError, LocalEntryNotFoundError):
             return None
-    block_of = {name: values["block"] for name, values in json.loads(Path(config).read_text(encoding="utf-8")).items()}
-    return StoredHeads(load_file(weights), block_of)
+    values = json.loads(Path(config).read_text(encoding="utf-8"))
+    block_of = {name: of["block"] for name, of in values.items()}
+    aim_of = {name: of.get("aim", VAEAlignment.aim) for name, of in values.items()}  # once there was no other
+    return StoredHeads(load_file(weights), block_of, aim_of)
 
 
 def fits(stored: StoredHeads, heads: nn.ModuleDict, alignments: list[Alignment]) -> bool:
-    """Whether stored heads can stand in the place of new ones: same methods, blocks and sizes."""
+    """Whether stored heads can stand in the place of new ones: same methods, blocks, aims and sizes."""
     shapes = {name: parameter.shape for name, parameter in heads.named_parameters()}
-    return stored.block_of == {a.name: a.block for a in alignments} and shapes == {
-        name: tensor.shape for name, tensor in stored.tensors.items()
-    }
+    return (
+        stored.block_of == {a.name: a.block for a in alignments}
+        and stored.aim_of == {a.name: a.method.aim for a in alignments}
+        and shapes == {name: tensor.shape for name, tensor in stored.tensors.items()}
+    )

@@ -1,13 +1,17 @@
-"""VAE-REPA (arXiv 2601.17830): an early block's hidden states, through an MLP, should equal the clean VAE latents."""
+"""VAE-REPA (arXiv 2601.17830): an early block's hidden states, through an MLP, should equal the clean VAE latents.
 
-from itertools import pairwise
+Or their velocity, as in the first stage of Self-Transcendence (arXiv 2601.07773), or features of the VAE's encoder.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vaerepa.alignment.distances import distance
+from vaerepa.alignment.grid import grid_of, patchify, resample
+from vaerepa.alignment.heads import mlp
 from vaerepa.alignment.method import AlignmentContext
-from vaerepa.randomness import draw_seed
+from vaerepa.alignment.vae_features import VAEFeatures
 
 
 class VAEAlignment:
@@ -19,20 +23,27 @@ class VAEAlignment:
         beta: where smooth_l1 turns from quadratic to linear.
         num_layers: Linear layers of the head; the paper's best is 5, then 2.
         width: width of the head's inner layers, twice the transformer's by default.
-        statistics: mean and standard deviation per channel, each (C,), to normalise the target with; None keeps the raw
+        statistics: mean and standard deviation per channel, each (C,), to normalise the latents with; None keeps the raw
             latents, as the paper does on the SD-VAE.
+        target: latent, velocity (noise - latents), or the name of a stage of the VAE's encoder.
+        features: of that stage; each token of theirs is normalised over its channels, for they are far from unit scale.
     """
 
+    title, arxiv = "VAE-REPA", "2601.17830"
+    default_loss, default_layers = "smooth_l1", 5
     requires = frozenset()
+    aim = "the latents of the VAE"  # if of nothing else
 
     def __init__(
         self,
         patch_size: int,
-        distance: str = "smooth_l1",
+        distance: str = default_loss,
         beta: float = 0.05,
-        num_layers: int = 5,
+        num_layers: int = default_layers,
         width: int | None = None,
         statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
+        target: str = "latent",
+        features: VAEFeatures | None = None,
     ):
         self.patch_size = patch_size
         self.distance = distance
@@ -40,45 +51,41 @@ class VAEAlignment:
         self.num_layers = num_layers
         self.width = width
         self.statistics = statistics
+        self.aims_at_velocity = target == "velocity"
+        self.features = features
+        if features is not None:
+            self.requires = frozenset({"vae_features"})
+            self.aim = f"features of the VAE's encoder ({features.stage})"
+        elif self.aims_at_velocity:
+            self.aim = "the velocity"
+
+    @staticmethod
+    def default_block(num_layers: int) -> int:
+        """The paper's block, counted from 1: 2 for B, 8 for L and XL."""
+        return 2 if num_layers <= 12 else 8
+
+    @staticmethod
+    def default_weight(distance: str) -> float:
+        """The paper's lambda."""
+        return 1.0
 
     def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Sequential:
         """The MLP d-2d-2d-2d-2d-p*p*C with SiLU between, per token; xavier-uniform with zero bias, from its own seed."""
         inner = [self.width or 2 * hidden_size] * (self.num_layers - 1)
-        widths = [hidden_size, *inner, self.patch_size**2 * latent_channels]
-        layers: list[nn.Module] = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw_seed(seed, "head"))
-            for before, after in pairwise(widths):
-                linear = nn.Linear(before, after)
-                nn.init.xavier_uniform_(linear.weight)
-                nn.init.zeros_(linear.bias)
-                layers += [linear, nn.SiLU()]
-        return nn.Sequential(*layers[:-1])
+        target_width = self.features.width if self.features else self.patch_size**2 * latent_channels
+        return mlp([hidden_size, *inner, target_width], seed, "head")
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
-        """The clean latents as tokens, shape (B, N, p*p*C)."""
+        """The clean latents, or their velocity, as tokens, shape (B, N, p*p*C); or features of that width, (B, N, c)."""
         latents = context.latents
+        if self.features is not None:
+            tokens = resample(self.features(context.pixel_values), grid_of(latents, self.patch_size))
+            return F.layer_norm(tokens, tokens.shape[-1:])
         if self.statistics is not None:
             mean, std = (s.to(latents).view(1, -1, 1, 1) for s in self.statistics)
             latents = (latents - mean) / std
-        return patchify(latents, self.patch_size)
+        return patchify(context.noise - latents if self.aims_at_velocity else latents, self.patch_size)
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Distance of the head's output (B, N, p*p*C) to the target, mean per sample, shape (B,), in the target's dtype."""
-        prediction = prediction.to(target.dtype)
-        if self.distance == "cosine":
-            distance = 1.0 - F.cosine_similarity(prediction, target, dim=-1)
-        elif self.distance == "l2":
-            distance = (prediction - target).square()
-        elif self.distance == "l1":
-            distance = (prediction - target).abs()
-        else:
-            distance = F.smooth_l1_loss(prediction, target, reduction="none", beta=self.beta)
-        return distance.flatten(1).mean(1)
-
-
-def patchify(latents: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Latents (B, C, H, W) as tokens (B, N, p*p*C), in the order in which DiT un-patchifies its output."""
-    batch, channels, height, width = latents.shape
-    grid = latents.view(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size**2 * channels)
+        return distance(prediction, target, self.distance, self.beta)

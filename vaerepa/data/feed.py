@@ -221,6 +221,7 @@ class Feed:
             batch = upcoming
             torch.cuda.current_stream(device).wait_stream(stream)
             used = [batch["latents"], batch["condition"], batch["draws"], batch.get("text", {})]
+            used.append(batch.get("pixel_values", {}))
             recursively_apply(lambda tensor: tensor.record_stream(torch.cuda.current_stream(device)), used)
             upcoming = queue_next()
             yield batch

@@ -70,7 +70,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class TrainingDraws:
-    """Time, noise, posterior noise and label drop of training samples.
+    """Time, noise, posterior noise, label drop and lead of the teacher in time (SRA) of training samples.
 
     Args:
         latent_shape: (C, h, w) of a square image.
@@ -93,6 +93,9 @@ class TrainingDraws:
             "noise": stack_noise(self.seed, "noise", ordinals, shape),
             "posterior": stack_noise(self.seed, "posterior", ordinals, shape),
             "drop": torch.tensor([draw_uniform(self.seed, "drop", o) < self.label_dropout for o in ordinals]),
+            "teacher_lead": torch.tensor(
+                [draw_uniform(self.seed, "teacher lead", o) for o in ordinals], dtype=torch.float64
+            ),
         }
 
 

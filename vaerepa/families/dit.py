@@ -53,11 +53,6 @@ def parse_model_name(name: str) -> tuple[Size, int]:
     return SIZES[match[1]], int(match[2])
 
 
-def default_alignment_block(num_layers: int) -> int:
-    """The paper's block, counted from 1: 2 for B, 8 for L and XL (method: arXiv 2601.17830)."""
-    return 2 if num_layers <= 12 else 8
-
-
 def build_transformer(
     size: Size, patch_size: int, latent_channels: int, latent_size: int, num_classes: int
 ) -> DiTTransformer2DModel:

@@ -98,10 +98,6 @@ class TextFamily(ABC):
         """Which of them are the image's."""
         return slice(None)
 
-    def default_alignment_block(self, num_layers: int) -> int:
-        """2 up to 12 blocks, 8 above, as for SiT; the paper does not give its text model's."""
-        return 2 if num_layers <= 12 else 8
-
     def to_training_form(self, transformer: nn.Module) -> nn.Module:
         """Applies, in place, the cures that training needs."""
         if isinstance(getattr(transformer, "pos_embed", None), PatchEmbed):

@@ -1,0 +1,335 @@
+"""Alignment methods, alone and together: targets as written out, exact restarts, heads that end apart, what is refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiTPipeline
+from safetensors.torch import load_file
+
+import train_vaerepa
+from tests.conftest import read_metrics
+from tests.test_finetuning import PRETRAINED
+from tests.test_training import DOUBLE
+from vaerepa.alignment import AlignmentContext, SRAAlignment, settings
+from vaerepa.alignment.sra import default_blocks
+from vaerepa.alignment.taps import output_of
+from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
+from vaerepa.families import dit
+from vaerepa.logs import Window, by_noise_level
+from vaerepa.options import parse_options
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ---- several methods
+
+
+COMBINATIONS = [["sra"], ["vae", "sra"]]
+
+
+def files_of(run, step: int) -> dict[str, torch.Tensor]:
+    checkpoint = run / f"checkpoint-{step}"
+    paths = [*sorted(checkpoint.glob("state/*.safetensors")), *checkpoint.glob("heads/*.safetensors")]
+    return {f"{path.stem}/{key}": tensor for path in paths for key, tensor in load_file(path).items()}
+
+
+def metrics_of(run) -> list[dict]:
+    timed = ("train/images_per_second", "train/data_wait")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+@pytest.mark.parametrize("methods", COMBINATIONS, ids="-".join)
+def test_methods_train_restart_to_the_bit_and_export(train, tmp_path, methods):
+    options = {"alignment": methods, "logging_steps": 2, "max_train_steps": 6, "gradient_accumulation_steps": 2}
+    whole = train(**options, output_dir=tmp_path / "whole")
+    for steps in (3, 6):
+        pieces = train(
+            **(options | {"max_train_steps": steps}), output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
+        )
+    one, other = files_of(whole, 6), files_of(pieces, 6)
+    assert one.keys() == other.keys()
+    assert {name.split("/")[1].split(".")[0] for name in one if name.startswith("heads/")} == set(methods)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [line for line in metrics_of(whole) if "train/loss" in line] == [
+        line for line in metrics_of(pieces) if "train/loss" in line
+    ]
+    for name in methods:
+        assert len(read_metrics(whole, f"train/alignment_loss_{name}", f"train/alignment_gradient_ratio_{name}")) == 3
+    assert DiTPipeline.from_pretrained(whole).transformer.config.num_layers == 4
+
+
+def test_heads_end_one_after_the_other(train, tmp_path):
+    options = {"alignment": ["vae", "sra"], "alignment_stop_step": [2, 4], "max_train_steps": 6}
+    options |= {"checkpointing_steps": 1, "alignment_weight_schedule": ["cosine", "linear"]}
+    whole = train(**options, output_dir=tmp_path / "whole")
+    for step, left in {1: {"vae", "sra"}, 2: {"sra"}, 3: {"sra"}, 4: set(), 6: set()}.items():
+        files = files_of(whole, step)
+        assert {name.split("/")[1].split(".")[0] for name in files if name.startswith("heads/")} == left
+        assert {name.split(".")[1] for name in files if name.startswith("optimizer/heads.")} == left
+        config = whole / f"checkpoint-{step}/heads/config.json"
+        assert (set(json.loads(config.read_text())) if left else set()) == left
+    for steps in (2, 3, 5, 6):
+        pieces = train(
+            **(options | {"max_train_steps": steps}), output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
+        )
+    one, other = files_of(whole, 6), files_of(pieces, 6)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_head_that_ended_does_not_come_back(train, capfd):
+    options = {"alignment": ["vae", "sra"], "max_train_steps": 3}
+    run = train(**options, alignment_stop_step=[2, 9])
+    train(**(options | {"max_train_steps": 4}), alignment_stop_step=9, resume_from_checkpoint="latest", code=2)
+    assert "--alignment_stop_step cannot be raised: the head of vae was dropped" in capfd.readouterr().err
+    train(**(options | {"max_train_steps": 4}), alignment_stop_step=1, resume_from_checkpoint="latest")
+    assert not (run / "checkpoint-4/heads").exists()
+
+
+def test_fine_tuning_keeps_heads_for_the_same_aim_alone(train, tmp_path, caplog):
+    caplog.set_level("INFO")
+    base = train(output_dir=tmp_path / "base", max_train_steps=1)
+    for target, kept in (("latent", True), ("velocity", False)):
+        caplog.clear()
+        train(
+            **PRETRAINED,
+            pretrained_model_name_or_path=base,
+            alignment_target=target,
+            output_dir=tmp_path / target,
+            max_train_steps=1,
+        )
+        assert ("its alignment heads are kept" in caplog.text) == kept
+        assert ("new ones are drawn" in caplog.text) != kept
+
+
+def test_at_weight_zero_no_method_changes_the_transformer(train, tmp_path):
+    both = train(alignment=["vae", "sra"], alignment_weight=0.0, output_dir=tmp_path / "both")
+    none = train(alignment="none", output_dir=tmp_path / "none")
+    one, other = (load_file(run / "checkpoint-4/state/transformer.safetensors") for run in (both, none))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_card_names_every_method(train):
+    text = (train(alignment=["vae", "sra"]) / "README.md").read_text()
+    assert "aligns block 2 with the latents of the VAE and with [SRA](https://arxiv.org/abs/2505.02831)" in text
+    assert "aligns block 1 with block 3 of the average of its own weights" in text
+    assert "eprint = {2505.02831}" in text
+    assert "\n- sra\n" in text
+
+
+def test_values_are_for_all_or_one_per_method():
+    def filled(*arguments: str):
+        return settings.fill_in_defaults(parse_options(["--alignment", "vae", "sra", *arguments]))
+
+    options = filled()
+    assert options.alignment_weight == (1.0, 0.5)
+    assert options.alignment_loss == ("smooth_l1", "cosine")
+    assert options.alignment_layers == (5, 2)
+    assert options.alignment_stop_step is None
+    options = filled("--alignment_loss", "none", "smooth_l1", "--alignment_stop_step", "7", "none")
+    assert options.alignment_loss == ("smooth_l1", "smooth_l1")
+    assert options.alignment_weight == (1.0, 0.2)
+    assert options.alignment_stop_step == (7, None)
+    options = filled("--alignment_weight", "0.3", "--alignment_t_range", "0", "1", "0.4", "0.7")
+    assert options.alignment_weight == (0.3, 0.3)
+    assert settings.t_ranges_of(options) == [(0.0, 1.0), (0.4, 0.7)]
+    assert settings.fill_in_defaults(options) == options
+
+
+def test_a_fine_tuned_text_model_is_aligned_more_weakly():
+    given = ["--text_conditioning", "--pretrained_model_name_or_path", "x", "--alignment", "vae", "sra"]
+    options = settings.fill_in_defaults(parse_options([*given, "--alignment_weight", "1.0", "none"]))
+    assert options.alignment_weight == (1.0, 0.2)
+    assert options.alignment_weight_schedule == ("constant", "cosine")
+    assert options.alignment_stop_step == (None, 500)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alignment": ["vae", "none"]}, ["--alignment vae none", "none alone"]),
+        ({"alignment": ["vae", "vae"]}, ["--alignment vae vae", "different methods"]),
+        ({"alignment_weight": [1.0, 0.5]}, ["--alignment_weight 1.0 0.5", "one value", "--alignment vae"]),
+        (
+            {"alignment": ["vae", "sra"], "alignment_block": [1, 2, 3]},
+            ["--alignment_block 1 2 3", "one for each of --alignment vae sra"],
+        ),
+        ({"alignment_t_range": [0, 0.5, 1]}, ["--alignment_t_range 0.0 0.5 1.0", "two numbers"]),
+        ({"alignment": ["vae", "sra"], "alignment_t_range": [0, 1, 0.7, 0.4]}, ["rising"]),
+        ({"alignment": ["vae", "sra"], "alignment_block": [2, 0]}, ["--alignment_block 0", "above 0"]),
+        ({"alignment": ["vae", "sra"], "alignment_block": [2, 5]}, ["--alignment_block 5", "4 blocks"]),
+        (
+            {
+                "alignment": ["vae", "sra"],
+                "alignment_weight_schedule": ["constant", "cosine"],
+                "alignment_stop_step": [5, "none"],
+            },
+            ["--alignment_weight_schedule cosine", "--alignment_stop_step"],
+        ),
+        ({"alignment": "sra", "alignment_teacher_block": 5}, ["--alignment_teacher_block 5", "4 blocks"]),
+        ({"alignment_teacher_block": 3}, ["--alignment_teacher_block", "--alignment sra"]),
+        ({"alignment": "sra", "no_use_ema": True}, ["--alignment sra", "--no_use_ema"]),
+        ({"alignment": "sra", "offload_ema": True}, ["--alignment sra", "--offload_ema"]),
+        ({"alignment": "sra", "rank": 4, "text_conditioning": True}, ["--alignment sra", "--rank"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_what_cannot_go_together_is_refused(train, tmp_path, capfd, options, words):
+    train(code=2, **options)
+    (message,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert all(word in message for word in words), message
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] in ([], [".lock"])
+
+
+# ---- the loss by noise level
+
+
+class OneProcess:
+    @staticmethod
+    def reduce(tensor, reduction):
+        return tensor
+
+
+def test_losses_are_told_by_noise_level(train):
+    window = Window()
+    window.add(loss=by_noise_level(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0.1, 0.15, 1.0])))
+    window.add(loss=by_noise_level(torch.tensor([6.0, 7.0, 9.0]), torch.tensor([0.0, 0.5, 0.5])))
+    expected = {"loss/0.0-0.2": 3.0, "loss/0.4-0.6": 8.0, "loss/0.8-1.0": 5.0}
+    assert window.means(OneProcess) == pytest.approx(expected)
+    run = train(max_train_steps=4, logging_steps=4)
+    (line,) = [line for line in metrics_of(run) if "train/loss" in line]
+    levels = [name for name in line if name.startswith("train/alignment_by_t_vae/")]
+    assert 3 <= len(levels) <= 5
+    assert min(line[name] for name in levels) <= line["train/alignment_loss_vae"] <= max(line[name] for name in levels)
+
+
+# ---- SRA
+
+
+def test_the_papers_blocks_are_sras_default():
+    assert [default_blocks(depth) for depth in (12, 24, 28)] == [(3, 8), (6, 16), (8, 20)]
+    assert all(
+        1 <= student <= teacher <= depth for depth in range(1, 60) for student, teacher in [default_blocks(depth)]
+    )
+
+
+def test_sras_losses_are_as_written_out():
+    prediction = torch.tensor([[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 1.0]]])
+    target = torch.tensor([[[4.0, 3.0], [0.0, 5.0]], [[0.0, 1.0], [-1.0, -1.0]]])
+    # similarities per token: 24/25 and 0; 1 and -1
+    assert SRAAlignment(3).loss(prediction, target).tolist() == pytest.approx([(0.04 + 1) / 2, (0 + 2) / 2])
+    # differences 1, 1, 1, 5; 0, 1, 2, 2; each above beta, but for 0, costs itself less 0.025
+    smooth = SRAAlignment(3, distance="smooth_l1").loss(prediction, target).tolist()
+    assert smooth == pytest.approx([(8 - 4 * 0.025) / 4, (5 - 3 * 0.025) / 4])
+
+
+def test_the_teacher_leads_by_at_most_a_fifth_and_never_below_zero():
+    asked = []
+
+    def teacher(t, block):
+        asked.append((t, block))
+        return torch.zeros(3, 4, 8)
+
+    latents, lead = torch.zeros(3, 4, 4, 4), torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64)
+    context = AlignmentContext(
+        latents, latents, torch.tensor([0.05, 0.9, 0.5]), draws={"teacher_lead": lead}, teacher=teacher
+    )
+    SRAAlignment(3).target(context)
+    ((t, block),) = asked
+    assert block == 3
+    assert t.tolist() == pytest.approx([0.0, 0.7, 0.45])
+
+
+def test_a_tap_stops_where_it_reads():
+    size = dit.Size(4, 32, 2)
+    transformer = dit.build_transformer(size, 2, 4, 8, 3).eval()
+    noisy, told = torch.randn(2, 4, 8, 8), {"timestep": torch.rand(2), "class_labels": torch.arange(2)}
+    whole, visited = {}, []
+
+    def keep(place):
+        def hook(module, args, output):
+            visited.append(place)
+            whole[place] = output
+
+        return hook
+
+    for place, block in enumerate(transformer.transformer_blocks):
+        block.register_forward_hook(keep(place))
+    dit.predict(transformer, noisy, **told)
+    visited.clear()
+    last = transformer.transformer_blocks[2]
+    tapped = output_of(last, lambda: dit.predict(transformer, noisy, **told))
+    assert torch.equal(tapped, whole[2])
+    assert not tapped.requires_grad
+    assert visited == [0, 1, 2]
+    assert len(last._forward_hooks) == 1  # the test's own
+
+
+def test_sras_first_steps_are_as_computed_a_second_time(train, data, vae):
+    """From the checkpoint after a step: the average's third block, at the drawn lead, under the same noise and labels."""
+    options = {"alignment": "sra", "seed": 3, "ema_decay": [0.5, 0.9], "label_dropout": 0.5, "checkpointing_steps": 1}
+    run = train(**options, max_train_steps=3)
+    logged = read_metrics(run, "train/alignment_loss_sra", "train/loss", "train/denoising_loss")[2]
+    source = open_sources(str(data)).train
+    batches = Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.5), 8, 0, 24, 4, 16, 3)
+    batch = list(batches)[2]
+    draws = {name: draw.float() if draw.is_floating_point() else draw for name, draw in batch["draws"].items()}
+    state = run / "checkpoint-2/state"
+    student = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
+    teacher = copy.deepcopy(student)
+    student.load_state_dict(load_file(state / "transformer.safetensors"), strict=False)
+    teacher.load_state_dict(load_file(state / "ema_0.5.safetensors"), strict=False)
+    head = SRAAlignment(3).build_head(32, 4, 3)
+    tensors = load_file(run / "checkpoint-2/heads/heads.safetensors")
+    head.load_state_dict({name.removeprefix("sra."): tensor for name, tensor in tensors.items()})
+    tokens = {}
+    student.transformer_blocks[0].register_forward_hook(lambda m, a, output: tokens.__setitem__("student", output))
+    teacher.transformer_blocks[2].register_forward_hook(lambda m, a, output: tokens.__setitem__("teacher", output))
+    with torch.no_grad():
+        posterior = AutoencoderKL.from_pretrained(vae).encode(batch["pixel_values"] / 127.5 - 1).latent_dist
+        z = posterior.mean + posterior.std * draws["posterior"]
+        labels = torch.where(draws["drop"], 1000, batch["condition"])
+        t = draws["t"]
+        for model, time in ((student, t), (teacher, torch.relu(t - 0.2 * draws["teacher_lead"]))):
+            at = time.view(-1, 1, 1, 1)
+            model((1 - at) * z + at * draws["noise"], timestep=1000 * time, class_labels=labels)
+        outputs = head(tokens["student"])
+        dot = (outputs * tokens["teacher"]).sum(-1)
+        loss = (1 - dot / outputs.norm(dim=-1) / tokens["teacher"].norm(dim=-1)).mean().item()
+    assert 0 < draws["drop"].sum() < 8
+    assert logged["train/alignment_loss_sra"] == pytest.approx(loss, rel=1e-4)
+    assert logged["train/loss"] == pytest.approx(logged["train/denoising_loss"] + 0.5 * loss, rel=1e-4)
+
+
+def test_the_teacher_gets_no_gradient(train, monkeypatch):
+    averages, compute = [], train_vaerepa.compute_losses
+
+    def watched(run, batch):
+        averages.append(run.ema.exported)
+        return compute(run, batch)
+
+    monkeypatch.setattr(train_vaerepa, "compute_losses", watched)
+    train(alignment="sra", max_train_steps=2)
+    assert all(p.grad is None and not p.requires_grad for p in averages[-1].parameters())
+    assert not any(block._forward_hooks for block in averages[-1].transformer_blocks)
+
+
+def test_one_and_two_processes_make_the_same_steps_with_sra(launch, tmp_path):
+    script = tmp_path / "double.py"
+    script.write_text(DOUBLE)
+    ends = []
+    for processes in (1, 2):
+        run = launch(
+            processes,
+            script,
+            max_train_steps=6,
+            label_dropout=0.5,
+            ema_decay=0.9,
+            alignment=["vae", "sra"],
+            output_dir=tmp_path / f"run-{processes}",
+        )
+        ends.append(load_file(run / "checkpoint-6/state/transformer.safetensors"))
+    assert max((ends[0][name] - ends[1][name]).abs().max().item() for name in ends[0]) < 1e-10

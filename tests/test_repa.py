@@ -1,0 +1,299 @@
+"""REPA and iREPA, and VAE-REPA's other targets: what is aligned to, from which pixels, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel, BertConfig, BertModel
+
+from tests import vision_models
+from tests.conftest import read_metrics
+from tests.test_alignment import files_of
+from tests.vision_models import PATCH_SIZE, SIDE, WIDTH
+from vaerepa.alignment import AlignedTransformer, AlignmentContext, REPAAlignment, VAEAlignment
+from vaerepa.alignment.heads import GridConvolution
+from vaerepa.alignment.vae_features import VAEFeatures
+from vaerepa.alignment.vision_encoder import load_encoder
+from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
+from vaerepa.families import dit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folders = {}
+
+    def folder_of(kind: str) -> str:
+        if kind not in folders:
+            folders[kind] = str(vision_models.save(kind, tmp_path_factory.mktemp(kind)))
+        return folders[kind]
+
+    return folder_of
+
+
+def pixels(count: int, side: int = SIDE) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def context_of(side: int, pixel_values: torch.Tensor) -> AlignmentContext:
+    latents = torch.zeros(len(pixel_values), 4, side, side)
+    return AlignmentContext(latents, latents, torch.zeros(len(latents)), pixel_values)
+
+
+# ---- the vision encoder
+
+
+@pytest.mark.parametrize("kind", vision_models.KINDS)
+def test_patch_tokens_are_those_of_the_stock_model(encoders, kind):
+    folder, images = encoders(kind), pixels(3)
+    model = AutoModel.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    prepared = (images / 255 - torch.tensor(processor.image_mean).view(3, 1, 1)) / torch.tensor(
+        processor.image_std
+    ).view(3, 1, 1)
+    with torch.no_grad():
+        tokens = getattr(model, "vision_model", model)(pixel_values=prepared).last_hidden_state
+    before = {"dinov2": 1, "dinov3": 5, "clip": 1, "clip_vision": 1, "siglip": 0}[kind]  # class and register tokens
+    grid = SIDE // PATCH_SIZE
+    assert tokens.shape[1] == before + grid**2
+    features = load_encoder(folder)(images)
+    assert features.shape == (3, WIDTH, grid, grid)
+    assert torch.allclose(features.flatten(2).transpose(1, 2), tokens[:, before:], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov3"])
+def test_images_are_prepared_as_the_processor_prepares_them(encoders, kind):
+    # smooth, for Pillow rounds to whole numbers
+    image = F.interpolate(torch.rand(1, 3, 5, 5), (40, 40), mode="bicubic").clamp(0, 1).mul(255).round().byte()
+    processor = AutoImageProcessor.from_pretrained(encoders(kind))
+    expected = processor(Image.fromarray(image[0].permute(1, 2, 0).numpy()), return_tensors="np").pixel_values[0]
+    prepared = load_encoder(encoders(kind)).prepare(image)[0].numpy()
+    assert prepared.shape == (3, SIDE, SIDE)
+    assert np.abs(prepared - expected).max() < 0.02  # one of 256 levels, over a deviation
+
+
+def test_an_encoder_is_frozen_and_in_eval_mode(encoders):
+    model = load_encoder(encoders("dinov2")).model
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+# ---- REPA
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_tokens_lie_where_the_transformers_lie(encoders, side):
+    """Four by four of them onto as many, and onto eight by eight."""
+    encoder = load_encoder(encoders("dinov2"))
+    images = pixels(2)
+    tokens = REPAAlignment(2, encoder).target(context_of(side, images))
+    expected = F.interpolate(encoder(images), (side // 2, side // 2), mode="bilinear", align_corners=False)
+    assert torch.allclose(tokens, expected.flatten(2).transpose(1, 2), atol=1e-5)
+    assert not tokens.requires_grad
+
+
+def test_repas_loss_is_minus_the_cosine_of_each_token(encoders):
+    prediction = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
+    target = torch.tensor([[[4.0, 3.0], [0.0, 5.0]]])
+    method = REPAAlignment(2, load_encoder(encoders("dinov2")))
+    assert method.loss(prediction, target).tolist() == pytest.approx([-(24 / 25 + 0) / 2])
+    half = method.loss(prediction.bfloat16(), target)
+    assert half.dtype == torch.float32
+
+
+def test_the_projector_is_the_papers(encoders):
+    head = REPAAlignment(2, load_encoder(encoders("dinov2"))).build_head(32, 4)
+    shapes = [tuple(layer.weight.shape) for layer in head if isinstance(layer, torch.nn.Linear)]
+    assert shapes == [(2048, 32), (2048, 2048), (WIDTH, 2048)]
+    assert sum(isinstance(layer, torch.nn.SiLU) for layer in head) == 2
+
+
+def test_irepa_normalises_over_the_tokens_and_convolves_over_the_grid(encoders):
+    encoder, images = load_encoder(encoders("dinov2")), pixels(2)
+    plain, improved = (REPAAlignment(2, encoder, is_improved=on) for on in (False, True))
+    tokens, normalised = (method.target(context_of(8, images)) for method in (plain, improved))
+    centred = tokens - tokens.mean(1, keepdim=True)
+    deviation = (centred.square().sum(1, keepdim=True) / (tokens.shape[1] - 1)).sqrt()
+    assert torch.allclose(normalised, centred / deviation, atol=1e-3)
+    head = improved.build_head(32, 4)
+    assert isinstance(head, GridConvolution)
+    hidden = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))  # a grid of two rows by three
+    expected = torch.einsum(
+        "bhwcij,zcij->bhwz",
+        F.pad(hidden.view(2, 2, 3, 32).permute(0, 3, 1, 2), (1, 1, 1, 1))
+        .unfold(2, 3, 1)
+        .unfold(3, 3, 1)
+        .permute(0, 2, 3, 1, 4, 5),
+        head.convolution.weight,
+    )
+    assert torch.allclose(head(hidden, (2, 3)), expected.reshape(2, 6, WIDTH) + head.convolution.bias, atol=1e-4)
+
+
+def test_the_convolution_is_told_the_grid_of_the_latents():
+    transformer = dit.build_transformer(dit.Size(2, 32, 2), 2, 4, 8, 3)
+    head = GridConvolution(32, WIDTH, 0, "head")
+    aligned = AlignedTransformer(transformer, dit.blocks(transformer), {"repa": head}, {"repa": 1})
+    _, outputs = aligned(torch.randn(3, 4, 8, 8), timestep=torch.rand(3), class_labels=torch.arange(3))
+    assert outputs["repa"].shape == (3, 16, WIDTH)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alignment": "repa", "alignment_width": 64, "random_flip": True},
+        {"alignment": ["vae", "repa"], "alignment_irepa": True, "dataloader_num_workers": 1},
+    ],
+    ids=["repa", "vae-irepa"],
+)
+def test_repa_trains_restarts_to_the_bit_and_exports(train, encoders, tmp_path, options):
+    options = options | {"alignment_encoder": encoders("dinov2"), "max_train_steps": 4, "logging_steps": 1}
+    whole = train(**options, output_dir=tmp_path / "whole")
+    for steps in (2, 4):
+        pieces = train(
+            **(options | {"max_train_steps": steps}), output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
+        )
+    one, other = files_of(whole, 4), files_of(pieces, 4)
+    assert one.keys() == other.keys()
+    assert any(name.startswith("heads/repa.") for name in one)
+    assert {name.split(".")[0] for name in one if name.startswith("heads/")} == {
+        f"heads/{name}" for name in ([options["alignment"]] if options["alignment"] == "repa" else options["alignment"])
+    }
+    assert {name.split("/")[0] for name in one} == {"ema_0.9", "heads", "optimizer", "transformer"}  # and no encoder
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    losses = [line["train/alignment_loss_repa"] for line in read_metrics(whole, "train/alignment_loss_repa")]
+    assert all(-1 <= loss <= 1 for loss in losses)
+    assert losses[-1] < losses[0]
+    assert (whole / "model_index.json").exists()
+    text = (whole / "README.md").read_text()
+    assert "aligns block 4 with patch tokens of dinov20" in text  # the folder's name alone
+    assert str(tmp_path.parent) not in text
+
+
+def test_the_first_step_computes_repas_loss(train, data, encoders):
+    """Under random crops and flips: the encoder sees the pixels that the latents are from."""
+    folder = encoders("siglip")
+    options = {"alignment": "repa", "alignment_encoder": folder, "no_center_crop": True, "random_flip": True}
+    run = train(**options, max_train_steps=1, seed=3, alignment_block=2)
+    logged = read_metrics(run, "train/alignment_loss_repa", "train/loss", "train/denoising_loss")[0]
+    source = open_sources(str(data)).train
+    preprocessing = Preprocessing(16, center_crop=False, random_flip=True, seed=3)
+    batch = next(iter(Batches(source, preprocessing, TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
+    assert 0 < sum(batch["flipped"]) < 8
+    method = REPAAlignment(2, load_encoder(folder))
+    target = method.target(context_of(8, batch["pixel_values"]))
+    head = method.build_head(32, 4, 3)
+    # a fresh model's blocks are the identity: what they pass on is the embedding of the noisy patches
+    transformer = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
+    dit.initialize(transformer, 3)
+    with torch.no_grad():
+        z = latents_of(run, batch)
+        t = batch["draws"]["t"].float().view(-1, 1, 1, 1)
+        tokens = transformer.pos_embed((1 - t) * z + t * batch["draws"]["noise"])
+        outputs = head(tokens)
+        cosine = (outputs * target).sum(-1) / outputs.norm(dim=-1) / target.norm(dim=-1)
+    assert logged["train/alignment_loss_repa"] == pytest.approx(-cosine.mean().item(), rel=1e-3)
+    assert logged["train/loss"] == pytest.approx(
+        logged["train/denoising_loss"] + 0.5 * logged["train/alignment_loss_repa"], rel=1e-4
+    )
+
+
+def latents_of(run, batch: dict) -> torch.Tensor:
+    posterior = AutoencoderKL.from_pretrained(run / "vae").encode(batch["pixel_values"] / 127.5 - 1).latent_dist
+    return posterior.mean + posterior.std * batch["draws"]["posterior"]
+
+
+# ---- other targets of VAE-REPA
+
+
+def test_the_velocity_can_be_aligned_to():
+    z, noise = torch.randn(2, 3, 4, 8, 8)
+    context = AlignmentContext(z, noise, torch.zeros(3))
+    velocity = VAEAlignment(2, target="velocity").target(context)
+    assert torch.equal(velocity, VAEAlignment(2).target(AlignmentContext(noise - z, noise, torch.zeros(3))))
+
+
+@pytest.mark.parametrize(("stage", "width"), [("vae_down_block_1", 8), ("vae_down_block_2", 8), ("vae_mid_block", 8)])
+def test_features_of_the_vae_are_those_of_its_stage(vae, stage, width):
+    model = AutoencoderKL.from_pretrained(vae).eval()
+    modules = {"vae_down_block_1": model.encoder.down_blocks[0], "vae_down_block_2": model.encoder.down_blocks[1]}
+    outputs = []
+    hook = modules.get(stage, model.encoder.mid_block).register_forward_hook(lambda m, a, out: outputs.append(out))
+    images = pixels(3, 16)
+    with torch.no_grad():
+        model.encode(images / 127.5 - 1)
+    hook.remove()
+    features = VAEFeatures(model, stage)
+    assert features.width == width
+    method = VAEAlignment(2, features=features)
+    target = method.target(context_of(8, images))
+    assert target.shape == (3, 16, width)
+    assert not target.requires_grad
+    pooled = F.interpolate(outputs[0], (4, 4), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+    centred = pooled - pooled.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(target, expected, atol=1e-4)
+    assert method.build_head(32, 4)[-1].out_features == width
+
+
+@pytest.mark.parametrize("target", ["velocity", "vae_mid_block"])
+def test_other_targets_train_and_restart_to_the_bit(train, tmp_path, target):
+    options = {"alignment_target": target, "max_train_steps": 4}
+    whole = train(**options, output_dir=tmp_path / "whole")
+    for steps in (2, 4):
+        pieces = train(
+            **(options | {"max_train_steps": steps}), output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
+        )
+    one, other = files_of(whole, 4), files_of(pieces, 4)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    vaes = [load_file(next((run / "vae").glob("*.safetensors"))) for run in (whole, pieces)]
+    assert all(torch.equal(vaes[0][name], vaes[1][name]) for name in vaes[0])
+
+
+# ---- what is refused
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("materials")
+    widths, counts = (8, 8), (1, 1)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=counts,
+        num_decoder_blocks=counts,
+    )
+    tiny.save_pretrained(folder / "tiny")
+    BertModel(
+        BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    ).save_pretrained(folder / "bert")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alignment": "repa", "alignment_encoder": "{}/nowhere"}, ["--alignment_encoder", "cannot be used"]),
+        ({"alignment": "repa", "alignment_encoder": "{}/bert"}, ["--alignment_encoder", "vision transformer"]),
+        ({"alignment": "repa", "latents_cache": "{}/cache"}, ["--alignment repa", "--latents_cache"]),
+        ({"alignment_target": "vae_mid_block", "latents_cache": "{}/cache"}, ["vae_mid_block", "--latents_cache"]),
+        ({"alignment_target": "vae_down_block_4"}, ["vae_down_block_4", "vae_down_block_1, vae_down_block_2"]),
+        (
+            {"alignment_target": "vae_mid_block", "pretrained_vae_model_name_or_path": "{}/tiny"},
+            ["vae_mid_block", "AutoencoderTiny has no such stage"],
+        ),
+        ({"alignment_target": "vae_mid_block", "alignment_normalize": True}, ["--alignment_normalize"]),
+        ({"alignment_target": "velocity", "alignment": "sra"}, ["--alignment_target", "--alignment vae"]),
+        ({"alignment_irepa": True}, ["--alignment_irepa", "--alignment repa"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_aligned_to_is_refused(train, materials, tmp_path, capfd, options, words):
+    options = {k: v.format(materials) if isinstance(v, str) else v for k, v in options.items()}
+    train(code=2, **options)
+    (message,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert all(word in message for word in words), message
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] in ([], [".lock"])

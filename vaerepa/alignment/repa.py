@@ -1,0 +1,88 @@
+"""REPA (arXiv 2410.06940): an early block, through an MLP, should point where a vision encoder's patch tokens point.
+
+And iREPA (arXiv 2512.10794), which lets a convolution over the grid take the MLP's place, and normalises the target.
+"""
+
+import torch
+from torch import nn
+
+from vaerepa.alignment.distances import distance
+from vaerepa.alignment.grid import grid_of, resample
+from vaerepa.alignment.heads import GridConvolution, mlp
+from vaerepa.alignment.method import AlignmentContext
+from vaerepa.alignment.vision_encoder import VisionEncoder
+from vaerepa.privacy import public_name
+
+PROJECTOR_WIDTH = 2048
+
+
+class REPAAlignment:
+    """Aligns to patch tokens of a frozen vision encoder, resampled to the grid of the transformer's tokens.
+
+    Args:
+        patch_size: side p of the transformer's patches, in latent pixels.
+        encoder: gives the patch tokens, of width z.
+        distance: cosine (the paper's, per token), smooth_l1, l1 or l2.
+        beta: where smooth_l1 turns from quadratic to linear.
+        num_layers: Linear layers of the head.
+        width: width of the head's inner layers, 2048 by default.
+        is_improved: iREPA: the head is one 3x3 convolution, and each channel of the target has mean 0 and deviation 1 over
+            the tokens of an image.
+    """
+
+    title, arxiv = "REPA", "2410.06940"
+    default_loss, default_layers = "cosine", 3
+    requires = frozenset({"pixel_values"})
+
+    def __init__(
+        self,
+        patch_size: int,
+        encoder: VisionEncoder,
+        distance: str = default_loss,
+        beta: float = 0.05,
+        num_layers: int = default_layers,
+        width: int | None = None,
+        is_improved: bool = False,
+    ):
+        self.patch_size = patch_size
+        self.encoder = encoder
+        self.distance = distance
+        self.beta = beta
+        self.num_layers = num_layers
+        self.width = width or PROJECTOR_WIDTH
+        self.is_improved = is_improved
+        if is_improved:
+            self.title, self.arxiv = "iREPA", "2512.10794"
+
+    @property
+    def aim(self) -> str:
+        normalised = ", each channel normalised over the image" if self.is_improved else ""
+        return f"patch tokens of {public_name(self.encoder.name)}{normalised}"
+
+    @staticmethod
+    def default_block(num_layers: int) -> int:
+        """The paper's block, counted from 1: 4 for B, 8 for L and XL."""
+        return 4 if num_layers <= 12 else 8
+
+    @staticmethod
+    def default_weight(distance: str) -> float:
+        """The paper's."""
+        return 0.5
+
+    def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Module:
+        """The MLP d-2048-2048-z with SiLU between, per token; of iREPA the convolution, as PyTorch initialises it."""
+        if self.is_improved:
+            return GridConvolution(hidden_size, self.encoder.width, seed, "head repa")
+        return mlp([hidden_size, *[self.width] * (self.num_layers - 1), self.encoder.width], seed, "head repa")
+
+    def target(self, context: AlignmentContext) -> torch.Tensor:
+        """Patch tokens of the images as cropped and flipped, shape (B, N, z)."""
+        tokens = resample(self.encoder(context.pixel_values), grid_of(context.latents, self.patch_size))
+        if self.is_improved:
+            tokens = (tokens - tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + 1e-6)
+        return tokens
+
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Distance of the head's output (B, N, z) to the target, mean per sample, shape (B,); of cosine minus the similarity."""
+        losses = distance(prediction, target, self.distance, self.beta)
+        return losses - 1.0 if self.distance == "cosine" else losses

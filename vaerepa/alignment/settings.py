@@ -1,0 +1,178 @@
+"""The alignment options, method by method: how many values there are, their defaults, the blocks, what must be at hand."""
+
+from dataclasses import replace
+from typing import Any
+
+from vaerepa.alignment.repa import REPAAlignment
+from vaerepa.alignment.sra import SRAAlignment, default_blocks
+from vaerepa.alignment.vae import VAEAlignment
+from vaerepa.errors import OptionError
+from vaerepa.options import FIELDS, Options
+
+METHODS = {"vae": VAEAlignment, "repa": REPAAlignment, "sra": SRAAlignment}
+LATENT_TARGETS = ("latent", "velocity")  # of `vae`; the others are stages of the VAE's encoder
+PER_METHOD = (
+    "alignment_block",
+    "alignment_weight",
+    "alignment_loss",
+    "alignment_beta",
+    "alignment_layers",
+    "alignment_width",
+    "alignment_weight_schedule",
+    "alignment_stop_step",
+)
+# what survived in other trainers that fine-tune text-to-image models: weight 1.0 was too strong
+TEXT_FINE_TUNING = {"weight": 0.2, "weight_schedule": "cosine", "stop_step": 500}
+OPTIONS_OF = {  # one method alone, with their defaults
+    name: {option: FIELDS[option].default for option in options}
+    for name, options in {
+        "vae": ("alignment_target",),
+        "repa": ("alignment_encoder", "alignment_irepa"),
+        "sra": ("alignment_teacher_block",),
+    }.items()
+}
+
+
+def methods_of(options: Options) -> tuple[str, ...]:
+    """Names of the methods that are asked for, in order."""
+    return () if options.alignment == ("none",) else options.alignment
+
+
+def values_of(options: Options, name: str) -> tuple[Any, ...]:
+    """An option's value for each method; None stands for the method's own default."""
+    values, count = getattr(options, name), len(options.alignment)
+    if values is None:
+        return (None,) * count
+    return values * count if len(values) == 1 else values
+
+
+def t_ranges_of(options: Options) -> list[tuple[float, float]]:
+    """The range of t for each method."""
+    bounds = options.alignment_t_range
+    pairs = list(zip(bounds[::2], bounds[1::2], strict=True))
+    return pairs * len(options.alignment) if len(pairs) == 1 else pairs
+
+
+def check_alignment(options: Options) -> None:
+    """Checks the alignment options against each other, as far as they need neither data nor model.
+
+    Raises:
+        OptionError: methods that cannot go together, a wrong number of values, a range or a schedule that is none, a method
+            without what it requires.
+    """
+    methods, count = options.alignment, len(options.alignment)
+    named = f"--alignment {' '.join(methods)}"
+    if len(set(methods)) < count or ("none" in methods and count > 1):
+        raise OptionError(f"{named}: expected none alone, or different methods.")
+    for name in PER_METHOD:
+        values = getattr(options, name)
+        if values is not None and len(values) not in (1, count):
+            given = " ".join(map(str, values))
+            raise OptionError(f"--{name} {given}: expected one value, or one for each of {named}.")
+    check_t_ranges(options, named)
+    schedules, stops = (values_of(options, f"alignment_{name}") for name in ("weight_schedule", "stop_step"))
+    for schedule, stop in zip(schedules, stops, strict=True):
+        if schedule != "constant" and stop is None:
+            raise OptionError(
+                f"--alignment_weight_schedule {schedule} needs --alignment_stop_step, where it reaches 0."
+            )
+    for name, given in OPTIONS_OF.items():
+        for option, default in given.items():
+            if name not in methods and getattr(options, option) != default:
+                raise OptionError(f"--{option} goes with --alignment {name}.")
+    if options.alignment_target not in LATENT_TARGETS and options.alignment_normalize:
+        raise OptionError("--alignment_normalize goes with --alignment_target latent and velocity.")
+    if options.latents_cache:
+        for flag in pixel_readers(options):
+            raise OptionError(f"{flag} looks at the images, which --latents_cache does not keep; leave the cache off.")
+    if "sra" in methods:
+        check_teacher(options)
+
+
+def check_t_ranges(options: Options, named: str) -> None:
+    """Checks --alignment_t_range; `named` are the methods."""
+    bounds = options.alignment_t_range
+    given = " ".join(map(str, bounds))
+    if len(bounds) not in (2, 2 * len(options.alignment)):
+        raise OptionError(f"--alignment_t_range {given}: expected two numbers, or two for each of {named}.")
+    if not all(0 <= low < high <= 1 for low, high in t_ranges_of(options)):
+        raise OptionError(f"--alignment_t_range {given}: expected two rising numbers within 0 and 1.")
+
+
+def check_teacher(options: Options) -> None:
+    """Checks that the average of the weights can teach."""
+    if options.rank:
+        raise OptionError("--alignment sra learns from the average of the weights, and a LoRA (--rank) keeps none.")
+    if not options.use_ema:
+        raise OptionError("--alignment sra learns from the average of the weights: leave --no_use_ema out.")
+    if options.offload_ema:
+        raise OptionError("--alignment sra needs the average of the weights in every step: leave --offload_ema out.")
+
+
+def requirements_of(options: Options) -> dict[str, frozenset[str]]:
+    """What each method requires beside the latents, before any is built; see `AlignmentMethod`."""
+    requires = {name: METHODS[name].requires for name in methods_of(options)}
+    if "vae" in requires and options.alignment_target not in LATENT_TARGETS:
+        requires["vae"] = frozenset({"vae_features"})
+    return requires
+
+
+def pixel_readers(options: Options) -> list[str]:
+    """The flags that ask for images beside the latents."""
+    flags = {"pixel_values": "--alignment {}", "vae_features": f"--alignment_target {options.alignment_target}"}
+    return [
+        flag.format(name)
+        for name, requires in requirements_of(options).items()
+        for requirement, flag in flags.items()
+        if requirement in requires
+    ]
+
+
+def fill_in_defaults(options: Options) -> Options:
+    """Gives each method one value of every option whose default does not depend on the model."""
+    methods = methods_of(options)
+    if not methods:
+        return options
+    values = {name.removeprefix("alignment_"): list(values_of(options, name)) for name in PER_METHOD}
+    for place, name in enumerate(methods):
+        method = METHODS[name]
+        own = {"loss": values["loss"][place] or method.default_loss, "layers": method.default_layers}
+        own["weight"] = method.default_weight(own["loss"])
+        if options.text_conditioning and options.pretrained_model_name_or_path and values["weight"][place] is None:
+            own |= TEXT_FINE_TUNING
+            if values["stop_step"][place] is None:
+                values["weight_schedule"][place] = own["weight_schedule"]
+            else:  # then the weight falls as is asked for
+                del own["stop_step"]
+        for key, default in own.items():
+            if values[key][place] is None:
+                values[key][place] = default
+    filled = {f"alignment_{key}": None if set(v) == {None} else tuple(v) for key, v in values.items()}
+    t_range = tuple(bound for pair in t_ranges_of(options) for bound in pair)
+    return replace(options, **filled, alignment_t_range=t_range)
+
+
+def blocks_of(options: Options, num_layers: int) -> dict[str, int]:
+    """The block that each method aligns, counted from 1.
+
+    Raises:
+        OptionError: it does not exist, nor does the one that `sra` aligns to.
+    """
+    blocks = {}
+    for name, given in zip(methods_of(options), values_of(options, "alignment_block"), strict=False):
+        blocks[name] = given or METHODS[name].default_block(num_layers)
+        if blocks[name] > num_layers:
+            what = "" if given else f", the default of {name},"
+            raise OptionError(
+                f"--alignment_block {blocks[name]}{what} is beyond the model, which has {num_layers} blocks."
+            )
+    if "sra" in blocks and teacher_block_of(options, num_layers) > num_layers:
+        raise OptionError(
+            f"--alignment_teacher_block {options.alignment_teacher_block} is beyond the model, which has {num_layers} blocks."
+        )
+    return blocks
+
+
+def teacher_block_of(options: Options, num_layers: int) -> int:
+    """The block of the average that `sra` aligns to, counted from 1."""
+    return options.alignment_teacher_block or default_blocks(num_layers)[1]
