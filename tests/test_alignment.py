@@ -275,7 +275,7 @@ def test_sras_first_steps_are_as_computed_a_second_time(train, data, vae):
     logged = read_metrics(run, "train/alignment_loss_sra", "train/loss", "train/denoising_loss")[2]
     source = open_sources(str(data)).train
     batches = Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.5), 8, 0, 24, 4, 16, 3)
-    batch = list(batches)[2]
+    [batch] = list(batches)[2]
     draws = {name: draw.float() if draw.is_floating_point() else draw for name, draw in batch["draws"].items()}
     state = run / "checkpoint-2/state"
     student = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
