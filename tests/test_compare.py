@@ -39,8 +39,9 @@ def run_compare(arguments, tmp_path):
 
 
 @pytest.fixture
-def trained(monkeypatch) -> list[str]:
-    """Runs the trainer in this process, which spares its imports; names of the runs so far."""
+def trained(monkeypatch, one_thread) -> list[str]:
+    """Runs the trainer in this process, which spares its imports, and on one core; names of the runs so far."""
+    monkeypatch.setattr(train_vaerepa.os, "sched_getaffinity", lambda pid: {0})
     names: list[str] = []
 
     def run_process(command: list[str]) -> tuple[int, int, bool]:
