@@ -19,7 +19,7 @@ from vaerepa.options import parse_options
 CONFIGS = sorted(
     path.relative_to(ROOT)
     for path in (ROOT / "configs").glob("**/*.yaml")
-    if "accelerate" not in path.parts and path.stem != "ablations"
+    if "accelerate" not in path.parts and path.stem not in ("ablations", "compare_digits")
 )
 ABLATIONS = yaml.safe_load((ROOT / "configs/imagenet256/ablations.yaml").read_text())
 PRESETS = dict.fromkeys(("model", "num_layers", "hidden_size", "num_attention_heads", "patch_size", "resolution"))

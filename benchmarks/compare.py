@@ -1,0 +1,383 @@
+"""Compares rows of options under equal seeds and budgets: held-out loss, FID and its like, arithmetic, memory and time.
+
+    python -m benchmarks.compare --rows configs/compare_digits.yaml --output_dir outputs/compare_digits
+
+A YAML file gives the rows: `base`, a config beside it, and `rows`, the options of each over that config. The first row is
+the one that the others are compared with. What stands after `--` goes to all runs. Each run is a process of
+train_vaerepa.py with a folder of its own; the rows take turns, seed by seed. Finished runs are not made again, and the
+same command goes on with a comparison that was stopped.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import yaml
+
+from vaerepa import checks, components, dry_run, latents
+from vaerepa.errors import OptionError
+from vaerepa.layout import folder_of
+from vaerepa.logs import MetricsFile
+from vaerepa.options import Options, as_plain, parse_options
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+TRAINER = Path(__file__).resolve().parent.parent / "train_vaerepa.py"
+RECORD = "comparison.json"  # in the folder of a run that is finished
+HELD_OUT_LOSS = "validation/loss"
+NO_STATISTICS = [[0.0], [1.0]]  # of latents; of no weight for sizes
+HOW = """\
+Time of a step: median over the log lines of a run, from their images per second, of training alone (validation, evaluation
+and checkpoints fall between two lines). Rows took turns on this machine seed by seed, and each is set against the first row
+of the same seed. Wall-clock in the plot: the same, summed up to a step, of each log line the median over the seeds. Memory:
+peak resident set of the trainer's main process in the host, median over the seeds; that of a GPU is not in it. Arithmetic:
+worked out as --dry_run does, forward and backward, of frozen models forward only."""
+
+
+class RunError(RuntimeError):
+    """A run has failed; the message says which."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters of transformer and heads, and FLOPs of training on one image."""
+
+    parameters: int
+    head_parameters: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run has measured: each metric by step, the seconds of the steps before each log line, peak bytes."""
+
+    metrics: dict[str, dict[int, float]]
+    window_seconds: dict[int, float]
+    step_seconds: float
+    peak_memory: int
+
+
+Runs = dict[str, list[Run]]  # by row, of each seed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the comparison; user errors become one sentence and an exit code."""
+    args = build_parser().parse_args(arguments)
+    try:
+        compare(args)
+    except (OptionError, RunError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 2 if isinstance(error, OptionError) else 1
+    except KeyboardInterrupt:
+        print("\ninterrupted. The same command goes on with the comparison", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, required=True, help="YAML file with `base` and `rows`.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for runs, table and plot.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("options", nargs="*", help="Options of train_vaerepa.py for all rows, after `--`.")
+    return parser
+
+
+def compare(args: argparse.Namespace) -> None:
+    """The story: read, check, train, tell."""
+    rows, seeds = read_rows(args.rows), list(dict.fromkeys(args.seeds))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    lines = {}
+    for name, values in rows.items():
+        config = args.output_dir / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        lines[name] = [command_line(config, args.options, seed, args.output_dir / f"{name}-{seed}") for seed in seeds]
+    options = {name: [parse_options(line) for line in of_row] for name, of_row in lines.items()}
+    check_rows({name: of_row[0] for name, of_row in options.items()})
+    for one in (one for of_row in options.values() for one in of_row):
+        read_record(one)  # refuses a run of other options before another is made
+    for place, seed in enumerate(seeds):
+        for name in rows:
+            if read_record(options[name][place]) is None:
+                print(f"--- {name}, seed {seed}", flush=True)
+                train(lines[name][place], options[name][place])
+    # last, for a process starts with the peak memory of the one that starts it
+    costs = {name: estimate(of_row[0]) for name, of_row in options.items()}
+    runs = {name: [read_run(one) for one in of_row] for name, of_row in options.items()}
+    report = describe(runs, costs, seeds)
+    (args.output_dir / "comparison.md").write_text(report + "\n", encoding="utf-8")
+    plot(runs, costs, args.output_dir / "comparison.png")
+    print(report)
+
+
+# ---- rows
+
+
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Options of each row by its name.
+
+    Raises:
+        OptionError: there is no such file, or it is no list of rows.
+    """
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        base = yaml.safe_load((path.parent / table["base"]).read_text(encoding="utf-8"))
+        rows = {str(name): base | (options or {}) for name, options in table["rows"].items()}
+    except OSError as error:
+        raise OptionError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise OptionError(
+            f"{path} is no list of rows; expected `base`, a config beside it, and `rows`, a name and options for each."
+        ) from error
+    for name in rows:
+        if not name or Path(name).name != name:
+            raise OptionError(f"{path}: the row `{name}` cannot name a folder; take a name without `/`.")
+    return rows
+
+
+def command_line(config: Path, more: list[str], seed: int, output_dir: Path) -> list[str]:
+    """What a run gives to train_vaerepa.py; pictures and trackers are no part of a comparison."""
+    line = ["--config", str(config), "--num_validation_images", "0", "--report_to", "none", *more]
+    return [*line, "--seed", str(seed), "--output_dir", str(output_dir), "--resume_from_checkpoint", "latest"]
+
+
+def check_rows(options: dict[str, Options]) -> None:
+    """Checks that all rows can be run, see as many images, and that their log lines time nothing but training.
+
+    Raises:
+        OptionError: they cannot, or do not.
+    """
+    budgets = {}
+    for name, one in options.items():
+        checks.check_options(one)
+        one = checks.resolve_batch_sizes(one, 1)
+        if one.max_train_steps is None:
+            raise OptionError(f"row `{name}`: --max_train_steps is missing; rows are compared at equal steps.")
+        for flag in ("max_train_steps", "validation_steps", "eval_steps", "checkpointing_steps"):
+            if (getattr(one, flag) or 0) % one.logging_steps:
+                raise OptionError(
+                    f"row `{name}`: --{flag} {getattr(one, flag)} is no multiple of --logging_steps {one.logging_steps}; log "
+                    "lines would time more than training."
+                )
+        budgets[name] = (one.max_train_steps, one.global_batch_size)
+    first, *others = budgets
+    for name in others:
+        if budgets[name] != budgets[first]:
+            steps, images = zip(budgets[first], budgets[name], strict=True)
+            raise OptionError(
+                f"rows are compared at equal budgets: `{first}` makes {steps[0]} steps of {images[0]} images, and `{name}` "
+                f"{steps[1]} of {images[1]}."
+            )
+
+
+def estimate(options: Options) -> Cost:
+    """What a run costs, from models on the meta device."""
+    options = checks.resolve_batch_sizes(checks.fill_in_defaults(options), 1)
+    parts = components.open_components(options)
+    with nullcontext() if parts.pretrained else torch.device("meta"):
+        transformer = components.build_transformer(options, parts)
+    alignments = components.build_alignments(options, parts, transformer, NO_STATISTICS)
+    shape = latents.latent_shape(parts.vae, options.resolution)
+    sizes = dry_run.estimate(options, parts.family, transformer, shape, alignments, len(parts.sources.train))
+    forward = sizes.flops + sum(sizes.head_flops.values())
+    return Cost(sizes.parameters, sum(sizes.head_parameters.values()), 3 * forward + sum(sizes.frozen_flops.values()))
+
+
+# ---- runs
+
+
+def train(line: list[str], options: Options) -> None:
+    """Trains once, to the end, and writes that down.
+
+    Raises:
+        KeyboardInterrupt: it was stopped, and can go on.
+        RunError: it has failed.
+    """
+    code, peak_memory, is_interrupted = run_process([sys.executable, str(TRAINER), *line])
+    output_dir = Path(options.output_dir)
+    if is_interrupted or (code == 0 and not folder_of(output_dir, options.max_train_steps).is_dir()):
+        raise KeyboardInterrupt
+    if code:
+        raise RunError(
+            f"the run {output_dir} has failed (exit code {code}); its output above says why, and the same command goes on."
+        )
+    record = {"options": as_plain(options), "peak_memory": peak_memory}
+    unfinished = output_dir / f".{RECORD}.unfinished"
+    unfinished.write_text(json.dumps(record), encoding="utf-8")
+    unfinished.replace(output_dir / RECORD)
+
+
+def run_process(command: list[str]) -> tuple[int, int, bool]:
+    """Exit code and peak resident bytes of a process, and whether it was interrupted: signals to this one reach it."""
+    process = subprocess.Popen(command, start_new_session=True)  # else Ctrl-C would reach it twice
+    forwarded = []
+
+    def forward(number: int, frame: Any) -> None:
+        forwarded.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), bool(forwarded)
+
+
+def read_record(options: Options) -> dict[str, Any] | None:
+    """What was written down of a finished run; None of one that is not.
+
+    Raises:
+        OptionError: it was made with other options.
+    """
+    path = Path(options.output_dir, RECORD)
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(as_plain(options)))
+    changed = [name for name, value in now.items() if record["options"].get(name) != value]
+    if changed:
+        raise OptionError(
+            f"{options.output_dir} is a finished run of another --{changed[0]}; take another --output_dir, or remove it."
+        )
+    return record
+
+
+def read_run(options: Options) -> Run:
+    """What a finished run has measured."""
+    average = f"validation/ema_{options.ema_decay[0]}/loss" if options.use_ema and len(options.ema_decay) > 1 else None
+    metrics: dict[str, dict[int, float]] = {}
+    windows: dict[int, float] = {}
+    images = options.logging_steps * checks.resolve_batch_sizes(options, 1).global_batch_size
+    for line in MetricsFile(Path(options.output_dir, "metrics.jsonl")).read():
+        for name, value in line.items():
+            name = HELD_OUT_LOSS if name == average else name
+            if value is not None and (name == HELD_OUT_LOSS or name.startswith("evaluation/")):
+                metrics.setdefault(name, {})[line["step"]] = value
+        if "train/images_per_second" in line:
+            windows[line["step"]] = images / line["train/images_per_second"]
+    seconds = statistics.median(windows.values()) / options.logging_steps
+    return Run(metrics, windows, seconds, read_record(options)["peak_memory"])
+
+
+# ---- table and plot
+
+
+def describe(runs: Runs, costs: dict[str, Cost], seeds: list[int]) -> str:
+    """The report in Markdown: what the rows cost, then a table per metric."""
+    first = next(iter(runs))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    lines = [
+        f"Seeds {', '.join(map(str, seeds))}; {device}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}.",
+        "",
+        f"| row | parameters | of heads | training, an image | a step | over `{first}`, by seed | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, of_row in runs.items():
+        over = [run.step_seconds / other.step_seconds - 1 for run, other in zip(of_row, runs[first], strict=True)]
+        by_seed = "" if name == first else ", ".join(f"{ratio:+.1%}" for ratio in over)
+        parameters, heads, *others = cost_cells(of_row, costs[name])
+        lines.append(f"| {' | '.join([name, parameters, heads, *others[:2], by_seed, others[2]])} |")
+    lines += ["", HOW]
+    for metric in metrics_of(runs):
+        others = [f"{name}: mean (minus `{first}`, by seed)" for name in list(runs)[1:]]
+        lines += ["", f"## {title_of(metric)}", "", f"| {' | '.join(['step', first, *others])} |"]
+        lines += ["|---" * (len(runs) + 1) + "|"]
+        for step in steps_of(runs, metric):
+            values = {name: [run.metrics[metric][step] for run in of_row] for name, of_row in runs.items()}
+            cells = [f"{statistics.mean(values[first]):.4f}"]
+            for name in list(runs)[1:]:
+                by_seed = [difference(metric, *pair) for pair in zip(values[name], values[first], strict=True)]
+                cells.append(f"{statistics.mean(values[name]):.4f} ({', '.join(by_seed)})")
+            lines.append(f"| {' | '.join([str(step), *cells])} |")
+    return "\n".join(lines)
+
+
+def cost_cells(of_row: list[Run], cost: Cost) -> list[str]:
+    """Parameters, those of the heads, arithmetic, time of a step and peak memory of a row."""
+    seconds, peak = (
+        statistics.median(getattr(run, name) for run in of_row) for name in ("step_seconds", "peak_memory")
+    )
+    return [
+        f"{cost.parameters / 1e6:.2f} M",
+        f"{cost.head_parameters / 1e6:.2f} M",
+        f"{cost.flops / 1e9:.4g} GFLOP",
+        f"{1e3 * seconds:.1f} ms",
+        f"{peak / 2**20:.0f} MiB",
+    ]
+
+
+def difference(metric: str, value: float, reference: float) -> str:
+    """How far a value lies above (+) or below (-) the first row's: a loss in percent, others as they are."""
+    return f"{value / reference - 1:+.2%}" if metric == HELD_OUT_LOSS else f"{value - reference:+.4f}"
+
+
+def metrics_of(runs: Runs) -> list[str]:
+    """Metrics that all runs have, the held-out loss first."""
+    shared = set.intersection(*(set(run.metrics) for of_row in runs.values() for run in of_row))
+    return [metric for metric in sorted(shared, key=lambda m: (m != HELD_OUT_LOSS, m)) if steps_of(runs, metric)]
+
+
+def steps_of(runs: Runs, metric: str) -> list[int]:
+    """Steps at which all runs have the metric."""
+    return sorted(set.intersection(*(set(run.metrics[metric]) for of_row in runs.values() for run in of_row)))
+
+
+def title_of(metric: str) -> str:
+    return "Held-out denoising loss" if metric == HELD_OUT_LOSS else metric.removeprefix("evaluation/")
+
+
+def clock_of(of_row: list[Run]) -> Callable[[list[int]], np.ndarray]:
+    """From steps to minutes of training until each, of a row."""
+    steps = sorted(set.intersection(*(set(run.window_seconds) for run in of_row)))
+    seconds = accumulate(statistics.median(run.window_seconds[step] for run in of_row) for step in steps)
+    return lambda asked, minutes=[0.0, *(s / 60 for s in seconds)]: np.interp(asked, [0, *steps], minutes)
+
+
+def plot(runs: Runs, costs: dict[str, Cost], path: Path) -> None:
+    """Each metric over steps and over wall-clock, a line per seed and a colour per row; the costs below."""
+    metrics = metrics_of(runs)
+    figure, axes = pyplot.subplots(
+        max(len(metrics), 1), 2, figsize=(10, 3.6 * max(len(metrics), 1) + 0.4 * len(runs)), squeeze=False
+    )
+    handles = {}
+    for metric, pair in zip(metrics, axes, strict=False):
+        for number, (name, of_row) in enumerate(runs.items()):
+            for run in of_row:
+                steps = sorted(run.metrics[metric])
+                values = [run.metrics[metric][step] for step in steps]
+                for axis, places in zip(pair, (steps, clock_of(of_row)(steps)), strict=True):
+                    (handles[name],) = axis.plot(places, values, color=f"C{number}", alpha=0.7, marker=".")
+        for axis, label in zip(pair, ("step", "minutes of training"), strict=True):
+            axis.set(xlabel=label, ylabel=title_of(metric), yscale="log" if metric == HELD_OUT_LOSS else "linear")
+            axis.grid(alpha=0.3, which="both")
+    keys = ("", " + heads ", ", training an image ", ", a step ", ", peak memory ")
+    labels = [
+        f"{name}: " + "".join(key + cell for key, cell in zip(keys, cost_cells(runs[name], costs[name]), strict=True))
+        for name in handles
+    ]
+    figure.tight_layout()
+    figure.legend(handles.values(), labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), fontsize=9)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
