@@ -220,3 +220,27 @@ def test_too_many_bad_images_stop_the_run(train, tmp_path, capfd):
     counts = [line["train/skipped_images"] for line in read_metrics(run, "train/skipped_images")]
     assert counts == sorted(counts)  # the restart goes on counting
     assert counts[-1] >= 32
+
+
+STUCK = """
+import multiprocessing, time
+from vaerepa.stopping import ignore_signals
+
+def work():
+    ignore_signals(0)
+    time.sleep(600)
+
+process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+process.start()
+time.sleep(1)
+print(process.pid, flush=True)
+"""
+
+
+def test_a_data_worker_that_is_stuck_holds_up_no_exit():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", STUCK], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(result.stdout), 0)

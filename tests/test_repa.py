@@ -181,7 +181,7 @@ def test_the_first_step_computes_repas_loss(train, data, encoders):
     logged = read_metrics(run, "train/alignment_loss_repa", "train/loss", "train/denoising_loss")[0]
     source = open_sources(str(data)).train
     preprocessing = Preprocessing(16, center_crop=False, random_flip=True, seed=3)
-    batch = next(iter(Batches(source, preprocessing, TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
+    [batch] = next(iter(Batches(source, preprocessing, TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
     assert 0 < sum(batch["flipped"]) < 8
     method = REPAAlignment(2, load_encoder(folder))
     target = method.target(context_of(8, batch["pixel_values"]))

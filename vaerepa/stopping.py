@@ -1,5 +1,7 @@
 """Stops that are asked for: SIGTERM, SIGINT and SIGUSR1 end a run after its current step, on all processes alike."""
 
+import atexit
+import multiprocessing
 import os
 import shlex
 import signal
@@ -55,6 +57,13 @@ def ignore_signals(worker: int) -> None:
     """For data workers: who is asked to stop is the trainer, which ends them when it has no more use for them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers() -> None:
+    """Before multiprocessing asks them to end by a signal that they ignore, and waits for one that is stuck for ever."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def command_to_go_on() -> str:
