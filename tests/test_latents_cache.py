@@ -102,6 +102,7 @@ def test_restarts_are_exact(train, options, tmp_path, workers):
     assert rows_in(tmp_path / "other") == list(range(40))
 
 
+@pytest.mark.slow
 def test_restarts_are_exact_on_two_processes(launch, options, tmp_path):
     options = options | {"dataloader_num_workers": 1}
     whole = launch(2, **options, max_train_steps=STEPS, output_dir=tmp_path / "whole")

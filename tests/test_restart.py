@@ -36,7 +36,7 @@ def test_restarts_are_exact(train, tmp_path, workers, accumulation):
     assert_same_end(whole, pieces)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_restarts_are_exact_on_two_processes(launch, tmp_path, accumulation):
     options = {**EXACT, "dataloader_num_workers": 2, "gradient_accumulation_steps": accumulation}
     whole = launch(2, **options, max_train_steps=12, output_dir=tmp_path / "whole")

@@ -170,7 +170,7 @@ sys.exit(train_vaerepa.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_one_and_two_processes_make_the_same_steps(launch, tmp_path, accumulation):
     script = tmp_path / "double.py"
     script.write_text(DOUBLE)
