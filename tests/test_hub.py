@@ -116,6 +116,7 @@ def assert_no_secret(*contents: bytes) -> None:
 # ---- the whole way
 
 
+@pytest.mark.slow
 def test_the_quickstart_streams_from_and_pushes_to_a_hub_that_fails_meanwhile(hub, tmp_path):
     hub.add("dataset", "ann/digits", ROOT / "configs/quickstart/digits")
     output_dir = tmp_path / "digits-sit"
@@ -359,6 +360,7 @@ def state_of(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_from_the_hub_to_the_bit(hub, train, push, data, tmp_path):
     common = {"max_train_steps": 6, "checkpointing_steps": 3, "random_flip": True}
     whole = train(output_dir=tmp_path / "whole", **common)
