@@ -96,10 +96,7 @@ def draw_prompt_grid(
             num_inference_steps=num_inference_steps,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    labelled = [write_below(image, text) for image, text in zip(images, every, strict=True)]
-    width, height = (max(side) for side in zip(*(image.size for image in labelled), strict=True))
-    cells = [_lay_on_white(image, (width, height)) for image in labelled]
-    make_image_grid(cells, rows=images_per_prompt, cols=len(texts)).save(path)
+    labelled_grid(images, every, columns=len(texts)).save(path)
 
 
 def draw_texts(
@@ -115,6 +112,14 @@ def draw_texts(
     inputs = {name: embeddings[: len(texts)] for name, embeddings in both.items()}
     inputs |= {f"negative_{name}": embeddings[len(texts) :] for name, embeddings in both.items()}
     return pipeline(**inputs, **prompts.family.call_options, generator=generators, **call).images
+
+
+def labelled_grid(images: list[Image.Image], texts: list[str], columns: int) -> Image.Image:
+    """A grid of the pictures, row by row, each over its text, in cells of one size."""
+    labelled = [write_below(image, text) for image, text in zip(images, texts, strict=True)]
+    width, height = (max(side) for side in zip(*(image.size for image in labelled), strict=True))
+    cells = [_lay_on_white(image, (width, height)) for image in labelled]
+    return make_image_grid(cells, rows=len(cells) // columns, cols=columns)
 
 
 def write_below(image: Image.Image, text: str) -> Image.Image:

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
 
@@ -32,7 +31,7 @@ from vaerepa.errors import OptionError
 from vaerepa.families import dit
 from vaerepa.privacy import redact
 from vaerepa.randomness import draw_noise
-from vaerepa.sampling import grid_labels, write_below
+from vaerepa.sampling import grid_labels, labelled_grid
 
 logger = logging.getLogger(__name__)
 
@@ -277,16 +276,9 @@ def decode(vae: nn.Module, scaled: torch.Tensor) -> list[Image.Image]:
 def lay_out(columns: dict[str, list[Image.Image]], side: int) -> Image.Image:
     """A grid of equally large pictures with the column's name below each, of `side` pixels or as many as names need."""
     side = max(side, SMALLEST_CELL)
-    cells = [
-        write_below(picture.resize((side, side), Image.Resampling.NEAREST), name)
-        for row in zip(*columns.values(), strict=True)
-        for name, picture in zip(columns, row, strict=True)
-    ]
-    width, height = (max(sizes) for sizes in zip(*(cell.size for cell in cells), strict=True))
-    framed = [Image.new("RGB", (width, height), "white") for _ in cells]
-    for frame, cell in zip(framed, cells, strict=True):
-        frame.paste(cell, (0, 0))
-    return make_image_grid(framed, rows=len(cells) // len(columns), cols=len(columns))
+    pictures = [picture for row in zip(*columns.values(), strict=True) for picture in row]
+    enlarged = [picture.resize((side, side), Image.Resampling.NEAREST) for picture in pictures]
+    return labelled_grid(enlarged, list(columns) * (len(pictures) // len(columns)), len(columns))
 
 
 if __name__ == "__main__":

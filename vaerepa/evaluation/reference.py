@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vaerepa.data import Source
-from vaerepa.data.images import UNREADABLE, crop, read_image, resize_to_cover, to_pixels
+from vaerepa.data import Preprocessing, Source
+from vaerepa.data.images import UNREADABLE
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.extractor import Extractor
 from vaerepa.evaluation.features import Measured, measure
@@ -156,15 +156,15 @@ def write_statistics(path: Path, reference: Reference) -> None:
 
 def _images(source: Source, resolution: int, index: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Numbers, and images as uint8 tensors of shape (3, R, R), of each `count`-th block from the `index`-th on."""
-    starts, size = np.cumsum([0, *source.block_sizes]), (resolution, resolution)
+    starts, to_square = np.cumsum([0, *source.block_sizes]), Preprocessing(resolution)
     for block in range(index, len(source.block_sizes), count):
         for place, row in enumerate(source.read_block(block)):
             try:
-                image = resize_to_cover(read_image(row.image), size)
+                pixels = to_square(row, ordinal=0)
             except UNREADABLE as error:
                 logger.warning(f"image {row.index} of the reference cannot be read and is left out: {error}")
                 continue
-            yield int(starts[block]) + place, to_pixels(crop(image, size))
+            yield int(starts[block]) + place, pixels
 
 
 def _open(path: Path) -> np.lib.npyio.NpzFile:
