@@ -260,7 +260,7 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         family=family,
         sources=components.sources,
         vae=vae,
-        feed=Feed(options, accelerator, vae, components.sources.train, latent_shape, prompts),
+        feed=Feed(options, accelerator, vae, components.sources.train, latent_shape, prompts, components.encoder),
         objective=components.objective,
         transformer=transformer,
         ema=EMA(transformer, options.ema_decay, options.offload_ema) if options.use_ema else None,
@@ -270,9 +270,6 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         pipeline=pipeline,
         prompts=prompts,
     )
-    if components.encoder:  # which does not train, and needs no more than half precision
-        half = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
-        components.encoder.to(accelerator.device, half if accelerator.device.type == "cuda" else None)
     if position.get("num_images", len(run.sources.train)) != len(run.sources.train):
         raise OptionError(
             f"the data set had {position['num_images']} images in this run's past, and has {len(run.sources.train)}; give the "
@@ -285,6 +282,7 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     alignments = build_alignments(options, components, transformer, run.latent_statistics)
     run.alignments = [alignment for alignment in alignments if alignment.is_active(run.step)]
     run.aims = [model_card.describe_alignment(alignment) for alignment in alignments]
+    end_features(run)
     width = family.inner_width(transformer)
     channels = run.feed.latent_shape[0]
     heads = {a.name: a.method.build_head(width, channels, options.seed) for a in run.alignments}
@@ -296,6 +294,12 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     speed.apply_switches(options, transformer, blocks, accelerator.device)
     run.evaluation = open_evaluation(options, accelerator, run.sources.train, len(run.sources.id2label))
     return run
+
+
+def end_features(run: Run) -> None:
+    """Makes no features of the vision encoder where no alignment is left that asks for them."""
+    if not any("vision_features" in alignment.method.requires for alignment in run.alignments):
+        run.feed.end_features()
 
 
 def build_prompts(
@@ -532,7 +536,8 @@ def compute_losses(run: Run, batch: dict) -> dict[str, torch.Tensor]:
     losses = {"denoising_loss": run.objective.loss(prediction, target, t).mean()}
     total = losses["denoising_loss"]
     teacher = teacher_of(run, batch) if run.ema else None
-    context = AlignmentContext(clean, noise, t, batch.get("pixel_values"), batch["draws"], teacher)
+    seen = {name: batch.get(name) for name in ("pixel_values", "vision_features")}
+    context = AlignmentContext(clean, noise, t, **seen, draws=batch["draws"], teacher=teacher)
     for alignment in run.alignments:
         sample_losses = alignment.sample_losses(head_outputs[alignment.name], context)
         loss = alignment.loss(sample_losses, t)
@@ -591,6 +596,7 @@ def drop_heads(run: Run) -> None:
         optimization.drop_group(optimizer, aligned.heads[name])
     aligned.drop_heads(ended)
     run.alignments = [alignment for alignment in run.alignments if alignment.name not in ended]
+    end_features(run)
     run.model = run.optimizer = None
     run.accelerator.free_memory()  # the old DDP wrapper must be gone before its parameters are wrapped again
     run.model, run.optimizer = run.accelerator.prepare(aligned, optimizer)

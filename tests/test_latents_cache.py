@@ -289,13 +289,17 @@ def test_latents_of_a_vae_that_normalises_are_refused(train, pictures, vae, tmp_
 # ---- the files
 
 
+def pair(moments: np.ndarray) -> dict[str, np.ndarray]:
+    return {"moments": moments, "moments_flipped": -moments}
+
+
 def test_rows_of_several_writers_captions_and_errors(tmp_path):
     key = CacheKey("v", "d", 16, "centre", True, (2, 2, 2))
     one, other = (LatentsCache(tmp_path / "cache", key, 10) for _ in range(2))
     arrays = [np.random.default_rng(i).standard_normal((2, 2, 2)).astype(np.float16) for i in range(10)]
     for i in range(4):
-        one.add(i, [arrays[i], -arrays[i]], label=i, caption=f"number {i}")
-    other.add(6, [arrays[6], -arrays[6]], label=6, caption=["six", "half a dozen"])
+        one.add(i, pair(arrays[i]), label=i, caption=f"number {i}")
+    other.add(6, pair(arrays[6]), label=6, caption=["six", "half a dozen"])
     other.add_unreadable(7, "no image")
     assert 6 not in other  # what is pending is not there yet
     one.flush()
@@ -318,6 +322,10 @@ def test_its_shards_are_a_data_set_by_themselves(train, pictures, tmp_path):
     rows = load_dataset("arrow", data_files=str(tmp_path / "cache/*.arrow"), split="train", cache_dir=tmp_path / "hf")
     assert sorted(rows["index"]) == list(range(21))
     assert len(rows[0]["moments"]) == 8 * 8 * 8
+    (tmp_path / "moments/data").mkdir(parents=True)
+    shutil.copyfile(next((tmp_path / "cache").glob("*.arrow")), tmp_path / "moments/data/train-00000-of-00001.arrow")
+    run = train(dataset_name=tmp_path / "moments", max_train_steps=2)
+    assert (run / "model_index.json").exists()
     assert json.loads((tmp_path / "cache/key.json").read_text())["resolution"] == 16
 
 

@@ -1,9 +1,12 @@
 """REPA and iREPA, and VAE-REPA's other targets: what is aligned to, from which pixels, and what is refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import load_dataset
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file
@@ -12,6 +15,7 @@ from transformers import AutoImageProcessor, AutoModel, BertConfig, BertModel
 from tests import vision_models
 from tests.conftest import read_metrics
 from tests.test_alignment import files_of
+from tests.test_training import DOUBLE
 from tests.vision_models import PATCH_SIZE, SIDE, WIDTH
 from vaerepa.alignment import AlignedTransformer, AlignmentContext, REPAAlignment, VAEAlignment
 from vaerepa.alignment.heads import GridConvolution
@@ -42,6 +46,12 @@ def pixels(count: int, side: int = SIDE) -> torch.Tensor:
 def context_of(side: int, pixel_values: torch.Tensor) -> AlignmentContext:
     latents = torch.zeros(len(pixel_values), 4, side, side)
     return AlignmentContext(latents, latents, torch.zeros(len(latents)), pixel_values)
+
+
+def target_of(method: REPAAlignment, side: int, pixel_values: torch.Tensor) -> torch.Tensor:
+    latents = torch.zeros(len(pixel_values), 4, side, side)
+    features = method.encoder(pixel_values)
+    return method.target(AlignmentContext(latents, latents, torch.zeros(len(latents)), vision_features=features))
 
 
 # ---- the vision encoder
@@ -90,7 +100,7 @@ def test_tokens_lie_where_the_transformers_lie(encoders, side):
     """Four by four of them onto as many, and onto eight by eight."""
     encoder = load_encoder(encoders("dinov2"))
     images = pixels(2)
-    tokens = REPAAlignment(2, encoder).target(context_of(side, images))
+    tokens = target_of(REPAAlignment(2, encoder), side, images)
     expected = F.interpolate(encoder(images), (side // 2, side // 2), mode="bilinear", align_corners=False)
     assert torch.allclose(tokens, expected.flatten(2).transpose(1, 2), atol=1e-5)
     assert not tokens.requires_grad
@@ -115,7 +125,7 @@ def test_the_projector_is_the_papers(encoders):
 def test_irepa_normalises_over_the_tokens_and_convolves_over_the_grid(encoders):
     encoder, images = load_encoder(encoders("dinov2")), pixels(2)
     plain, improved = (REPAAlignment(2, encoder, is_improved=on) for on in (False, True))
-    tokens, normalised = (method.target(context_of(8, images)) for method in (plain, improved))
+    tokens, normalised = (target_of(method, 8, images) for method in (plain, improved))
     centred = tokens - tokens.mean(1, keepdim=True)
     deviation = (centred.square().sum(1, keepdim=True) / (tokens.shape[1] - 1)).sqrt()
     assert torch.allclose(normalised, centred / deviation, atol=1e-3)
@@ -184,7 +194,7 @@ def test_the_first_step_computes_repas_loss(train, data, encoders):
     [batch] = next(iter(Batches(source, preprocessing, TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
     assert 0 < sum(batch["flipped"]) < 8
     method = REPAAlignment(2, load_encoder(folder))
-    target = method.target(context_of(8, batch["pixel_values"]))
+    target = target_of(method, 8, batch["pixel_values"])
     head = method.build_head(32, 4, 3)
     # a fresh model's blocks are the identity: what they pass on is the embedding of the noisy patches
     transformer = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
@@ -204,6 +214,110 @@ def test_the_first_step_computes_repas_loss(train, data, encoders):
 def latents_of(run, batch: dict) -> torch.Tensor:
     posterior = AutoencoderKL.from_pretrained(run / "vae").encode(batch["pixel_values"] / 127.5 - 1).latent_dist
     return posterior.mean + posterior.std * batch["draws"]["posterior"]
+
+
+# ---- features beside cached latents
+
+
+@pytest.fixture
+def cached(encoders, tmp_path):
+    """Two epochs of 40 images and two steps, of which the first epoch fills the cache."""
+    options = {"alignment": "repa", "alignment_width": 64, "max_train_steps": 12, "logging_steps": 1}
+    return options | {"alignment_encoder": encoders("dinov2"), "latents_cache": tmp_path / "cache"}
+
+
+def assert_same_end(one, other, step: int = 12) -> None:
+    files = [files_of(run, step) for run in (one, other)]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    names = [name for name in ("train/loss", "train/alignment_loss_repa") if read_metrics(one, name)]
+    assert read_metrics(one, *names) == read_metrics(other, *names)
+
+
+def rows_of(cache) -> dict[int, dict]:
+    shards = [str(path) for path in cache.glob("vision-*/*.arrow")]
+    return {
+        row["index"]: row for row in load_dataset("arrow", data_files=shards, split="train", cache_dir=cache / "hf")
+    }
+
+
+@pytest.mark.parametrize("flips", [{}, {"random_flip": True, "dataloader_num_workers": 2}], ids=["plain", "flips"])
+def test_repa_from_pixels_and_from_the_cache_is_equal(train, data, cached, tmp_path, flips):
+    """To the last bit where the cache is written and where it is read; to its rounding without one."""
+    options = cached | flips
+    writing = train(**options, output_dir=tmp_path / "writing")
+    ahead = options | {"latents_cache": tmp_path / "ahead"}
+    train(**ahead, precompute_latents_only=True, output_dir=tmp_path / "nothing")
+    rows = rows_of(tmp_path / "ahead")
+    assert rows.keys() == rows_of(tmp_path / "cache").keys() == set(range(40))
+    encoder = load_encoder(options["alignment_encoder"])
+    source = open_sources(str(data)).train
+    images = [Preprocessing(16)(row, 0) for block in range(len(source.block_sizes)) for row in source.read_block(block)]
+    for suffix, seen in (("", images), ("_flipped", [image.flip(-1) for image in images])):
+        if suffix and not flips:
+            assert "vision_features_flipped" not in rows[0]
+            continue
+        for index, features in enumerate(encoder(torch.stack(seen))):
+            kept = torch.tensor(rows[index][f"vision_features{suffix}"]).view(WIDTH, 4, 4)
+            torch.testing.assert_close(kept, features, rtol=1e-3, atol=1e-3)
+    reading = train(**ahead, output_dir=tmp_path / "reading")
+    assert_same_end(writing, reading)
+    plain = train(**(options | {"latents_cache": None}), output_dir=tmp_path / "plain")
+    for name in ("train/loss", "train/alignment_loss_repa"):
+        pairs = zip(read_metrics(reading, name), read_metrics(plain, name), strict=True)
+        assert all(one[name] == pytest.approx(other[name], abs=2e-3) for one, other in pairs)
+
+
+def test_restarts_with_cached_features_are_exact(train, cached, tmp_path):
+    """Within the epoch that fills the cache, at its end, and after it."""
+    whole = train(**cached, output_dir=tmp_path / "whole")
+    for steps in (3, 5, 8, 12):
+        pieces = train(
+            **cached | {"max_train_steps": steps, "latents_cache": tmp_path / "other"},
+            output_dir=tmp_path / "pieces",
+            resume_from_checkpoint="latest",
+        )
+    assert_same_end(whole, pieces)
+
+
+@pytest.mark.parametrize("stop_step", [3, 8], ids=["while-the-cache-fills", "after"])
+def test_a_cache_is_filled_also_where_repa_ends_early(train, cached, tmp_path, stop_step):
+    options = cached | {"alignment_stop_step": stop_step, "dataloader_num_workers": 2}
+    writing = train(**options, output_dir=tmp_path / "writing")
+    assert rows_of(tmp_path / "cache").keys() == set(range(40))
+    reading = train(**options, output_dir=tmp_path / "reading")
+    assert_same_end(writing, reading)
+
+
+def test_methods_and_encoders_keep_their_caches_side_by_side(train, cached, encoders, tmp_path):
+    """Options of other runs must not matter, but for the vision encoder."""
+    own = {"latents_cache": tmp_path / "of sra", "alignment_width": None, "alignment_encoder": None}
+    for options in (
+        own | {"alignment": "sra"},
+        {},
+        {"alignment_encoder": encoders("siglip")},
+        {"alignment_irepa": True},
+    ):
+        given = {k: v for k, v in (cached | options).items() if v is not None} | {"latents_cache": tmp_path / "cache"}
+        train(**given | {"max_train_steps": 5}, output_dir=tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
+    assert [len(list(folder.glob("*.arrow"))) for folder in (tmp_path / "cache").glob("vision-*")] == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [False, True], ids=["pixels", "cache"])
+def test_two_processes_align_as_one(launch, cached, tmp_path, cache):
+    script = tmp_path / "double.py"
+    script.write_text(DOUBLE)
+    options = cached | {"ema_decay": 0.9} | ({} if cache else {"latents_cache": None})
+    runs = [launch(n, script, **options, output_dir=tmp_path / f"run-{n}") for n in (1, 2)]
+    files = [files_of(run, 12) for run in runs]
+    assert all(tensor.dtype in (torch.float64, torch.int64) for tensor in files[0].values())
+    assert all(torch.allclose(files[0][name], files[1][name], rtol=0, atol=1e-9) for name in files[0])
+    for name in ("train/loss", "train/alignment_loss_repa"):
+        values = [[line[name] for line in read_metrics(run, name)] for run in runs]
+        assert values[0] == pytest.approx(values[1], rel=1e-9)
 
 
 # ---- other targets of VAE-REPA
@@ -278,7 +392,6 @@ def materials(tmp_path_factory):
     [
         ({"alignment": "repa", "alignment_encoder": "{}/nowhere"}, ["--alignment_encoder", "cannot be used"]),
         ({"alignment": "repa", "alignment_encoder": "{}/bert"}, ["--alignment_encoder", "vision transformer"]),
-        ({"alignment": "repa", "latents_cache": "{}/cache"}, ["--alignment repa", "--latents_cache"]),
         ({"alignment_target": "vae_mid_block", "latents_cache": "{}/cache"}, ["vae_mid_block", "--latents_cache"]),
         ({"alignment_target": "vae_down_block_4"}, ["vae_down_block_4", "vae_down_block_1, vae_down_block_2"]),
         (

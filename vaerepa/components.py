@@ -59,8 +59,16 @@ def open_components(options: Options) -> Components:
     if text and not pretrained:
         scheduler = family.default_scheduler(options.timestep_shift)
     objective = build_objective(options, scheduler, len(sources.id2label))
-    encoder = load_encoder(options.alignment_encoder, options.cache_dir) if "repa" in options.alignment else None
-    return Components(family, vae, sources, objective, pretrained, text, heads, encoder)
+    return Components(family, vae, sources, objective, pretrained, text, heads, open_encoder(options))
+
+
+def open_encoder(options: Options) -> VisionEncoder | None:
+    """The vision encoder, where features of it are aligned to.
+
+    Raises:
+        OptionError: it is not there, or no vision transformer.
+    """
+    return load_encoder(options.alignment_encoder, options.cache_dir) if "repa" in options.alignment else None
 
 
 def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:

@@ -1,5 +1,6 @@
 """--dry_run: what a run will be, from models on the meta device: sizes, arithmetic, memory, disk, schedule."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ def estimate(
     """Works out a run from its transformer in training form, on the meta device or not.
 
     Args:
-        num_images: of the training split, for the latents cache: mean and deviation of each posterior in half precision.
+        num_images: of the training split, for the latents cache: mean and deviation of each posterior in half precision, the
+            vision encoder's features, and both of the flipped images.
     """
     forward = OneForward(family, transformer.to("meta"), latent_shape)
     with torch.device("meta"):
@@ -80,7 +82,8 @@ def estimate(
     trained = size + sum(head_sizes.values())
     averages = len(options.ema_decay) if options.use_ema else 0
     moments = 2 if options.use_8bit_adam else 2 * FLOAT32
-    elements = latent_shape[0] * latent_shape[1] * latent_shape[2]
+    encoders = [a.method.encoder for a in alignments if "vision_features" in a.method.requires]
+    kept = 2 * math.prod(latent_shape) + sum(encoder.width * encoder.grid**2 for encoder in encoders)
     return Estimate(
         parameters=size,
         stock_parameters=stock_size,
@@ -92,7 +95,7 @@ def estimate(
         activation_memory=saved_bytes(options, forward, heads, block_of),
         pipeline_bytes=stock_size * FLOAT32,
         checkpoint_bytes=stock_size * FLOAT32 + trained * (FLOAT32 + moments) + averages * size * FLOAT32,
-        latents_cache_bytes=2 * FLOAT16 * elements * num_images,
+        latents_cache_bytes=kept * FLOAT16 * num_images * (2 if options.random_flip else 1),
     )
 
 
@@ -105,7 +108,7 @@ def frozen_flops(forward: "OneForward", alignments: list[Alignment], resolution:
                 tapped = forward.family.blocks(forward.transformer)[method.teacher_block - 1]
                 bare = forward.through({}, {})
                 flops[name] = throughput.forward_flops(partial(output_of, tapped, bare))
-            elif "pixel_values" in method.requires:
+            elif "vision_features" in method.requires:
                 encoder = method.encoder.to(torch.device("meta"))
                 images = torch.zeros(1, 3, encoder.side, encoder.side, dtype=encoder.model.dtype)
                 flops[name] = throughput.forward_flops(partial(encoder.model, pixel_values=images))
@@ -207,7 +210,7 @@ def report(
         (f"memory per device at batch {options.train_batch_size}, without the VAE, about", f"{memory:.1f} GiB"),
         ("exported pipeline, without the VAE", f"{sizes.pipeline_bytes / GIB:.2f} GiB"),
         ("a checkpoint, without the VAE", f"{sizes.checkpoint_bytes / GIB:.2f} GiB"),
-        ("a cache of all latents", f"{sizes.latents_cache_bytes / GIB:.2f} GiB"),
+        ("a latents cache of all images", f"{sizes.latents_cache_bytes / GIB:.2f} GiB"),
         ("images", f"{num_images}"),
         ("steps", f"{num_steps} of {options.global_batch_size} images"),
         ("epochs", f"{num_steps * options.global_batch_size / num_images:.2f}"),

@@ -1,4 +1,4 @@
-"""--precompute_latents_only: fills the latents cache ahead of training, on all processes."""
+"""--precompute_latents_only: fills the latents cache, and features beside them, ahead of training, on all processes."""
 
 import sys
 from collections import deque
@@ -29,10 +29,11 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
     with accelerator.main_process_first():
         family = components.open_text(options)[0] if options.text_conditioning else dit
         vae, sources = components.open_vae_and_data(options, family)
+        encoder = components.open_encoder(options)
     checks.check_geometry(options, latents.downsampling_factor(vae), patch_size=1)
     shape, count = latents.latent_shape(vae, options.resolution), len(sources.train)
     with accelerator.main_process_first():
-        feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape)
+        feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape, encoder=encoder)
     checks.check_shared(feed.cache.folder, accelerator)
     draws = TrainingDraws(options.seed, shape, options.label_dropout)
     feed.choose_precision(draws)

@@ -18,6 +18,7 @@ class AlignmentContext:
         noise: the noise of the same shape.
         t: times in [0, 1], shape (B,).
         pixel_values: the images that the latents were encoded from, after crop and flip, uint8, shape (B, 3, H, W).
+        vision_features: what the vision encoder makes of these images, shape (B, z, h, w).
         draws: the named draws of the samples, each with B first.
         teacher: image tokens (B, N, d) that the average of the weights has after a block, counted from 1, for this batch at
             times (B,), under the same noise and the same condition, dropped where the student's is.
@@ -27,6 +28,7 @@ class AlignmentContext:
     noise: torch.Tensor
     t: torch.Tensor
     pixel_values: torch.Tensor | None = None
+    vision_features: torch.Tensor | None = None
     draws: dict[str, torch.Tensor] = field(default_factory=dict)
     teacher: Callable[[torch.Tensor, int], torch.Tensor] | None = None
 
@@ -37,7 +39,7 @@ class AlignmentMethod(Protocol):
     Attributes:
         title: as its paper calls it.
         arxiv: number of its paper.
-        requires: what must be at hand beside the latents: pixel_values, vae_features (of pixel_values too), teacher.
+        requires: what must be at hand beside the latents: vision_features, vae_features (of pixel_values), teacher.
         aim: the target in words.
     """
 

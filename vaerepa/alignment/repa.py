@@ -21,7 +21,7 @@ class REPAAlignment:
 
     Args:
         patch_size: side p of the transformer's patches, in latent pixels.
-        encoder: gives the patch tokens, of width z.
+        encoder: gave the patch tokens, of width z.
         distance: cosine (the paper's, per token), smooth_l1, l1 or l2.
         beta: where smooth_l1 turns from quadratic to linear.
         num_layers: Linear layers of the head.
@@ -32,7 +32,7 @@ class REPAAlignment:
 
     title, arxiv = "REPA", "2410.06940"
     default_loss, default_layers = "cosine", 3
-    requires = frozenset({"pixel_values"})
+    requires = frozenset({"vision_features"})
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class REPAAlignment:
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """Patch tokens of the images as cropped and flipped, shape (B, N, z)."""
-        tokens = resample(self.encoder(context.pixel_values), grid_of(context.latents, self.patch_size))
+        tokens = resample(context.vision_features, grid_of(context.latents, self.patch_size))
         if self.is_improved:
             tokens = (tokens - tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + 1e-6)
         return tokens

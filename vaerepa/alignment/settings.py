@@ -82,9 +82,11 @@ def check_alignment(options: Options) -> None:
                 raise OptionError(f"--{option} goes with --alignment {name}.")
     if options.alignment_target not in LATENT_TARGETS and options.alignment_normalize:
         raise OptionError("--alignment_normalize goes with --alignment_target latent and velocity.")
-    if options.latents_cache:
-        for flag in pixel_readers(options):
-            raise OptionError(f"{flag} looks at the images, which --latents_cache does not keep; leave the cache off.")
+    if options.latents_cache and "vae_features" in requirements_of(options).get("vae", ()):
+        raise OptionError(
+            f"--alignment_target {options.alignment_target} looks at the images, which --latents_cache does not keep; leave the "
+            "cache off."
+        )
     if "sra" in methods:
         check_teacher(options)
 
@@ -119,7 +121,7 @@ def requirements_of(options: Options) -> dict[str, frozenset[str]]:
 
 def pixel_readers(options: Options) -> list[str]:
     """The flags that ask for images beside the latents."""
-    flags = {"pixel_values": "--alignment {}", "vae_features": f"--alignment_target {options.alignment_target}"}
+    flags = {"vision_features": "--alignment {}", "vae_features": f"--alignment_target {options.alignment_target}"}
     return [
         flag.format(name)
         for name, requires in requirements_of(options).items()

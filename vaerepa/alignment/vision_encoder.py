@@ -38,6 +38,11 @@ class VisionEncoder:
         self.grid = self.side // model.config.patch_size
         self.width = self(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)).shape[1]
 
+    @property
+    def preparation(self) -> str:
+        """All that decides how an image is prepared."""
+        return f"{self.side} {self.mode} {self.mean.flatten().tolist()} {self.std.flatten().tolist()}"
+
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "VisionEncoder":
         """Moves it, in place."""
         self.model.to(device, dtype)

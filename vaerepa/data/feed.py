@@ -1,6 +1,7 @@
 """The feed: micro-batches with clean latents on the device, from images, from the cache, or from a data set of latents."""
 
 from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from accelerate.utils.operations import recursively_apply
 from torch import nn
 
 from vaerepa import latents
+from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data.buckets import parse_buckets
-from vaerepa.data.latents_cache import CacheKey, LatentsCache, checksum, rounded
+from vaerepa.data.latents_cache import FEATURES, FLIPPED, MOMENTS, CacheKey, LatentsCache, checksum, rounded
 from vaerepa.data.loader import Batches, Draws, Preprocessing, ValidationDraws, read_batches
 from vaerepa.data.prompts import Prompts, choose_caption
 from vaerepa.data.source import Source, all_captions
@@ -33,6 +35,7 @@ class Feed:
         source: what is trained on.
         latent_shape: (C, h, w) of a square image.
         prompts: encodes captions, where the transformer is told captions and not labels.
+        encoder: makes features of training images, where they are aligned to; in half precision on a GPU.
 
     Raises:
         OptionError: --latents_cache cannot be used.
@@ -46,8 +49,10 @@ class Feed:
         source: Source,
         latent_shape: tuple[int, int, int],
         prompts: Prompts | None = None,
+        encoder: VisionEncoder | None = None,
     ):
         self.prompts = prompts
+        self.encoder = encoder
         self.options = options
         self.accelerator = accelerator
         self.vae = vae
@@ -56,6 +61,9 @@ class Feed:
         self.buckets = parse_buckets(options, latents.downsampling_factor(vae))
         self.num_skipped = 0  # images that this process could not read
         self.cache = self._open_cache() if options.latents_cache else None
+        if encoder is not None:
+            half = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
+            encoder.to(accelerator.device, half if accelerator.device.type == "cuda" else None)
         self.encode_in_bf16 = False
         readers = accelerator.num_processes * max(1, options.dataloader_num_workers)
         if options.num_streams % readers:
@@ -75,9 +83,17 @@ class Feed:
             self.encode_in_bf16 = broadcast_object_list([agrees])[0]
             logger.info(f"the VAE encodes in {'bfloat16' if self.encode_in_bf16 else 'float32'}")
 
+    def end_features(self) -> None:
+        """Makes features no longer, unless the cache still waits for them, and reads none."""
+        if self.cache is not None:
+            self.cache.reads_features = False
+        if self.cache is None or self.cache.holds(self.source.members):
+            self.encoder = None
+
     def training_batches(self, draws: Draws, first: int, last: int) -> Iterator[dict]:
         """This process's share of the samples `first` to `last`, with `latents` (B, C, h, w) as drawn from the posterior.
 
+        And with `vision_features` (B, z, h', w') of the same images, where there is an encoder.
         Until the cache holds every image it is written along the way, and taken up at the end of each epoch.
         """
         epoch, batch = len(self.source), self.options.global_batch_size
@@ -149,9 +165,11 @@ class Feed:
             cache=cache,
         )
         for batch in read_batches(batches, options.dataloader_num_workers, self.accelerator.device):
-            if share and not held_out:  # what is only measured is read again
+            trains = share and not held_out  # what is only measured is read again
+            if trains:
                 self._count_skipped(batch, cache)
-            batch["latents"] = latents.draw(self.vae, self._moments(batch, cache), batch["draws"]["posterior"])
+            batch |= self._encodings(batch, cache, with_features=trains)
+            batch["latents"] = latents.draw(self.vae, batch["moments"], batch["draws"]["posterior"])
             if self.prompts is not None:
                 batch["text"] = self.prompts.condition(self._choose_captions(batch, held_out))
             yield batch
@@ -165,36 +183,43 @@ class Feed:
             chosen.append(captions[0] if held_out else "" if drops else choose_caption(captions, seed, ordinal))
         return chosen
 
-    def _moments(self, batch: dict, cache: LatentsCache | None) -> torch.Tensor:
-        """Of each sample, those at hand or encoded now; as the cache holds them, or will."""
+    def _encodings(self, batch: dict, cache: LatentsCache | None, with_features: bool) -> dict[str, torch.Tensor]:
+        """Moments and features of each sample, those at hand or encoded now; as the cache holds them, or will."""
         if "pixel_values" not in batch:
-            return batch["moments"]
+            return {}
         pixels = batch["pixel_values"]
-        encoded = self._encode(pixels, one_by_one=cache is not None)
+        encoded = self._encode(pixels, cache is not None, with_features)
         if cache is not None:
-            encoded = rounded(encoded)
+            encoded = {kind: rounded(tensor) for kind, tensor in encoded.items()}
             self._keep(cache, batch, encoded, pixels)
         if "moments" not in batch:
             return encoded
-        has_moments = torch.tensor(batch["has_moments"], device=encoded.device)
-        moments = encoded.new_empty(len(has_moments), *encoded.shape[1:])
-        moments[has_moments], moments[~has_moments] = batch["moments"].to(encoded.dtype), encoded
-        return moments
+        has_moments = torch.tensor(batch["has_moments"], device=pixels.device)
+        return {kind: _merge(has_moments, batch[kind], tensor) for kind, tensor in encoded.items() if kind in batch}
 
-    def _encode(self, pixels: torch.Tensor, one_by_one: bool) -> torch.Tensor:
+    def _encode(self, pixels: torch.Tensor, one_by_one: bool, with_features: bool) -> dict[str, torch.Tensor]:
+        """What the VAE makes of images and, where it is wanted, the vision encoder."""
+        encoders = {MOMENTS: lambda part: latents.encode_moments(self.vae, part, self.encode_in_bf16)}
+        if with_features and self.encoder is not None:
+            encoders[FEATURES] = self.encoder
         # the images beside it in a batch must not change a bit of what a cache holds; on a GPU they may, by a rounding
         parts = pixels.split(1) if one_by_one and pixels.device.type == "cpu" else [pixels]
-        return torch.cat([latents.encode_moments(self.vae, part, self.encode_in_bf16) for part in parts])
+        return {kind: torch.cat([encode(part) for part in parts]) for kind, encode in encoders.items()}
 
-    def _keep(self, cache: LatentsCache, batch: dict, encoded: torch.Tensor, pixels: torch.Tensor) -> None:
+    def _keep(self, cache: LatentsCache, batch: dict, encoded: dict[str, torch.Tensor], pixels: torch.Tensor) -> None:
+        """Gives the cache what it lacks: as each sample saw its image, and the other way round where images are flipped."""
         samples = [i for i, has_moments in enumerate(batch["has_moments"]) if not has_moments]
-        variants = [encoded.cpu().numpy()]
+        as_seen = {kind: tensor.cpu().numpy() for kind, tensor in encoded.items()}
+        mirrored = {}
         if cache.key.flips:
-            variants.append(rounded(self._encode(pixels.flip(-1), one_by_one=True)).cpu().numpy())
+            others = self._encode(pixels.flip(-1), one_by_one=True, with_features=True)
+            mirrored = {kind: rounded(tensor).cpu().numpy() for kind, tensor in others.items()}
         labels = batch["condition"].tolist()
         for place, i in enumerate(samples):
-            own = [variant[place] for variant in variants]
-            cache.add(batch["index"][i], own[::-1] if batch["flipped"][i] else own, labels[i], batch["caption"][i])
+            plain, flipped = (mirrored, as_seen) if batch["flipped"][i] else (as_seen, mirrored)
+            arrays = {kind: array[place] for kind, array in plain.items()}
+            arrays |= {kind + FLIPPED: array[place] for kind, array in flipped.items()}
+            cache.add(batch["index"][i], arrays, labels[i], batch["caption"][i])
 
     def _count_skipped(self, batch: dict, cache: LatentsCache | None) -> None:
         for index, line in batch["skipped"]:
@@ -221,7 +246,7 @@ class Feed:
             batch = upcoming
             torch.cuda.current_stream(device).wait_stream(stream)
             used = [batch["latents"], batch["condition"], batch["draws"], batch.get("text", {})]
-            used.append(batch.get("pixel_values", {}))
+            used += [batch.get(name, {}) for name in ("pixel_values", FEATURES)]
             recursively_apply(lambda tensor: tensor.record_stream(torch.cuda.current_stream(device)), used)
             upcoming = queue_next()
             yield batch
@@ -229,6 +254,12 @@ class Feed:
     def _open_cache(self) -> LatentsCache:
         """The cache of --latents_cache, checked against VAE, data and options."""
         options, storage, (channels, height, width) = self.options, self.source.storage, self.latent_shape
+        folder, features = Path(options.latents_cache), {}
+        if self.encoder is not None:  # runs without one, or with another, keep theirs beside it
+            made_by = f"{checksum(self.encoder.model)} {self.encoder.preparation}"
+            folder = folder / f"vision-{blake2b(made_by.encode(), digest_size=8).hexdigest()}"
+            shape = (self.encoder.width, self.encoder.grid, self.encoder.grid)
+            features = {"encoder": made_by, "features_shape": shape}
         key = CacheKey(
             vae=checksum(self.vae),
             data=storage.revision,
@@ -238,5 +269,13 @@ class Feed:
             shape=(channels * (2 if latents.has_posterior(self.vae) else 1), height, width),
             captions=storage.columns.caption,
             buckets=self.buckets,
+            **features,
         )
-        return LatentsCache(Path(options.latents_cache), key, len(self.source.members))
+        return LatentsCache(folder, key, len(self.source.members))
+
+
+def _merge(is_kept: torch.Tensor, kept: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
+    """One tensor of all samples: `kept` of those that `is_kept` (B,) marks, `encoded` of the others."""
+    merged = encoded.new_empty(len(is_kept), *encoded.shape[1:])
+    merged[is_kept], merged[~is_kept] = kept.to(encoded.dtype), encoded
+    return merged

@@ -1,8 +1,9 @@
 """The latents cache: what the VAE made of each image, on disk as Arrow files that are mapped into memory.
 
 A row holds the moments of the posterior (mean, then deviation, unscaled) with their height and width, so that each epoch draws
-anew from it, those of the flipped image where images are flipped, label and caption; or the reason why its image cannot be
-read. A shard takes its name when it is whole; shards of several processes, or runs, lie beside each other.
+anew from it, features of a vision encoder where one is aligned to, both of the flipped image too where images are flipped,
+label and caption; or the reason why its image cannot be read. A shard takes its name when it is whole; shards of several
+processes, or runs, lie beside each other.
 """
 
 import json
@@ -25,9 +26,10 @@ from vaerepa.errors import OptionError
 logger = logging.getLogger(__name__)
 
 KEY = "key.json"
-ROWS_PER_SHARD = 4096
+ROWS_PER_SHARD, BYTES_PER_SHARD = 4096, 2**28
 DTYPE = np.float16
-VARIANTS = ("moments", "moments_flipped")
+MOMENTS, FEATURES = "moments", "vision_features"
+FLIPPED = "_flipped"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,14 @@ class CacheKey:
     shape: tuple[int, int, int]  # of a square's moments
     captions: str | None = None  # the column that they are from
     buckets: tuple[tuple[int, int], ...] = ()  # sizes other than the square
+    encoder: str | None = None  # checksum of the vision encoder's weights, and how it prepares images
+    features_shape: tuple[int, int, int] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what is kept of each image: of the image as it is, then of the flipped one."""
+        kinds = (MOMENTS,) if self.encoder is None else (MOMENTS, FEATURES)
+        return (*kinds, *(kind + FLIPPED for kind in kinds if self.flips))
 
 
 class CachedRow(NamedTuple):
@@ -51,6 +61,7 @@ class CachedRow(NamedTuple):
     label: int
     caption: str | list[str] | None
     error: str | None
+    features: np.ndarray | None = None
 
 
 def checksum(module: nn.Module) -> str:
@@ -78,6 +89,7 @@ class LatentsCache:
         self.folder = folder
         self.key = key
         self.num_rows = num_rows
+        self.reads_features = key.encoder is not None
         self._pending: dict[int, dict] = {}
         _check_key(folder, key)
         self.reload()
@@ -120,22 +132,22 @@ class LatentsCache:
         return int((unreadable & members).sum())
 
     def read(self, index: int, flipped: bool = False) -> CachedRow:
-        """The row of this number, which must be there; its moments are a view of the mapped file."""
-        return self._shard(int(self._shard_of[index])).read(int(self._place_of[index]), flipped)
+        """The row of this number, which must be there; its arrays are views of the mapped file."""
+        shard, place = self._shard(int(self._shard_of[index])), int(self._place_of[index])
+        return shard.read(place, flipped, self.reads_features)
 
-    def add(self, index: int, variants: list[np.ndarray], label: int, caption: str | list[str] | None) -> None:
-        """Takes a row to be written: moments in the cache's dtype, and those of the flipped image if there are any."""
+    def add(self, index: int, arrays: dict[str, np.ndarray], label: int, caption: str | list[str] | None) -> None:
+        """Takes a row to be written: an array in the cache's dtype for each of the key's columns."""
         if index not in self and index not in self._pending:
-            arrays = dict(zip(VARIANTS, variants, strict=False))
             self._pending[index] = {"label": label, "caption": caption, "error": None, **arrays}
-            if len(self._pending) >= ROWS_PER_SHARD:
+            size = sum(array.nbytes for array in arrays.values())
+            if len(self._pending) >= min(ROWS_PER_SHARD, BYTES_PER_SHARD // size):
                 self.flush()
 
     def add_unreadable(self, index: int, error: str) -> None:
         """Takes a row whose image cannot be read."""
         if index not in self and index not in self._pending:
-            nothing = np.zeros((0, 0, 0), DTYPE)
-            arrays = dict.fromkeys(VARIANTS[: 1 + self.key.flips], nothing)
+            arrays = dict.fromkeys(self.key.columns, np.zeros((0, 0, 0), DTYPE))
             self._pending[index] = {"label": -1, "caption": None, "error": error, **arrays}
 
     def flush(self) -> None:
@@ -170,21 +182,26 @@ class _Shard:
         self.index = table.column("index").to_numpy()
         self.labels = table.column("label").to_numpy()
         self.captions, self.errors = table.column("caption"), table.column("error")
-        self.channels = key.shape[0]
+        self.channels, self.features_shape = key.shape[0], key.features_shape
         self.sizes = np.stack([table.column(name).to_numpy() for name in ("height", "width")], 1).tolist()
-        lists = [table.column(name).chunk(0) for name in VARIANTS[: 1 + key.flips]]
-        self.starts = lists[0].offsets.to_numpy().tolist()
-        self.variants = [column.values.to_numpy(zero_copy_only=True) for column in lists]
+        lists = {name: table.column(name).chunk(0) for name in key.columns}
+        self.starts = {name: column.offsets.to_numpy().tolist() for name, column in lists.items()}
+        self.values = {name: column.values.to_numpy(zero_copy_only=True) for name, column in lists.items()}
         self.has_errors = self.errors.null_count < len(self.errors)
         self.has_captions = self.captions.null_count < len(self.captions)
 
-    def read(self, place: int, flipped: bool) -> CachedRow:
+    def read(self, place: int, flipped: bool, with_features: bool) -> CachedRow:
         error = self.errors[place].as_py() if self.has_errors else None
         caption = self.captions[place].as_py() if self.has_captions else None
         if error is not None:
             return CachedRow(None, self.labels[place], caption, error)
-        flat = self.variants[flipped][self.starts[place] : self.starts[place + 1]]
-        return CachedRow(flat.reshape(self.channels, *self.sizes[place]), self.labels[place], caption, None)
+        moments = self._array(MOMENTS, place, flipped).reshape(self.channels, *self.sizes[place])
+        features = self._array(FEATURES, place, flipped).reshape(self.features_shape) if with_features else None
+        return CachedRow(moments, self.labels[place], caption, None, features)
+
+    def _array(self, kind: str, place: int, flipped: bool) -> np.ndarray:
+        name = kind + FLIPPED if flipped else kind
+        return self.values[name][self.starts[name][place] : self.starts[name][place + 1]]
 
 
 def _write_shard(path: Path, rows: dict[int, dict], key: CacheKey) -> None:
@@ -194,8 +211,8 @@ def _write_shard(path: Path, rows: dict[int, dict], key: CacheKey) -> None:
         values = [row[name] for row in rows.values()]
         columns[name] = pa.array(values, None if any(isinstance(value, list) for value in values) else pa.string())
     for name, axis in (("height", 1), ("width", 2)):
-        columns[name] = pa.array([row[VARIANTS[0]].shape[axis] for row in rows.values()], pa.int32())
-    for name in VARIANTS[: 1 + key.flips]:
+        columns[name] = pa.array([row[MOMENTS].shape[axis] for row in rows.values()], pa.int32())
+    for name in key.columns:
         arrays = [row[name].ravel() for row in rows.values()]
         starts = np.cumsum([0, *map(len, arrays)])
         columns[name] = pa.LargeListArray.from_arrays(pa.array(starts), pa.array(np.concatenate(arrays)))
@@ -228,6 +245,7 @@ def _check_key(folder: Path, key: CacheKey) -> None:
         "captions": f"captions of the column `{found.get('captions')}`",
         "shape": f"latents of another shape, {found.get('shape')}",
         "buckets": f"--aspect_ratio_buckets {found.get('buckets')}" if found.get("buckets") else "squares only",
+        "encoder": "another --alignment_encoder",
     }
     stale = [reason for name, reason in reasons.items() if found.get(name) != wanted[name]]
     if stale:
@@ -236,6 +254,6 @@ def _check_key(folder: Path, key: CacheKey) -> None:
         )
 
 
-def rounded(moments: torch.Tensor) -> torch.Tensor:
-    """As the cache will hold them."""
-    return moments.to(torch.float16)
+def rounded(encoded: torch.Tensor) -> torch.Tensor:
+    """As the cache will hold it."""
+    return encoded.to(torch.float16)

@@ -219,6 +219,9 @@ class Batches(IterableDataset):
         }
         if any(has_moments):
             group["moments"] = torch.from_numpy(np.stack([c for c in contents if isinstance(c, np.ndarray)]))
+        features = [row.vision_features for row, has in zip(rows, has_moments, strict=True) if has]
+        if features and all(array is not None for array in features):
+            group["vision_features"] = torch.from_numpy(np.stack(features))
         if not all(has_moments):
             group["pixel_values"] = torch.stack([c for c in contents if isinstance(c, torch.Tensor)])
         return group
@@ -253,7 +256,8 @@ class Batches(IterableDataset):
             cached = self.cache.read(row.index, self.preprocessing.flips(ordinal))
             if cached.error is not None:
                 raise ValueError(cached.error)
-            return Row(row.index, cached.label, caption=cached.caption), cached.moments
+            kept = Row(row.index, cached.label, caption=cached.caption, vision_features=cached.features)
+            return kept, cached.moments
         if row.moments is None:
             return row, self.preprocessing(row, ordinal)
         array = row.moments if isinstance(row.moments, np.ndarray) else np.load(row.moments, allow_pickle=False)
@@ -298,9 +302,10 @@ def read_batches(batches: Batches, num_workers: int, device: torch.device | str 
     """Micro-batches on the device, each as one group of samples or, where shapes differ, as several after each other.
 
     A group is a dictionary of pixel_values (B', 3, H, W) uint8 and moments (B - B', 2C or C, h, w), of the samples whose
-    has_moments is False and True; condition (B,) labels, draws (as above, B first); lists of ordinal, index, flipped and
-    caption, in the order of the ordinals; and skipped: number and reason of each row that could not be read, for which
-    another stands in. Its `share` is the part of the micro-batch that it is; the last group of each is marked by `is_last`.
+    has_moments is False and True, the latter with vision_features (B - B', z, h', w') where the cache keeps them; condition
+    (B,) labels, draws (as above, B first); lists of ordinal, index, flipped and caption, in the order of the ordinals; and
+    skipped: number and reason of each row that could not be read, for which another stands in. Its `share` is the part of the
+    micro-batch that it is; the last group of each is marked by `is_last`.
     """
     on_gpu = torch.device(device).type == "cuda"
     parts: list[list[dict]] = []
@@ -341,7 +346,7 @@ def _join_groups(groups: list[dict]) -> dict:
     joined["draws"] = {
         name: _interleave_tensors([group["draws"][name] for group in groups], places) for name in groups[0]["draws"]
     }
-    for name, kept in (("moments", True), ("pixel_values", False)):
+    for name, kept in (("moments", True), ("vision_features", True), ("pixel_values", False)):
         holders = [group for group in groups if name in group]
         if holders:
             ordinals = [

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset_builder
 from datasets.exceptions import DatasetsError
-from datasets.features.features import Array2D, Array3D, List
+from datasets.features.features import Array2D, Array3D, LargeList, List
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 
@@ -347,7 +347,7 @@ def _is_caption(feature: object) -> bool:
 
 
 def _is_array(feature: object) -> bool:
-    return isinstance(feature, Array2D | Array3D | List)
+    return isinstance(feature, Array2D | Array3D | List | LargeList)
 
 
 def _open_split(collection: Collection, name: str, columns: Columns) -> Source:

@@ -24,6 +24,7 @@ class Row(NamedTuple):
         None  # mean and deviation of the posterior, or latents, flat; or their .npy file
     )
     caption: str | list[str] | None = None
+    vision_features: np.ndarray | None = None  # of a vision encoder, beside moments from the cache
 
 
 @dataclass(frozen=True)
