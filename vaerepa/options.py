@@ -155,8 +155,8 @@ class Options:
     )
     latents_cache: str | None = option(
         None,
-        "Folder where the latents' moments are kept, in half precision: written in the first epoch, read in the others. "
-        "Not with a random crop.",
+        "Folder where the latents' moments, and what --alignment repa aligns to, are kept in half precision: written in the "
+        "first epoch, read in the others. Not with a random crop.",
         resume="schedule",
     )
     precompute_latents_only: bool = option(False, "Fill --latents_cache with all processes, and exit.")
