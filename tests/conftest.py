@@ -9,9 +9,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is imported, as train_vaerepa.py does
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-if hasattr(os, "sched_setaffinity") and "PYTEST_XDIST_WORKER" in os.environ:  # of several workers each has its own core,
+if hasattr(os, "sched_setaffinity") and "PYTEST_XDIST_WORKER" in os.environ:
+    # each worker has a core of its own: threads of models this small only wait for each other
     cores, worker = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    os.sched_setaffinity(0, {cores[worker % len(cores)]})  # for threads of models this small only wait for each other
+    os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 import numpy as np
 import pytest

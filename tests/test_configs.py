@@ -89,6 +89,7 @@ def test_every_config_passes_a_dry_run(print_dry_run, tmp_path, config):
     assert {name for name in ("vae", "repa", "sra") if f"frozen models of `{name}`, one image" in table} == methods - {
         "vae"
     }
+    assert ("vision encoder, in half precision, per device" in table) == ("repa" in methods)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

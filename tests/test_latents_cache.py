@@ -290,11 +290,13 @@ def test_latents_of_a_vae_that_normalises_are_refused(train, pictures, vae, tmp_
 
 
 def pair(moments: np.ndarray) -> dict[str, np.ndarray]:
-    return {"moments": moments, "moments_flipped": -moments}
+    features = moments[:, :1] + 1
+    arrays = {"moments": moments, "vision_features": features}
+    return arrays | {"moments_flipped": -moments, "vision_features_flipped": -features}
 
 
 def test_rows_of_several_writers_captions_and_errors(tmp_path):
-    key = CacheKey("v", "d", 16, "centre", True, (2, 2, 2))
+    key = CacheKey("v", "d", 16, "centre", True, (2, 2, 2), encoder="e", features_shape=(2, 1, 2))
     one, other = (LatentsCache(tmp_path / "cache", key, 10) for _ in range(2))
     arrays = [np.random.default_rng(i).standard_normal((2, 2, 2)).astype(np.float16) for i in range(10)]
     for i in range(4):
@@ -312,6 +314,8 @@ def test_rows_of_several_writers_captions_and_errors(tmp_path):
     for i in (0, 1, 2, 3, 6):
         assert np.array_equal(one.read(i).moments, arrays[i])
         assert np.array_equal(one.read(i, flipped=True).moments, -arrays[i])
+        assert np.array_equal(one.read(i).features, arrays[i][:, :1] + 1)
+        assert np.array_equal(one.read(i, flipped=True).features, -arrays[i][:, :1] - 1)
         assert one.read(i).label == i
     assert (one.read(2).caption, one.read(6).caption) == ("number 2", ["six", "half a dozen"])
     assert (one.read(7).moments, one.read(7).error) == (None, "no image")

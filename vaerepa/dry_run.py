@@ -30,6 +30,7 @@ class Estimate:
     head_flops: dict[str, int]
     frozen_flops: dict[str, int]
     state_memory: int
+    encoder_memory: int
     activation_memory: int
     pipeline_bytes: int
     checkpoint_bytes: int
@@ -92,6 +93,7 @@ def estimate(
         head_flops=head_flops,
         frozen_flops=frozen_flops(forward, alignments, options.resolution),
         state_memory=trained * (2 * FLOAT32 + moments) + (0 if options.offload_ema else averages * size * FLOAT32),
+        encoder_memory=sum(count(encoder.model) * FLOAT16 for encoder in encoders),
         activation_memory=saved_bytes(options, forward, heads, block_of),
         pipeline_bytes=stock_size * FLOAT32,
         checkpoint_bytes=stock_size * FLOAT32 + trained * (FLOAT32 + moments) + averages * size * FLOAT32,
@@ -203,9 +205,11 @@ def report(
             frozen = sizes.frozen_flops[name] / 1e9
             rows.append((f"frozen models of `{name}`, one image", f"{frozen:.1f} GFLOP, forward only"))
     activations = 0 if options.gradient_checkpointing else options.train_batch_size * sizes.activation_memory
-    memory = (sizes.state_memory + activations) / GIB
+    memory = (sizes.state_memory + sizes.encoder_memory + activations) / GIB
+    rows.append(("weights, gradients, optimizer and averages, per device", f"{sizes.state_memory / GIB:.2f} GiB"))
+    if sizes.encoder_memory:
+        rows.append(("vision encoder, in half precision, per device", f"{sizes.encoder_memory / GIB:.2f} GiB"))
     rows += [
-        ("weights, gradients, optimizer and averages, per device", f"{sizes.state_memory / GIB:.2f} GiB"),
         ("activations, one image", f"{sizes.activation_memory / GIB:.3f} GiB"),
         (f"memory per device at batch {options.train_batch_size}, without the VAE, about", f"{memory:.1f} GiB"),
         ("exported pipeline, without the VAE", f"{sizes.pipeline_bytes / GIB:.2f} GiB"),
