@@ -9,9 +9,11 @@ from PIL import Image
 from pipeline_vaerepa import VAEREPAPipeline
 from vaerepa import objectives, visualize
 from vaerepa.families import dit
+from vaerepa.sampling import MARGIN
 
 NAMES = {0: "ash", 1: "birch, white birch", 2: "cedar"}
 CELL = visualize.SMALLEST_CELL
+WIDTH = CELL + MARGIN  # of a column
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +121,13 @@ def test_pictures_of_the_right_size_are_written(draw):
     folder = draw(block=[1, 4], t=[0.2, 0.8], class_labels=[2, 0])
     with Image.open(folder / "features.png") as features, Image.open(folder / "trajectories.png") as trajectories:
         columns, rows = 2 + 2 * 2, 3
-        assert features.width == columns * CELL
+        assert features.width == columns * WIDTH
         assert features.height % rows == 0
         assert CELL < features.height / rows < CELL + 40  # a picture, and its name below
-        assert trajectories.width == (4 + 1) * CELL
+        assert trajectories.width == (4 + 1) * WIDTH
         assert trajectories.height % 2 == 0
-        states = [np.asarray(features.crop((c * CELL, 0, (c + 1) * CELL, CELL))) for c in range(columns)]
-        cells = [np.asarray(trajectories.crop((c * CELL, 0, (c + 1) * CELL, CELL))) for c in range(5)]
+        states = [np.asarray(features.crop((c * WIDTH, 0, c * WIDTH + CELL, CELL))) for c in range(columns)]
+        cells = [np.asarray(trajectories.crop((c * WIDTH, 0, c * WIDTH + CELL, CELL))) for c in range(5)]
     assert len({state.tobytes() for state in states}) == columns
     patches = states[2].reshape(4, CELL // 4, 4, CELL // 4, 3)  # 4 x 4 tokens
     assert (patches == patches[:, :1, :, :1]).all()
@@ -142,7 +144,7 @@ def test_a_model_that_predicts_noise_has_features_alone(draw, vae, tmp_path, cap
     DiTPipeline(transformer, AutoencoderKL.from_pretrained(vae), DDIMScheduler()).save_pretrained(tmp_path / "dit")
     folder = draw(pretrained_model_name_or_path=tmp_path / "dit", t=[0.5])
     with Image.open(folder / "features.png") as features:
-        assert features.width == (2 + 3) * CELL  # blocks 1, 2 and 3
+        assert features.width == (2 + 3) * WIDTH  # blocks 1, 2 and 3
     assert not (folder / "trajectories.png").exists()
     assert "no trajectories" in caplog.text
 

@@ -115,10 +115,10 @@ def draw_texts(
 
 
 def labelled_grid(images: list[Image.Image], texts: list[str], columns: int) -> Image.Image:
-    """A grid of the pictures, row by row, each over its text, in cells of one size."""
+    """A grid of the pictures, row by row, each over its text, in cells of one size, with a gap to the right."""
     labelled = [write_below(image, text) for image, text in zip(images, texts, strict=True)]
     width, height = (max(side) for side in zip(*(image.size for image in labelled), strict=True))
-    cells = [_lay_on_white(image, (width, height)) for image in labelled]
+    cells = [_lay_on_white(image, (width + MARGIN, height)) for image in labelled]
     return make_image_grid(cells, rows=len(cells) // columns, cols=columns)
 
 
