@@ -146,7 +146,7 @@ def write_latents(folder: Path, count: int) -> tuple[LatentsCache, "NpyFiles"]:
     cache, random, labels = LatentsCache(folder / "cache", key, count), np.random.default_rng(0), []
     for i in range(count):
         moments = np.abs(random.standard_normal(key.shape, dtype=np.float32))
-        cache.add(i, [moments.astype(np.float16)], i % 1000, None)
+        cache.add(i, {"moments": moments.astype(np.float16)}, i % 1000, None)
         name = f"{i // 1000:05d}/img-mean-std-{i:08d}.npy"
         (folder / "vae-sd" / name).parent.mkdir(parents=True, exist_ok=True)
         np.save(folder / "vae-sd" / name, moments)

@@ -321,6 +321,18 @@ def test_rows_of_several_writers_captions_and_errors(tmp_path):
     assert (one.read(7).moments, one.read(7).error) == (None, "no image")
 
 
+def test_many_shards_keep_no_file_open(tmp_path):
+    cache = LatentsCache(tmp_path, CacheKey("v", "d", 16, "centre", False, (2, 2, 2)), 50)
+    moments = np.ones((2, 2, 2), np.float16)
+    for i in range(50):
+        cache.add(i, {"moments": i * moments}, 0, None)
+        cache.flush()
+    before = len(os.listdir("/dev/fd"))
+    cache.reload()
+    assert all(np.array_equal(cache.read(i).moments, i * moments) for i in range(50))
+    assert len(os.listdir("/dev/fd")) == before
+
+
 def test_its_shards_are_a_data_set_by_themselves(train, pictures, tmp_path):
     precompute(train, tmp_path / "cache", dataset_name=pictures)
     rows = load_dataset("arrow", data_files=str(tmp_path / "cache/*.arrow"), split="train", cache_dir=tmp_path / "hf")

@@ -22,6 +22,7 @@ from vaerepa.alignment.heads import GridConvolution
 from vaerepa.alignment.vae_features import VAEFeatures
 from vaerepa.alignment.vision_encoder import load_encoder
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
+from vaerepa.data.latents_cache import checksum
 from vaerepa.families import dit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,7 +68,8 @@ def test_patch_tokens_are_those_of_the_stock_model(encoders, kind):
     ).view(3, 1, 1)
     with torch.no_grad():
         tokens = getattr(model, "vision_model", model)(pixel_values=prepared).last_hidden_state
-    before = {"dinov2": 1, "dinov3": 5, "clip": 1, "clip_vision": 1, "siglip": 0}[kind]  # class and register tokens
+    # class and register tokens
+    before = {"dinov2": 1, "dinov3": 5, "clip": 1, "clip_vision": 1, "siglip": 0, "vit": 1}[kind]
     grid = SIDE // PATCH_SIZE
     assert tokens.shape[1] == before + grid**2
     features = load_encoder(folder)(images)
@@ -84,6 +86,11 @@ def test_images_are_prepared_as_the_processor_prepares_them(encoders, kind):
     prepared = load_encoder(encoders(kind)).prepare(image)[0].numpy()
     assert prepared.shape == (3, SIDE, SIDE)
     assert np.abs(prepared - expected).max() < 0.02  # one of 256 levels, over a deviation
+
+
+def test_an_encoder_without_a_pooler_is_the_same_each_time(encoders):
+    one, other = (checksum(load_encoder(encoders("vit")).model) for _ in range(2))
+    assert one == other  # else each start would fill a cache of its own
 
 
 def test_an_encoder_is_frozen_and_in_eval_mode(encoders):

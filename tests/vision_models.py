@@ -16,6 +16,9 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
 )
 from transformers.models.bit import BitImageProcessorPil
 
@@ -30,7 +33,7 @@ SIZES = {
 }
 TEXT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
 CROPPED = {"size": {"shortest_edge": 32}, "crop_size": {"height": SIDE, "width": SIDE}}
-KINDS = ("dinov2", "dinov3", "clip", "clip_vision", "siglip")
+KINDS = ("dinov2", "dinov3", "clip", "clip_vision", "siglip", "vit")
 
 
 def save(kind: str, folder: Path) -> Path:
@@ -51,6 +54,11 @@ def save(kind: str, folder: Path) -> Path:
         "siglip": lambda: (
             SiglipVisionModel(SiglipVisionConfig(**SIZES)),
             SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}),
+        ),
+        # as classifiers are saved: AutoModel draws the weights of the pooler that is not there
+        "vit": lambda: (
+            ViTModel(ViTConfig(**SIZES), add_pooling_layer=False),
+            ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}),
         ),
     }[kind]()
     model.save_pretrained(folder)

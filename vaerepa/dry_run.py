@@ -97,7 +97,7 @@ def estimate(
         activation_memory=saved_bytes(options, forward, heads, block_of),
         pipeline_bytes=stock_size * FLOAT32,
         checkpoint_bytes=stock_size * FLOAT32 + trained * (FLOAT32 + moments) + averages * size * FLOAT32,
-        latents_cache_bytes=kept * FLOAT16 * num_images * (2 if options.random_flip else 1),
+        latents_cache_bytes=kept * FLOAT16 * num_images * variants_of(options),
     )
 
 
@@ -121,6 +121,11 @@ def frozen_flops(forward: "OneForward", alignments: list[Alignment], resolution:
                     partial(output_of, method.features.module, partial(encoder, images))
                 )
     return flops
+
+
+def variants_of(options: Options) -> int:
+    """How often the latents cache keeps an image: as it is, and flipped."""
+    return 2 if options.random_flip else 1
 
 
 def count(module: nn.Module) -> int:
@@ -190,8 +195,11 @@ def report(
 ) -> str:
     """The table that --dry_run prints, in Markdown."""
     head_flops, points = sum(sizes.head_flops.values()), (0, num_steps // 2, num_steps - 1)
-    image_flops = 3 * (sizes.flops + head_flops) + sum(sizes.frozen_flops.values())
-    training_flops = image_flops * num_steps * options.global_batch_size
+    num_seen = num_steps * options.global_batch_size
+    training_flops = 3 * (sizes.flops + head_flops) * num_seen
+    for name, flops in sizes.frozen_flops.items():
+        is_kept = name == "repa" and options.latents_cache
+        training_flops += flops * (num_images * variants_of(options) if is_kept else num_seen)
     rows = [
         ("parameters of the transformer", f"{sizes.parameters / 1e6:.1f} M"),
         ("in the stock file, an embedder per block", f"{sizes.stock_parameters / 1e6:.1f} M"),
@@ -217,7 +225,7 @@ def report(
         ("a latents cache of all images", f"{sizes.latents_cache_bytes / GIB:.2f} GiB"),
         ("images", f"{num_images}"),
         ("steps", f"{num_steps} of {options.global_batch_size} images"),
-        ("epochs", f"{num_steps * options.global_batch_size / num_images:.2f}"),
+        ("epochs", f"{num_seen / num_images:.2f}"),
         ("training, backward pass included", f"{training_flops:.3g} FLOP"),
         ("learning rate at start, middle, end", ", ".join(f"{learning_rate(step):.3g}" for step in points)),
     ]

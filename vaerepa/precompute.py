@@ -40,7 +40,7 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
     share = options.train_batch_size * accelerator.num_processes
     progress = tqdm(total=count, desc="images", disable=not accelerator.is_local_main_process)
     done = feed.cache.count(sources.train.members)
-    logger.info(f"{options.latents_cache} holds {done} of {count} images; encoding the others")
+    logger.info(f"{feed.cache.folder} holds {done} of {count} images; encoding the others")
     with logging_redirect_tqdm(), StopRequest(accelerator.num_processes) as stop:
         batches = feed.missing_batches(draws)
         for step in range(-(-count // share)):
@@ -63,6 +63,7 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
             "names the first. Mend the data and remove the cache, or raise it."
         )
     if complete:
-        logger.info(f"done: train with --latents_cache {options.latents_cache}; {bad} images cannot be read")
+        seen = f" --alignment repa --alignment_encoder {options.alignment_encoder}" if encoder else ""
+        logger.info(f"done: train with --latents_cache {options.latents_cache}{seen}; {bad} images cannot be read")
     elif not stop.reason:
         sys.exit(1)

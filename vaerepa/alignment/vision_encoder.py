@@ -9,6 +9,7 @@ from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
 from vaerepa.errors import OptionError
+from vaerepa.randomness import seeded_weights
 
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # as Pillow numbers them
 
@@ -72,7 +73,8 @@ def load_encoder(name: str, cache_dir: str | None = None) -> VisionEncoder:
     """
     try:
         processor, _ = BaseImageProcessor.get_image_processor_dict(name, cache_dir=cache_dir)
-        model = transformers.AutoModel.from_pretrained(name, cache_dir=cache_dir, dtype=torch.get_default_dtype())
+        with seeded_weights(0, "vision encoder"):  # some checkpoints lack a pooler, which is not looked at
+            model = transformers.AutoModel.from_pretrained(name, cache_dir=cache_dir, dtype=torch.get_default_dtype())
         return VisionEncoder(name, getattr(model, "vision_model", model), processor)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever other kinds of model lack
         raise OptionError(

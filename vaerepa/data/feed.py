@@ -84,10 +84,10 @@ class Feed:
             logger.info(f"the VAE encodes in {'bfloat16' if self.encode_in_bf16 else 'float32'}")
 
     def end_features(self) -> None:
-        """Makes features no longer, unless the cache still waits for them, and reads none."""
+        """Reads no features from now on, and makes none as soon as no cache waits for them; every process must call it."""
         if self.cache is not None:
             self.cache.reads_features = False
-        if self.cache is None or self.cache.holds(self.source.members):
+        if self.cache is None or self._all_hold_all():
             self.encoder = None
 
     def training_batches(self, draws: Draws, first: int, last: int) -> Iterator[dict]:
@@ -121,6 +121,8 @@ class Feed:
         self.flush()
         self.accelerator.wait_for_everyone()
         self.cache.reload()
+        if not self.cache.reads_features:
+            self.end_features()
         logger.info(f"the latents cache holds {self.cache.count(self.source.members)} of {len(self.source)} images")
 
     def _all_hold_all(self) -> bool:

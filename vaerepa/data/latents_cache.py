@@ -8,7 +8,6 @@ processes, or runs, lie beside each other.
 
 import json
 import logging
-import mmap
 import os
 import uuid
 from dataclasses import asdict, dataclass
@@ -176,16 +175,15 @@ class _Shard:
     """One mapped file."""
 
     def __init__(self, path: Path, key: CacheKey):
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        table = pa.ipc.open_file(pa.py_buffer(mapped)).read_all().combine_chunks()
+        with pa.memory_map(str(path)) as mapped:  # keeps no file open: a large cache has thousands
+            table = pa.ipc.open_file(mapped).read_all().combine_chunks()
         self.index = table.column("index").to_numpy()
         self.labels = table.column("label").to_numpy()
         self.captions, self.errors = table.column("caption"), table.column("error")
         self.channels, self.features_shape = key.shape[0], key.features_shape
         self.sizes = np.stack([table.column(name).to_numpy() for name in ("height", "width")], 1).tolist()
         lists = {name: table.column(name).chunk(0) for name in key.columns}
-        self.starts = {name: column.offsets.to_numpy().tolist() for name, column in lists.items()}
+        self.starts = {name: column.offsets.to_numpy() for name, column in lists.items()}
         self.values = {name: column.values.to_numpy(zero_copy_only=True) for name, column in lists.items()}
         self.has_errors = self.errors.null_count < len(self.errors)
         self.has_captions = self.captions.null_count < len(self.captions)
