@@ -320,7 +320,7 @@ def test_two_processes_align_as_one(launch, cached, tmp_path, cache):
     options = cached | {"ema_decay": 0.9} | ({} if cache else {"latents_cache": None})
     runs = [launch(n, script, **options, output_dir=tmp_path / f"run-{n}") for n in (1, 2)]
     files = [files_of(run, 12) for run in runs]
-    assert all(tensor.dtype in (torch.float64, torch.int64) for tensor in files[0].values())
+    assert next(iter(files[0].values())).dtype == torch.float64
     assert all(torch.allclose(files[0][name], files[1][name], rtol=0, atol=1e-9) for name in files[0])
     for name in ("train/loss", "train/alignment_loss_repa"):
         values = [[line[name] for line in read_metrics(run, name)] for run in runs]
