@@ -324,7 +324,7 @@ def test_two_processes_align_as_one(launch, cached, tmp_path, cache):
     assert all(torch.allclose(files[0][name], files[1][name], rtol=0, atol=1e-9) for name in files[0])
     for name in ("train/loss", "train/alignment_loss_repa"):
         values = [[line[name] for line in read_metrics(run, name)] for run in runs]
-        assert values[0] == pytest.approx(values[1], rel=1e-9)
+        assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
 # ---- other targets of VAE-REPA
