@@ -193,9 +193,10 @@ def estimate(options: Options) -> Cost:
         transformer = components.build_transformer(options, parts)
     alignments = components.build_alignments(options, parts, transformer, NO_STATISTICS)
     shape = latents.latent_shape(parts.vae, options.resolution)
-    sizes = dry_run.estimate(options, parts.family, transformer, shape, alignments, len(parts.sources.train))
-    forward = sizes.flops + sum(sizes.head_flops.values())
-    return Cost(sizes.parameters, sum(sizes.head_parameters.values()), 3 * forward + sum(sizes.frozen_flops.values()))
+    num_images, num_steps = len(parts.sources.train), options.max_train_steps
+    sizes = dry_run.estimate(options, parts.family, transformer, shape, alignments, num_images)
+    flops = dry_run.training_flops(options, sizes, num_images, num_steps) // (num_steps * options.global_batch_size)
+    return Cost(sizes.parameters, sum(sizes.head_parameters.values()), flops)
 
 
 # ---- runs

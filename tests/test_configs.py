@@ -1,6 +1,7 @@
 """Every config passes a dry run offline, the Hub's names replaced by tiny stand-ins; the dry run's figures are true."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,12 @@ def test_frozen_models_are_counted(arguments, hub):
     layer = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * 4 * width  # multiply-adds
     assert sizes.frozen_flops["repa"] == 2 * (16 * 3 * patch**2 * width + 2 * layer)
     assert 0.7 * sizes.flops < sizes.frozen_flops["sra"] < 0.8 * sizes.flops  # three blocks of four
+    given = replace(given, global_batch_size=8)
+    plain, cached = (replace(given, latents_cache=cache) for cache in (None, "cache"))
+    once, always = 40, 100 * 8  # images, and samples of 100 steps
+    spared = (always - once) * sizes.frozen_flops["repa"]
+    spent = [dry_run.training_flops(options, sizes, 40, 100) for options in (plain, cached)]
+    assert spent[0] - spent[1] == spared
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -123,6 +123,16 @@ def frozen_flops(forward: "OneForward", alignments: list[Alignment], resolution:
     return flops
 
 
+def training_flops(options: Options, sizes: Estimate, num_images: int, num_steps: int) -> int:
+    """FLOPs of a whole run, forward and backward; of frozen models forward, once per image where a cache keeps their output."""
+    num_seen = num_steps * options.global_batch_size
+    flops = 3 * (sizes.flops + sum(sizes.head_flops.values())) * num_seen
+    for name, frozen in sizes.frozen_flops.items():
+        is_kept = name == "repa" and options.latents_cache
+        flops += frozen * (num_images * variants_of(options) if is_kept else num_seen)
+    return flops
+
+
 def variants_of(options: Options) -> int:
     """How often the latents cache keeps an image: as it is, and flipped."""
     return 2 if options.random_flip else 1
@@ -194,12 +204,7 @@ def report(
     alignments: list[Alignment],
 ) -> str:
     """The table that --dry_run prints, in Markdown."""
-    head_flops, points = sum(sizes.head_flops.values()), (0, num_steps // 2, num_steps - 1)
-    num_seen = num_steps * options.global_batch_size
-    training_flops = 3 * (sizes.flops + head_flops) * num_seen
-    for name, flops in sizes.frozen_flops.items():
-        is_kept = name == "repa" and options.latents_cache
-        training_flops += flops * (num_images * variants_of(options) if is_kept else num_seen)
+    points = (0, num_steps // 2, num_steps - 1)
     rows = [
         ("parameters of the transformer", f"{sizes.parameters / 1e6:.1f} M"),
         ("in the stock file, an embedder per block", f"{sizes.stock_parameters / 1e6:.1f} M"),
@@ -225,8 +230,8 @@ def report(
         ("a latents cache of all images", f"{sizes.latents_cache_bytes / GIB:.2f} GiB"),
         ("images", f"{num_images}"),
         ("steps", f"{num_steps} of {options.global_batch_size} images"),
-        ("epochs", f"{num_seen / num_images:.2f}"),
-        ("training, backward pass included", f"{training_flops:.3g} FLOP"),
+        ("epochs", f"{num_steps * options.global_batch_size / num_images:.2f}"),
+        ("training, backward pass included", f"{training_flops(options, sizes, num_images, num_steps):.3g} FLOP"),
         ("learning rate at start, middle, end", ", ".join(f"{learning_rate(step):.3g}" for step in points)),
     ]
     for alignment in alignments:
