@@ -82,7 +82,7 @@ def check_alignment(options: Options) -> None:
                 raise OptionError(f"--{option} goes with --alignment {name}.")
     if options.alignment_target not in LATENT_TARGETS and options.alignment_normalize:
         raise OptionError("--alignment_normalize goes with --alignment_target latent and velocity.")
-    if options.latents_cache and "vae_features" in requirements_of(options).get("vae", ()):
+    if options.alignment_target not in LATENT_TARGETS and options.latents_cache:
         raise OptionError(
             f"--alignment_target {options.alignment_target} looks at the images, which --latents_cache does not keep; leave the "
             "cache off."

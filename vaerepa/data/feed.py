@@ -85,6 +85,8 @@ class Feed:
 
     def end_features(self) -> None:
         """Reads no features from now on, and makes none as soon as no cache waits for them; every process must call it."""
+        if self.encoder is None:
+            return
         if self.cache is not None:
             self.cache.reads_features = False
         if self.cache is None or self._all_hold_all():

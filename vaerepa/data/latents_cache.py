@@ -243,7 +243,7 @@ def _check_key(folder: Path, key: CacheKey) -> None:
         "captions": f"captions of the column `{found.get('captions')}`",
         "shape": f"latents of another shape, {found.get('shape')}",
         "buckets": f"--aspect_ratio_buckets {found.get('buckets')}" if found.get("buckets") else "squares only",
-        "encoder": "another --alignment_encoder",
+        "encoder": "features of a vision encoder, as --alignment repa keeps them in a folder in the cache",
     }
     stale = [reason for name, reason in reasons.items() if found.get(name) != wanted[name]]
     if stale:
