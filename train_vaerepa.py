@@ -126,6 +126,7 @@ class Run:
             options.logit_std,
             options.mode_scale,
             options.timestep_shift or objectives.shift_of(self.objective.scheduler, self.num_tokens),
+            tuple(name for method in settings.classes_of(options) for name in method.numbers),
         )
 
     @property
@@ -288,7 +289,8 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     heads = {a.name: a.method.build_head(width, channels, options.seed) for a in run.alignments}
     block_of = {a.name: a.block for a in run.alignments}
     blocks = family.blocks(transformer)
-    run.model = AlignedTransformer(transformer, blocks, heads, block_of, family).to(accelerator.device)
+    target_blocks = {a.name: a.method.target_blocks for a in run.alignments}
+    run.model = AlignedTransformer(transformer, blocks, heads, block_of, family, target_blocks).to(accelerator.device)
     if components.heads and not run.step:
         attach_heads(run, components.heads)
     speed.apply_switches(options, transformer, blocks, accelerator.device)
@@ -298,7 +300,7 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
 
 def end_features(run: Run) -> None:
     """Makes no features of the vision encoder where no alignment is left that asks for them."""
-    if not any("vision_features" in alignment.method.requires for alignment in run.alignments):
+    if not any("vision_features" in alignment.method.needs for alignment in run.alignments):
         run.feed.end_features()
 
 
@@ -352,9 +354,8 @@ def measure_latents(run: Run) -> None:
     batches = run.feed.read(run.sources.train, run.training_draws, min(count, 16), 0, count, share=False)
     values = torch.cat([batch["latents"].transpose(0, 1).flatten(1) for batch in batches], dim=1)  # of each channel
     logger.info(f"latents of the first {count} images: mean {values.mean():.3f}, standard deviation {values.std():.3f}")
-    aims_at_latents = "vae" in options.alignment and options.alignment_target in settings.LATENT_TARGETS
-    checks_scale = aims_at_latents and not options.alignment_normalize and not options.text_conditioning
-    if checks_scale and not 0.5 <= values.std() <= 2.0:
+    checks_scale = any(method.expects_unit_scale(options) for method in settings.classes_of(options))
+    if checks_scale and not options.text_conditioning and not 0.5 <= values.std() <= 2.0:
         logger.warning(
             f"the latents' standard deviation {values.std():.3f} is far from 1: the alignment loss may swamp the denoising "
             "loss, or vanish beside it. --alignment_normalize normalises its target per channel."
@@ -412,7 +413,7 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
     for alignment in run.alignments:
         until = f", {alignment.weight_schedule} to 0 at step {alignment.stop_step}" if alignment.stop_step else ""
         logger.info(
-            f"alignment `{alignment.name}` of block {alignment.block} with {alignment.method.aim}, weight "
+            f"alignment `{alignment.name}` of block {alignment.block} with {alignment.method.target_name}, weight "
             f"{alignment.weight}{until}"
         )
     logger.info(
@@ -537,7 +538,7 @@ def compute_losses(run: Run, batch: dict) -> dict[str, torch.Tensor]:
     total = losses["denoising_loss"]
     teacher = teacher_of(run, batch) if run.ema else None
     seen = {name: batch.get(name) for name in ("pixel_values", "vision_features")}
-    context = AlignmentContext(clean, noise, t, **seen, draws=batch["draws"], teacher=teacher)
+    context = AlignmentContext(clean, noise, t, **seen, numbers=batch["draws"], teacher=teacher, tokens=head_outputs)
     for alignment in run.alignments:
         sample_losses = alignment.sample_losses(head_outputs[alignment.name], context)
         loss = alignment.loss(sample_losses, t)

@@ -13,7 +13,7 @@ from tests.conftest import read_metrics
 from tests.test_finetuning import PRETRAINED
 from tests.test_training import DOUBLE
 from vaerepa.alignment import AlignmentContext, SRAAlignment, settings
-from vaerepa.alignment.sra import default_blocks
+from vaerepa.alignment.sra import TIME_OFFSET, default_blocks
 from vaerepa.alignment.taps import output_of
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
 from vaerepa.families import dit
@@ -89,7 +89,7 @@ def test_a_head_that_ended_does_not_come_back(train, capfd):
     assert not (run / "checkpoint-4/heads").exists()
 
 
-def test_fine_tuning_keeps_heads_for_the_same_aim_alone(train, tmp_path, caplog):
+def test_fine_tuning_keeps_heads_for_the_same_target_alone(train, tmp_path, caplog):
     caplog.set_level("INFO")
     base = train(output_dir=tmp_path / "base", max_train_steps=1)
     for target, kept in (("latent", True), ("velocity", False)):
@@ -115,7 +115,7 @@ def test_at_weight_zero_no_method_changes_the_transformer(train, tmp_path):
 def test_the_card_names_every_method(train):
     text = (train(alignment=["vae", "sra"]) / "README.md").read_text()
     assert "aligns block 2 with the latents of the VAE and with [SRA](https://arxiv.org/abs/2505.02831)" in text
-    assert "aligns block 1 with block 3 of the average of its own weights" in text
+    assert "aligns block 1 with block 3 of its own EMA weights" in text
     assert "eprint = {2505.02831}" in text
     assert "\n- sra\n" in text
 
@@ -235,7 +235,7 @@ def test_the_teacher_leads_by_at_most_a_fifth_and_never_below_zero():
 
     latents, lead = torch.zeros(3, 4, 4, 4), torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64)
     context = AlignmentContext(
-        latents, latents, torch.tensor([0.05, 0.9, 0.5]), draws={"teacher_lead": lead}, teacher=teacher
+        latents, latents, torch.tensor([0.05, 0.9, 0.5]), numbers={TIME_OFFSET: lead}, teacher=teacher
     )
     SRAAlignment(3).target(context)
     ((t, block),) = asked
@@ -274,7 +274,9 @@ def test_sras_first_steps_are_as_computed_a_second_time(train, data, vae):
     run = train(**options, max_train_steps=3)
     logged = read_metrics(run, "train/alignment_loss_sra", "train/loss", "train/denoising_loss")[2]
     source = open_sources(str(data)).train
-    batches = Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.5), 8, 0, 24, 4, 16, 3)
+    batches = Batches(
+        source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.5, numbers=SRAAlignment.numbers), 8, 0, 24, 4, 16, 3
+    )
     [batch] = list(batches)[2]
     draws = {name: draw.float() if draw.is_floating_point() else draw for name, draw in batch["draws"].items()}
     state = run / "checkpoint-2/state"
@@ -293,7 +295,7 @@ def test_sras_first_steps_are_as_computed_a_second_time(train, data, vae):
         z = posterior.mean + posterior.std * draws["posterior"]
         labels = torch.where(draws["drop"], 1000, batch["condition"])
         t = draws["t"]
-        for model, time in ((student, t), (teacher, torch.relu(t - 0.2 * draws["teacher_lead"]))):
+        for model, time in ((student, t), (teacher, torch.relu(t - 0.2 * draws[TIME_OFFSET]))):
             at = time.view(-1, 1, 1, 1)
             model((1 - at) * z + at * draws["noise"], timestep=1000 * time, class_labels=labels)
         outputs = head(tokens["student"])

@@ -1,7 +1,7 @@
 """The components that the options ask for: VAE, data, objective, transformer, alignments."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,10 +11,9 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from vaerepa import checks, families, latents, lora, objectives
-from vaerepa.alignment import Alignment, AlignmentMethod, REPAAlignment, SRAAlignment, VAEAlignment, settings
+from vaerepa.alignment import METHODS, Alignment, MethodParts, settings
 from vaerepa.alignment.stored_heads import StoredHeads, load_heads
-from vaerepa.alignment.vae_features import VAEFeatures
-from vaerepa.alignment.vision_encoder import VisionEncoder, load_encoder
+from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data import Sources, open_sources
 from vaerepa.errors import OptionError
 from vaerepa.families import Family, TextFamily, TextModel, TextPipeline, dit
@@ -68,7 +67,8 @@ def open_encoder(options: Options) -> VisionEncoder | None:
     Raises:
         OptionError: it is not there, or no vision transformer.
     """
-    return load_encoder(options.alignment_encoder, options.cache_dir) if "repa" in options.alignment else None
+    encoders = (method.open_encoder(options) for method in settings.classes_of(options))
+    return next((encoder for encoder in encoders if encoder is not None), None)
 
 
 def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
@@ -143,8 +143,8 @@ def open_vae_and_data(options: Options, family: Family = dit) -> tuple[nn.Module
         OptionError: one of them is not there, or does not fit the options.
     """
     vae, sources = load_vae(options, family), open_data(options)
-    if "vae_features" in settings.requirements_of(options).get("vae", ()):
-        VAEFeatures(vae, options.alignment_target)
+    for method in settings.classes_of(options):
+        method.check_vae(options, vae)
     if sources.train.holds_latents and latents.is_folded(vae):
         raise OptionError(
             "the data set holds latents, and this VAE shifts or normalises its own, which is not known of those in a data set. "
@@ -179,7 +179,7 @@ def open_data(options: Options) -> Sources:
         options.text_conditioning,
     )
     if sources.train.holds_latents:
-        for flag in settings.pixel_readers(options):
+        for flag in filter(None, (method.image_flag(options) for method in settings.classes_of(options))):
             raise OptionError(
                 f"{flag} looks at the images, and the data set holds latents (--image_column names images)."
             )
@@ -313,45 +313,33 @@ def build_alignments(
     options: Options, components: Components, transformer: nn.Module, latent_statistics: list[list[float]]
 ) -> list[Alignment]:
     """The alignment methods that are asked for, with their blocks, weights and ranges; `options` are filled in."""
-    blocks = settings.blocks_of(options, len(components.family.blocks(transformer)))
-    ranges = settings.t_ranges_of(options)
-    weights, schedules, stops = (
-        settings.values_of(options, f"alignment_{key}") for key in ("weight", "weight_schedule", "stop_step")
-    )
-    return [
-        Alignment(
-            name=name,
-            method=build_method(place, options, components, transformer, latent_statistics),
-            block=block,
-            weight=weights[place],
-            weight_schedule=schedules[place],
-            stop_step=stops[place],
-            t_range=ranges[place],
-        )
-        for place, (name, block) in enumerate(blocks.items())
-    ]
-
-
-def build_method(
-    place: int, options: Options, components: Components, transformer: nn.Module, latent_statistics: list[list[float]]
-) -> AlignmentMethod:
-    """The method at this place in --alignment."""
-    name, family = options.alignment[place], components.family
-    head_and_loss = {
-        argument: settings.values_of(options, f"alignment_{key}")[place]
-        for argument, key in {"distance": "loss", "beta": "beta", "num_layers": "layers", "width": "width"}.items()
-    }
-    if name == "sra":
-        num_layers = len(family.blocks(transformer))
-        return SRAAlignment(settings.teacher_block_of(options, num_layers), **head_and_loss)
-    patch_size = family.patch_size(transformer)
-    if name == "repa":
-        return REPAAlignment(patch_size, components.encoder, is_improved=options.alignment_irepa, **head_and_loss)
-    if options.alignment_target not in settings.LATENT_TARGETS:
-        return VAEAlignment(patch_size, features=VAEFeatures(components.vae, options.alignment_target), **head_and_loss)
-    normalizes = options.alignment_normalize
+    family, ranges = components.family, settings.t_ranges_of(options)
     if options.text_conditioning and not latents.are_near_unit_scale(latent_statistics):
-        logger.info("the latents are not near unit scale: the alignment's target is normalised per channel")
-        normalizes = True
-    statistics = tuple(map(torch.tensor, latent_statistics)) if normalizes else None
-    return VAEAlignment(patch_size, statistics=statistics, target=options.alignment_target, **head_and_loss)
+        logger.info("the latents are not near unit scale: the target of alignment `vae` is normalised per channel")
+        options = replace(options, alignment_normalize=True)
+    parts = MethodParts(
+        num_layers=len(family.blocks(transformer)),
+        patch_size=family.patch_size(transformer),
+        vae=components.vae,
+        encoder=components.encoder,
+        statistics=tuple(map(torch.tensor, latent_statistics)),
+    )
+    values = {
+        argument: settings.values_of(options, f"alignment_{key}")
+        for argument, key in {
+            "distance": "loss",
+            "beta": "beta",
+            "num_layers": "layers",
+            "width": "width",
+            "weight": "weight",
+            "weight_schedule": "weight_schedule",
+            "stop_step": "stop_step",
+        }.items()
+    }
+    alignments = []
+    for place, (name, block) in enumerate(settings.blocks_of(options, parts.num_layers).items()):
+        own = {argument: of_each[place] for argument, of_each in values.items()}
+        when = {argument: own.pop(argument) for argument in ("weight", "weight_schedule", "stop_step")}
+        method = METHODS[name].from_options(options, own, parts)
+        alignments.append(Alignment(name, method, block, **when, t_range=ranges[place]))
+    return alignments

@@ -4,14 +4,12 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 
 from vaerepa import checks, components, latents, optimization, throughput
-from vaerepa.alignment import AlignedTransformer, Alignment
-from vaerepa.alignment.taps import output_of
+from vaerepa.alignment import METHODS, AlignedTransformer, Alignment
 from vaerepa.families import Family
 from vaerepa.options import Options
 
@@ -83,7 +81,7 @@ def estimate(
     trained = size + sum(head_sizes.values())
     averages = len(options.ema_decay) if options.use_ema else 0
     moments = 2 if options.use_8bit_adam else 2 * FLOAT32
-    encoders = [a.method.encoder for a in alignments if "vision_features" in a.method.requires]
+    encoders = [a.method.encoder for a in alignments if "vision_features" in a.method.needs]
     kept = 2 * math.prod(latent_shape) + sum(encoder.width * encoder.grid**2 for encoder in encoders)
     return Estimate(
         parameters=size,
@@ -103,23 +101,13 @@ def estimate(
 
 def frozen_flops(forward: "OneForward", alignments: list[Alignment], resolution: int) -> dict[str, int]:
     """FLOPs of one image through the frozen models whose output a method aligns to; they go to the meta device."""
+    bare, blocks = forward.through({}, {}), forward.family.blocks(forward.transformer)
     flops = {}
     with torch.device("meta"):
-        for name, method in ((alignment.name, alignment.method) for alignment in alignments):
-            if "teacher" in method.requires:
-                tapped = forward.family.blocks(forward.transformer)[method.teacher_block - 1]
-                bare = forward.through({}, {})
-                flops[name] = throughput.forward_flops(partial(output_of, tapped, bare))
-            elif "vision_features" in method.requires:
-                encoder = method.encoder.to(torch.device("meta"))
-                images = torch.zeros(1, 3, encoder.side, encoder.side, dtype=encoder.model.dtype)
-                flops[name] = throughput.forward_flops(partial(encoder.model, pixel_values=images))
-            elif "vae_features" in method.requires:
-                encoder = method.features.vae.to("meta").encoder
-                images = torch.zeros(1, 3, resolution, resolution)
-                flops[name] = throughput.forward_flops(
-                    partial(output_of, method.features.module, partial(encoder, images))
-                )
+        for alignment in alignments:
+            frozen_forward = alignment.method.frozen_forward(blocks, bare, resolution)
+            if frozen_forward is not None:
+                flops[alignment.name] = throughput.forward_flops(frozen_forward)
     return flops
 
 
@@ -128,7 +116,7 @@ def training_flops(options: Options, sizes: Estimate, num_images: int, num_steps
     num_seen = num_steps * options.global_batch_size
     flops = 3 * (sizes.flops + sum(sizes.head_flops.values())) * num_seen
     for name, frozen in sizes.frozen_flops.items():
-        is_kept = name == "repa" and options.latents_cache
+        is_kept = "vision_features" in METHODS[name].needs and options.latents_cache
         flops += frozen * (num_images * variants_of(options) if is_kept else num_seen)
     return flops
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from vaerepa.alignment import Alignment, settings
+from vaerepa.alignment import METHODS, Alignment, settings
 from vaerepa.evaluation import NAMES, Report
 from vaerepa.options import FIELDS, Options
 from vaerepa.privacy import is_local, public_name
@@ -26,28 +26,6 @@ SHOWN = (
     "mixed_precision",
 )
 NUM_NAMED_CLASSES = 20
-CITATIONS = {  # key, title and year by arXiv number
-    "2601.17830": (
-        "vaerepa2026",
-        "VAE-REPA: Variational Autoencoder Representation Alignment for Efficient Diffusion Training",
-        2026,
-    ),
-    "2410.06940": (
-        "repa2024",
-        "Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think",
-        2024,
-    ),
-    "2512.10794": (
-        "irepa2025",
-        "What Matters for Representation Alignment: Global Information or Spatial Structure?",
-        2025,
-    ),
-    "2505.02831": (
-        "sra2025",
-        "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation Guidance by Themselves",
-        2025,
-    ),
-}
 
 
 def write_card(path: Path, template: Path, options: Options, name: str, facts: dict[str, Any]) -> None:
@@ -94,7 +72,7 @@ def card_metadata(options: Options, name: str, held_out_loss: float | None, repo
     base, vae = options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path
     task = TEXT_TASK if options.text_conditioning else CLASS_TASK
     plain_tag = "text-to-image" if options.text_conditioning else "sit"
-    tags = ["diffusers", *([settings.METHODS[name].title.lower() for name in methods] if methods else [plain_tag])]
+    tags = ["diffusers", *([METHODS[name].title.lower() for name in methods] if methods else [plain_tag])]
     tags += ["class-conditional"] if not options.text_conditioning else ["lora"] if options.rank else []
     results, dataset = [], public_name(_dataset(options))
     if held_out_loss is not None:
@@ -140,10 +118,10 @@ def describe_alignment(alignment: Alignment) -> dict[str, Any]:
     described = {
         "name": alignment.name,
         "title": method.title,
-        "arxiv": method.arxiv,
-        "citation": CITATIONS[method.arxiv],
+        "arxiv": method.citation.arxiv,
+        "citation": method.citation,
     }
-    return described | {"block": alignment.block, "aim": plain(method.aim)}
+    return described | {"block": alignment.block, "target": plain(method.target_name)}
 
 
 def plain(text: str) -> str:

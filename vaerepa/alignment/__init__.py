@@ -5,16 +5,19 @@ the method's loss to yours; the README shows it in a dozen lines.
 """
 
 from vaerepa.alignment.aligned_transformer import AlignedTransformer
-from vaerepa.alignment.method import Alignment, AlignmentContext, AlignmentMethod
+from vaerepa.alignment.method import Alignment, AlignmentContext, AlignmentMethod, MethodParts
+from vaerepa.alignment.registry import METHODS
 from vaerepa.alignment.repa import REPAAlignment
 from vaerepa.alignment.sra import SRAAlignment
 from vaerepa.alignment.vae import VAEAlignment
 
 __all__ = [
+    "METHODS",
     "AlignedTransformer",
     "Alignment",
     "AlignmentContext",
     "AlignmentMethod",
+    "MethodParts",
     "REPAAlignment",
     "SRAAlignment",
     "VAEAlignment",

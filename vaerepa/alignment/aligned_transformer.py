@@ -34,6 +34,7 @@ class AlignedTransformer(nn.Module):
         heads: a head per method, taking the image's hidden states (B, N, d).
         block_of: the block that each head reads, counted from 1.
         family: knows how the transformer is called, and what its blocks return.
+        target_blocks: by method the blocks whose tokens are returned too, without gradient, counted from 1.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class AlignedTransformer(nn.Module):
         heads: dict[str, nn.Module],
         block_of: dict[str, int],
         family: ModuleType | TextFamily = dit,
+        target_blocks: dict[str, tuple[int, ...]] | None = None,
     ):
         super().__init__()
         for name, block in block_of.items():
@@ -57,9 +59,16 @@ class AlignedTransformer(nn.Module):
         self._taps = {name: Tap() for name in heads}
         self._recording = False
         self._hooks = {name: blocks[block_of[name] - 1].register_forward_hook(self._record(name)) for name in heads}
+        self._target_blocks = target_blocks or {}
+        for block in {block for several in self._target_blocks.values() for block in several}:
+            self._taps[block] = Tap()
+            self._hooks[block] = blocks[block - 1].register_forward_hook(self._record(block))
 
-    def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns the prediction for noisy latents (B, C, H, W), and the output of each head by method name."""
+    def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, dict[str | int, torch.Tensor]]:
+        """Returns the prediction for noisy latents (B, C, H, W), and what comes of the taps.
+
+        That is the output of each head by the name of its method, and the tokens of each target block by its number.
+        """
         self._recording = True  # off in the backward pass, where gradient checkpointing runs the blocks again
         try:
             prediction = self.family.predict(self.transformer, hidden_states, **inputs)
@@ -71,13 +80,19 @@ class AlignedTransformer(nn.Module):
         for name, head in self.heads.items():
             tokens = self._take(name, places)
             outputs[name] = head(tokens, grid) if isinstance(head, GridConvolution) else head(tokens)
+        for block in self._taps.keys() - self.heads.keys():
+            outputs[block] = self._take(block, places).detach()
         return prediction, outputs
 
     def drop_heads(self, names: Iterable[str] | None = None) -> None:
-        """Removes these heads, or all, and their hooks; without heads it costs what the bare transformer costs."""
+        """Removes these heads, or all, and all that served them; without heads it costs what the bare transformer costs."""
         for name in list(self.heads) if names is None else names:
-            self._hooks.pop(name).remove()
-            del self._taps[name], self.heads[name]
+            self._target_blocks.pop(name, None)
+            del self.heads[name]
+        left = {*self.heads, *(block for several in self._target_blocks.values() for block in several)}
+        for tapped in self._taps.keys() - left:
+            self._hooks.pop(tapped).remove()
+            del self._taps[tapped]
 
     def gradient_ratios(self) -> dict[str, torch.Tensor]:
         """Norm of the alignment gradient over that of the rest, at each tapped block of the last backward pass.
@@ -92,14 +107,14 @@ class AlignedTransformer(nn.Module):
             tap.total_gradient = tap.head_gradient = None
         return ratios
 
-    def _record(self, name: str):
+    def _record(self, name: str | int):
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if self._recording:
                 self._taps[name].hidden_states = self.family.hidden_states_of(output)
 
         return hook
 
-    def _take(self, name: str, places: slice) -> torch.Tensor:
+    def _take(self, name: str | int, places: slice) -> torch.Tensor:
         tap = self._taps[name]
         hidden_states, tap.hidden_states = tap.hidden_states, None
         if not (self.measure_gradients and hidden_states.requires_grad):

@@ -1,12 +1,15 @@
-"""What every alignment method is given, and how its loss enters the sum: range of t, weight, schedule, stop."""
+"""The contract of an alignment method, and how its loss enters the sum: range of t, weight, schedule, stop."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
+
+from vaerepa.options import Options
 
 
 @dataclass
@@ -19,9 +22,10 @@ class AlignmentContext:
         t: times in [0, 1], shape (B,).
         pixel_values: the images that the latents were encoded from, after crop and flip, uint8, shape (B, 3, H, W).
         vision_features: what the vision encoder makes of these images, shape (B, z, h, w).
-        draws: the named draws of the samples, each with B first.
-        teacher: image tokens (B, N, d) that the average of the weights has after a block, counted from 1, for this batch at
-            times (B,), under the same noise and the same condition, dropped where the student's is.
+        numbers: the method's own random numbers by name, each (B,), uniform on (0, 1).
+        teacher: image tokens (B, N, d) that the EMA weights have after a block, counted from 1, for this batch at times (B,),
+            under the same noise and the same condition, dropped where the student's is.
+        tokens: image tokens (B, N, d) of this forward pass after each block of the method's `target_blocks`, without gradient.
     """
 
     latents: torch.Tensor
@@ -29,33 +33,162 @@ class AlignmentContext:
     t: torch.Tensor
     pixel_values: torch.Tensor | None = None
     vision_features: torch.Tensor | None = None
-    draws: dict[str, torch.Tensor] = field(default_factory=dict)
+    numbers: dict[str, torch.Tensor] = field(default_factory=dict)
     teacher: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    tokens: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-class AlignmentMethod(Protocol):
-    """A target and a distance.
+class Citation(NamedTuple):
+    """Paper of a method: BibTeX key, title, year, arXiv number."""
+
+    key: str
+    title: str
+    year: int
+    arxiv: str
+
+
+@dataclass(frozen=True)
+class MethodParts:
+    """What a method may be built from, beside its options.
 
     Attributes:
-        title: as its paper calls it.
-        arxiv: number of its paper.
-        requires: what must be at hand beside the latents: vision_features, vae_features (of pixel_values), teacher.
-        aim: the target in words.
+        num_layers: blocks of the transformer.
+        patch_size: side p of the transformer's patches, in latent pixels.
+        vae: the frozen VAE.
+        encoder: what the method's `open_encoder` returned.
+        statistics: mean and standard deviation of the latents per channel, each (C,).
     """
 
-    title: ClassVar[str]
-    arxiv: ClassVar[str]
-    requires: frozenset[str]
-    aim: str
+    num_layers: int
+    patch_size: int
+    vae: nn.Module | None = None
+    encoder: Any = None
+    statistics: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def build_head(self, hidden_size: int, latent_channels: int, seed: int) -> nn.Module:
+
+class AlignmentMethod(ABC):
+    """A target for the hidden states of an early block, a head that leads there, and a distance. One file per method.
+
+    Class attributes:
+        name: value of --alignment.
+        title, citation: name and paper.
+        default_loss, default_layers: of --alignment_loss and --alignment_layers.
+        own_options: options that go with this method alone.
+        numbers: names of the random numbers that each sample is given for it.
+
+    Attributes:
+        needs: what `target` reads beside the latents: vision_features, pixel_values, teacher.
+        target_blocks: blocks of the same forward pass whose tokens `target` reads, counted from 1.
+    """
+
+    name: ClassVar[str]
+    title: str
+    citation: Citation
+    default_loss: ClassVar[str]
+    default_layers: ClassVar[int]
+    own_options: ClassVar[tuple[str, ...]] = ()
+    numbers: ClassVar[tuple[str, ...]] = ()
+    needs: frozenset[str] = frozenset()
+    target_blocks: tuple[int, ...] = ()
+
+    # ---- before anything is built
+
+    @staticmethod
+    @abstractmethod
+    def default_block(num_layers: int) -> int:
+        """Block that is aligned, counted from 1."""
+
+    @staticmethod
+    def default_teacher_block(num_layers: int) -> int | None:
+        """Block that is aligned to, counted from 1; None where the target is no block."""
+        return None
+
+    @staticmethod
+    @abstractmethod
+    def default_weight(distance: str) -> float:
+        """Weight of the loss (lambda)."""
+
+    @classmethod
+    def teacher_block(cls, options: Options, num_layers: int) -> int | None:
+        """Block that is aligned to: --alignment_teacher_block, or the default; None where the target is no block."""
+        default = cls.default_teacher_block(num_layers)
+        return None if default is None else options.alignment_teacher_block or default
+
+    @classmethod
+    def check(cls, options: Options) -> None:
+        """Checks the options of this method against the others.
+
+        Raises:
+            OptionError: they contradict each other.
+        """
+
+    @classmethod
+    def check_vae(cls, options: Options, vae: nn.Module) -> None:
+        """Checks that the VAE has what the target is made of.
+
+        Raises:
+            OptionError: it has not.
+        """
+
+    @classmethod
+    def image_flag(cls, options: Options) -> str | None:
+        """The flag by which images are needed beside their latents; None where they are not."""
+        return None
+
+    @classmethod
+    def expects_unit_scale(cls, options: Options) -> bool:
+        """Whether the loss is out of proportion where latents are far from unit scale."""
+        return False
+
+    @classmethod
+    def open_encoder(cls, options: Options) -> Any:
+        """The vision encoder that the target comes from; None where it comes from none.
+
+        Raises:
+            OptionError: it cannot be opened.
+        """
+        return None
+
+    @classmethod
+    @abstractmethod
+    def from_options(cls, options: Options, head_and_loss: dict[str, Any], parts: MethodParts) -> "AlignmentMethod":
+        """The method that the options ask for.
+
+        Args:
+            head_and_loss: this method's distance, beta, num_layers and width.
+            parts: what it may be built from.
+        """
+
+    # ---- at work
+
+    @property
+    @abstractmethod
+    def target_name(self) -> str:
+        """The target in words."""
+
+    @abstractmethod
+    def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Module:
         """The head, from hidden states (B, N, d) of width d to tokens of the target's width."""
 
+    @abstractmethod
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """Tokens (B, N, c) in float32 (float64 stays), without gradient."""
 
+    @abstractmethod
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Loss of each sample, shape (B,)."""
+
+    def frozen_forward(
+        self, blocks: nn.ModuleList, forward: Callable[[], object], resolution: int
+    ) -> Callable[[], object] | None:
+        """The forward pass of frozen models that one image's target costs, on the meta device; None where it costs none.
+
+        Args:
+            blocks: the transformer's.
+            forward: a forward pass of one image through the transformer.
+            resolution: side of the image in pixels.
+        """
+        return None
 
 
 @dataclass

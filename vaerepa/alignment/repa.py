@@ -3,20 +3,25 @@
 And iREPA (arXiv 2512.10794), which lets a convolution over the grid take the MLP's place, and normalises the target.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
 
 from vaerepa.alignment.distances import distance
 from vaerepa.alignment.grid import grid_of, resample
 from vaerepa.alignment.heads import GridConvolution, mlp
-from vaerepa.alignment.method import AlignmentContext
-from vaerepa.alignment.vision_encoder import VisionEncoder
+from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts
+from vaerepa.alignment.vision_encoder import VisionEncoder, load_encoder
+from vaerepa.options import Options
 from vaerepa.privacy import public_name
 
 PROJECTOR_WIDTH = 2048
 
 
-class REPAAlignment:
+class REPAAlignment(AlignmentMethod):
     """Aligns to patch tokens of a frozen vision encoder, resampled to the grid of the transformer's tokens.
 
     Args:
@@ -30,9 +35,16 @@ class REPAAlignment:
             the tokens of an image.
     """
 
-    title, arxiv = "REPA", "2410.06940"
+    name, title = "repa", "REPA"
+    citation = Citation(
+        "repa2024",
+        "Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think",
+        2024,
+        "2410.06940",
+    )
     default_loss, default_layers = "cosine", 3
-    requires = frozenset({"vision_features"})
+    own_options = ("alignment_encoder", "alignment_irepa")
+    needs = frozenset({"vision_features"})
 
     def __init__(
         self,
@@ -52,10 +64,16 @@ class REPAAlignment:
         self.width = width or PROJECTOR_WIDTH
         self.is_improved = is_improved
         if is_improved:
-            self.title, self.arxiv = "iREPA", "2512.10794"
+            self.title = "iREPA"
+            self.citation = Citation(
+                "irepa2025",
+                "What Matters for Representation Alignment: Global Information or Spatial Structure?",
+                2025,
+                "2512.10794",
+            )
 
     @property
-    def aim(self) -> str:
+    def target_name(self) -> str:
         normalised = ", each channel normalised over the image" if self.is_improved else ""
         return f"patch tokens of {public_name(self.encoder.name)}{normalised}"
 
@@ -68,6 +86,21 @@ class REPAAlignment:
     def default_weight(distance: str) -> float:
         """The paper's."""
         return 0.5
+
+    @classmethod
+    def image_flag(cls, options: Options) -> str | None:
+        """--alignment repa: the encoder looks at the images."""
+        return "--alignment repa"
+
+    @classmethod
+    def open_encoder(cls, options: Options) -> VisionEncoder:
+        """The encoder of --alignment_encoder."""
+        return load_encoder(options.alignment_encoder, options.cache_dir)
+
+    @classmethod
+    def from_options(cls, options: Options, head_and_loss: dict[str, Any], parts: MethodParts) -> "REPAAlignment":
+        """The method, or iREPA where --alignment_irepa says so."""
+        return cls(parts.patch_size, parts.encoder, is_improved=options.alignment_irepa, **head_and_loss)
 
     def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Module:
         """The MLP d-2048-2048-z with SiLU between, per token; of iREPA the convolution, as PyTorch initialises it."""
@@ -86,3 +119,11 @@ class REPAAlignment:
         """Distance of the head's output (B, N, z) to the target, mean per sample, shape (B,); of cosine minus the similarity."""
         losses = distance(prediction, target, self.distance, self.beta)
         return losses - 1.0 if self.distance == "cosine" else losses
+
+    def frozen_forward(
+        self, blocks: nn.ModuleList, forward: Callable[[], object], resolution: int
+    ) -> Callable[[], object]:
+        """The vision encoder's pass over one image."""
+        encoder = self.encoder.to(torch.device("meta"))
+        images = torch.zeros(1, 3, encoder.side, encoder.side, dtype=encoder.model.dtype)
+        return partial(encoder.model, pixel_values=images)

@@ -3,14 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-from vaerepa.alignment.repa import REPAAlignment
-from vaerepa.alignment.sra import SRAAlignment, default_blocks
-from vaerepa.alignment.vae import VAEAlignment
+from vaerepa.alignment.method import AlignmentMethod
+from vaerepa.alignment.registry import METHODS
 from vaerepa.errors import OptionError
 from vaerepa.options import FIELDS, Options
 
-METHODS = {"vae": VAEAlignment, "repa": REPAAlignment, "sra": SRAAlignment}
-LATENT_TARGETS = ("latent", "velocity")  # of `vae`; the others are stages of the VAE's encoder
 PER_METHOD = (
     "alignment_block",
     "alignment_weight",
@@ -23,19 +20,16 @@ PER_METHOD = (
 )
 # what survived in other trainers that fine-tune text-to-image models: weight 1.0 was too strong
 TEXT_FINE_TUNING = {"weight": 0.2, "weight_schedule": "cosine", "stop_step": 500}
-OPTIONS_OF = {  # one method alone, with their defaults
-    name: {option: FIELDS[option].default for option in options}
-    for name, options in {
-        "vae": ("alignment_target",),
-        "repa": ("alignment_encoder", "alignment_irepa"),
-        "sra": ("alignment_teacher_block",),
-    }.items()
-}
 
 
 def methods_of(options: Options) -> tuple[str, ...]:
     """Names of the methods that are asked for, in order."""
     return () if options.alignment == ("none",) else options.alignment
+
+
+def classes_of(options: Options) -> list[type[AlignmentMethod]]:
+    """The methods that are asked for, in order."""
+    return [METHODS[name] for name in methods_of(options)]
 
 
 def values_of(options: Options, name: str) -> tuple[Any, ...]:
@@ -76,19 +70,15 @@ def check_alignment(options: Options) -> None:
             raise OptionError(
                 f"--alignment_weight_schedule {schedule} needs --alignment_stop_step, where it reaches 0."
             )
-    for name, given in OPTIONS_OF.items():
-        for option, default in given.items():
-            if name not in methods and getattr(options, option) != default:
+    for name, method in METHODS.items():
+        for option in method.own_options:
+            if name not in methods and getattr(options, option) != FIELDS[option].default:
                 raise OptionError(f"--{option} goes with --alignment {name}.")
-    if options.alignment_target not in LATENT_TARGETS and options.alignment_normalize:
-        raise OptionError("--alignment_normalize goes with --alignment_target latent and velocity.")
-    if options.alignment_target not in LATENT_TARGETS and options.latents_cache:
-        raise OptionError(
-            f"--alignment_target {options.alignment_target} looks at the images, which --latents_cache does not keep; leave the "
-            "cache off."
-        )
-    if "sra" in methods:
-        check_teacher(options)
+    learns_from_itself = [name for name, method in METHODS.items() if method.default_teacher_block(1) is not None]
+    if options.alignment_teacher_block is not None and not set(learns_from_itself) & set(methods):
+        raise OptionError(f"--alignment_teacher_block goes with --alignment {' or '.join(learns_from_itself)}.")
+    for method in classes_of(options):
+        method.check(options)
 
 
 def check_t_ranges(options: Options, named: str) -> None:
@@ -99,35 +89,6 @@ def check_t_ranges(options: Options, named: str) -> None:
         raise OptionError(f"--alignment_t_range {given}: expected two numbers, or two for each of {named}.")
     if not all(0 <= low < high <= 1 for low, high in t_ranges_of(options)):
         raise OptionError(f"--alignment_t_range {given}: expected two rising numbers within 0 and 1.")
-
-
-def check_teacher(options: Options) -> None:
-    """Checks that the average of the weights can teach."""
-    if options.rank:
-        raise OptionError("--alignment sra learns from the average of the weights, and a LoRA (--rank) keeps none.")
-    if not options.use_ema:
-        raise OptionError("--alignment sra learns from the average of the weights: leave --no_use_ema out.")
-    if options.offload_ema:
-        raise OptionError("--alignment sra needs the average of the weights in every step: leave --offload_ema out.")
-
-
-def requirements_of(options: Options) -> dict[str, frozenset[str]]:
-    """What each method requires beside the latents, before any is built; see `AlignmentMethod`."""
-    requires = {name: METHODS[name].requires for name in methods_of(options)}
-    if "vae" in requires and options.alignment_target not in LATENT_TARGETS:
-        requires["vae"] = frozenset({"vae_features"})
-    return requires
-
-
-def pixel_readers(options: Options) -> list[str]:
-    """The flags that ask for images beside the latents."""
-    flags = {"vision_features": "--alignment {}", "vae_features": f"--alignment_target {options.alignment_target}"}
-    return [
-        flag.format(name)
-        for name, requires in requirements_of(options).items()
-        for requirement, flag in flags.items()
-        if requirement in requires
-    ]
 
 
 def fill_in_defaults(options: Options) -> Options:
@@ -158,23 +119,18 @@ def blocks_of(options: Options, num_layers: int) -> dict[str, int]:
     """The block that each method aligns, counted from 1.
 
     Raises:
-        OptionError: it does not exist, nor does the one that `sra` aligns to.
+        OptionError: it does not exist, or the one that is aligned to does not.
     """
     blocks = {}
     for name, given in zip(methods_of(options), values_of(options, "alignment_block"), strict=False):
         blocks[name] = given or METHODS[name].default_block(num_layers)
-        if blocks[name] > num_layers:
-            what = "" if given else f", the default of {name},"
-            raise OptionError(
-                f"--alignment_block {blocks[name]}{what} is beyond the model, which has {num_layers} blocks."
-            )
-    if "sra" in blocks and teacher_block_of(options, num_layers) > num_layers:
-        raise OptionError(
-            f"--alignment_teacher_block {options.alignment_teacher_block} is beyond the model, which has {num_layers} blocks."
-        )
+        _check_block("alignment_block", blocks[name], given, name, num_layers)
+        teacher_block = METHODS[name].teacher_block(options, num_layers)
+        _check_block("alignment_teacher_block", teacher_block or 0, options.alignment_teacher_block, name, num_layers)
     return blocks
 
 
-def teacher_block_of(options: Options, num_layers: int) -> int:
-    """The block of the average that `sra` aligns to, counted from 1."""
-    return options.alignment_teacher_block or default_blocks(num_layers)[1]
+def _check_block(flag: str, block: int, given: int | None, name: str, num_layers: int) -> None:
+    if block > num_layers:
+        what = "" if given else f", the default of {name},"
+        raise OptionError(f"--{flag} {block}{what} is beyond the model, which has {num_layers} blocks.")

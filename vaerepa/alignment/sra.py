@@ -1,13 +1,21 @@
-"""SRA (arXiv 2505.02831): an early block, through an MLP, should equal a deeper block of the average at less noise."""
+"""SRA (arXiv 2505.02831): an early block, through an MLP, should equal a deeper block of the EMA weights at less noise."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from vaerepa.alignment.distances import distance
 from vaerepa.alignment.heads import mlp
-from vaerepa.alignment.method import AlignmentContext
+from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts
+from vaerepa.alignment.taps import output_of
+from vaerepa.errors import OptionError
+from vaerepa.options import Options
 
-MAX_LEAD = 0.2  # of the teacher's t before the student's
+MAX_TIME_OFFSET = 0.2  # of the teacher's t before the student's
+TIME_OFFSET = "teacher lead"  # name of the random number, which seeds it
 PUBLISHED_BLOCKS = {12: (3, 8), 24: (6, 16), 28: (8, 20)}  # of B, L and XL: the student's and the teacher's
 
 
@@ -17,11 +25,11 @@ def default_blocks(num_layers: int) -> tuple[int, int]:
     return PUBLISHED_BLOCKS.get(num_layers, fractions)
 
 
-class SRAAlignment:
-    """Aligns to hidden states of the average of the weights at t - U(0, 0.2), under the same noise and condition.
+class SRAAlignment(AlignmentMethod):
+    """Aligns to hidden states of the EMA weights at t - U(0, 0.2), under the same noise and condition.
 
     Args:
-        teacher_block: block of the average that is aligned to, counted from 1.
+        teacher_block: block of the EMA weights that is aligned to, counted from 1.
         distance: cosine over the values of a token (which its authors' code takes, for smooth_l1 lets the norm of the hidden
             states grow), smooth_l1 (the paper's), l1 or l2.
         beta: where smooth_l1 turns from quadratic to linear.
@@ -29,9 +37,16 @@ class SRAAlignment:
         width: width of the head's inner layers, twice the transformer's by default.
     """
 
-    title, arxiv = "SRA", "2505.02831"
+    name, title = "sra", "SRA"
+    citation = Citation(
+        "sra2025",
+        "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation Guidance by Themselves",
+        2025,
+        "2505.02831",
+    )
     default_loss, default_layers = "cosine", 2
-    requires = frozenset({"teacher"})
+    numbers = (TIME_OFFSET,)
+    needs = frozenset({"teacher"})
 
     def __init__(
         self,
@@ -48,8 +63,8 @@ class SRAAlignment:
         self.width = width
 
     @property
-    def aim(self) -> str:
-        return f"block {self.teacher_block} of the average of its own weights"
+    def target_name(self) -> str:
+        return f"block {self.teacher_block} of its own EMA weights"
 
     @staticmethod
     def default_block(num_layers: int) -> int:
@@ -57,9 +72,29 @@ class SRAAlignment:
         return default_blocks(num_layers)[0]
 
     @staticmethod
+    def default_teacher_block(num_layers: int) -> int:
+        """The teacher's block, counted from 1."""
+        return default_blocks(num_layers)[1]
+
+    @staticmethod
     def default_weight(distance: str) -> float:
         """0.2 is the paper's, for smooth_l1; 0.5 its authors' for cosine."""
         return 0.5 if distance == "cosine" else 0.2
+
+    @classmethod
+    def check(cls, options: Options) -> None:
+        """Checks that the EMA weights can teach."""
+        if options.rank:
+            raise OptionError("--alignment sra learns from the EMA weights, and a LoRA (--rank) keeps none.")
+        if not options.use_ema:
+            raise OptionError("--alignment sra learns from the EMA weights: leave --no_use_ema out.")
+        if options.offload_ema:
+            raise OptionError("--alignment sra needs the EMA weights in every step: leave --offload_ema out.")
+
+    @classmethod
+    def from_options(cls, options: Options, head_and_loss: dict[str, Any], parts: MethodParts) -> "SRAAlignment":
+        """The method with --alignment_teacher_block."""
+        return cls(cls.teacher_block(options, parts.num_layers), **head_and_loss)
 
     def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Sequential:
         """The MLP d-2d-d with SiLU between, per token."""
@@ -68,10 +103,16 @@ class SRAAlignment:
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """The teacher's tokens, shape (B, N, d), at a time earlier by at most 0.2, never below 0."""
-        lead = MAX_LEAD * context.draws["teacher_lead"].to(context.t)
-        tokens = context.teacher((context.t - lead).clamp(min=0.0), self.teacher_block)
+        offset = MAX_TIME_OFFSET * context.numbers[TIME_OFFSET].to(context.t)
+        tokens = context.teacher((context.t - offset).clamp(min=0.0), self.teacher_block)
         return tokens.to(context.latents.dtype)
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Distance of the head's output (B, N, d) to the target, mean per sample, shape (B,)."""
         return distance(prediction, target, self.distance, self.beta)
+
+    def frozen_forward(
+        self, blocks: nn.ModuleList, forward: Callable[[], object], resolution: int
+    ) -> Callable[[], object]:
+        """The EMA weights' pass up to the teacher's block."""
+        return partial(output_of, blocks[self.teacher_block - 1], forward)

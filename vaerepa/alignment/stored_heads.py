@@ -12,20 +12,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vaerepa.alignment.method import Alignment
-from vaerepa.alignment.vae import VAEAlignment
 
 FOLDER = "heads"
 WEIGHTS = "heads.safetensors"
 CONFIG = "config.json"
+FIRST_TARGET = "the latents of the VAE"  # of heads that were saved when there was no other
 
 
 @dataclass(frozen=True)
 class StoredHeads:
-    """The parameters of all heads; by method the block that each reads, counted from 1, and what it is aligned to."""
+    """The parameters of all heads; by method the block that each reads, counted from 1, and the name of its target."""
 
     tensors: dict[str, torch.Tensor]
     block_of: dict[str, int]
-    aim_of: dict[str, str]
+    target_of: dict[str, str]
 
     def of(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The parameters of these methods' heads."""
@@ -40,7 +40,7 @@ def save_heads(folder: Path, heads: nn.ModuleDict, alignments: list[Alignment]) 
     (folder / FOLDER).mkdir()
     tensors = {name: parameter.detach().contiguous() for name, parameter in heads.named_parameters()}
     save_file(tensors, folder / FOLDER / WEIGHTS)
-    config = {a.name: {"block": a.block, "aim": a.method.aim} for a in alignments}
+    config = {a.name: {"block": a.block, "aim": a.method.target_name} for a in alignments}
     (folder / FOLDER / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
@@ -60,15 +60,15 @@ def load_heads(
             return None
     values = json.loads(Path(config).read_text(encoding="utf-8"))
     block_of = {name: of["block"] for name, of in values.items()}
-    aim_of = {name: of.get("aim", VAEAlignment.aim) for name, of in values.items()}  # once there was no other
-    return StoredHeads(load_file(weights), block_of, aim_of)
+    target_of = {name: of.get("aim", FIRST_TARGET) for name, of in values.items()}
+    return StoredHeads(load_file(weights), block_of, target_of)
 
 
 def fits(stored: StoredHeads, heads: nn.ModuleDict, alignments: list[Alignment]) -> bool:
-    """Whether stored heads can stand in the place of new ones: same methods, blocks, aims and sizes."""
+    """Whether stored heads can stand in the place of new ones: same methods, blocks, targets and sizes."""
     shapes = {name: parameter.shape for name, parameter in heads.named_parameters()}
     return (
         stored.block_of == {a.name: a.block for a in alignments}
-        and stored.aim_of == {a.name: a.method.aim for a in alignments}
+        and stored.target_of == {a.name: a.method.target_name for a in alignments}
         and shapes == {name: tensor.shape for name, tensor in stored.tensors.items()}
     )

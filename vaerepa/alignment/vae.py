@@ -3,6 +3,10 @@
 Or their velocity, as in the first stage of Self-Transcendence (arXiv 2601.07773), or features of the VAE's encoder.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,11 +14,16 @@ from torch import nn
 from vaerepa.alignment.distances import distance
 from vaerepa.alignment.grid import grid_of, patchify, resample
 from vaerepa.alignment.heads import mlp
-from vaerepa.alignment.method import AlignmentContext
+from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts
+from vaerepa.alignment.taps import output_of
 from vaerepa.alignment.vae_features import VAEFeatures
+from vaerepa.errors import OptionError
+from vaerepa.options import Options
+
+LATENT_TARGETS = ("latent", "velocity")  # the others are stages of the VAE's encoder
 
 
-class VAEAlignment:
+class VAEAlignment(AlignmentMethod):
     """Aligns to the latents that the model trains on: no second model, no extra forward pass.
 
     Args:
@@ -29,10 +38,15 @@ class VAEAlignment:
         features: of that stage; each token of theirs is normalised over its channels, for they are far from unit scale.
     """
 
-    title, arxiv = "VAE-REPA", "2601.17830"
+    name, title = "vae", "VAE-REPA"
+    citation = Citation(
+        "vaerepa2026",
+        "VAE-REPA: Variational Autoencoder Representation Alignment for Efficient Diffusion Training",
+        2026,
+        "2601.17830",
+    )
     default_loss, default_layers = "smooth_l1", 5
-    requires = frozenset()
-    aim = "the latents of the VAE"  # if of nothing else
+    own_options = ("alignment_target", "alignment_normalize")
 
     def __init__(
         self,
@@ -51,13 +65,16 @@ class VAEAlignment:
         self.num_layers = num_layers
         self.width = width
         self.statistics = statistics
-        self.aims_at_velocity = target == "velocity"
+        self.targets_velocity = target == "velocity"
         self.features = features
         if features is not None:
-            self.requires = frozenset({"vae_features"})
-            self.aim = f"features of the VAE's encoder ({features.stage})"
-        elif self.aims_at_velocity:
-            self.aim = "the velocity"
+            self.needs = frozenset({"pixel_values"})
+
+    @property
+    def target_name(self) -> str:
+        if self.features is not None:
+            return f"features of the VAE's encoder ({self.features.stage})"
+        return "the velocity" if self.targets_velocity else "the latents of the VAE"
 
     @staticmethod
     def default_block(num_layers: int) -> int:
@@ -68,6 +85,45 @@ class VAEAlignment:
     def default_weight(distance: str) -> float:
         """The paper's lambda."""
         return 1.0
+
+    @classmethod
+    def check(cls, options: Options) -> None:
+        """Checks that features of the VAE's encoder are neither normalised by channel nor asked of a cache."""
+        if options.alignment_target in LATENT_TARGETS:
+            return
+        if options.alignment_normalize:
+            raise OptionError("--alignment_normalize goes with --alignment_target latent and velocity.")
+        if options.latents_cache:
+            raise OptionError(
+                f"--alignment_target {options.alignment_target} looks at the images, which --latents_cache does not keep; leave "
+                "the cache off."
+            )
+
+    @classmethod
+    def check_vae(cls, options: Options, vae: nn.Module) -> None:
+        """Checks that the VAE's encoder has the stage that is aligned to."""
+        if options.alignment_target not in LATENT_TARGETS:
+            VAEFeatures(vae, options.alignment_target)
+
+    @classmethod
+    def image_flag(cls, options: Options) -> str | None:
+        """--alignment_target, where features are aligned to."""
+        is_latent = options.alignment_target in LATENT_TARGETS
+        return None if is_latent else f"--alignment_target {options.alignment_target}"
+
+    @classmethod
+    def expects_unit_scale(cls, options: Options) -> bool:
+        """Whether raw latents, or their velocity, are aligned to."""
+        return options.alignment_target in LATENT_TARGETS and not options.alignment_normalize
+
+    @classmethod
+    def from_options(cls, options: Options, head_and_loss: dict[str, Any], parts: MethodParts) -> "VAEAlignment":
+        """The method with --alignment_target and --alignment_normalize."""
+        target = options.alignment_target
+        if target not in LATENT_TARGETS:
+            return cls(parts.patch_size, features=VAEFeatures(parts.vae, target), **head_and_loss)
+        statistics = parts.statistics if options.alignment_normalize else None
+        return cls(parts.patch_size, statistics=statistics, target=target, **head_and_loss)
 
     def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Sequential:
         """The MLP d-2d-2d-2d-2d-p*p*C with SiLU between, per token; xavier-uniform with zero bias, from its own seed."""
@@ -84,8 +140,17 @@ class VAEAlignment:
         if self.statistics is not None:
             mean, std = (s.to(latents).view(1, -1, 1, 1) for s in self.statistics)
             latents = (latents - mean) / std
-        return patchify(context.noise - latents if self.aims_at_velocity else latents, self.patch_size)
+        return patchify(context.noise - latents if self.targets_velocity else latents, self.patch_size)
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Distance of the head's output (B, N, p*p*C) to the target, mean per sample, shape (B,), in the target's dtype."""
         return distance(prediction, target, self.distance, self.beta)
+
+    def frozen_forward(
+        self, blocks: nn.ModuleList, forward: Callable[[], object], resolution: int
+    ) -> Callable[[], object] | None:
+        """The VAE's encoder up to the stage whose features are aligned to."""
+        if self.features is None:
+            return None
+        encoder = self.features.vae.to("meta").encoder
+        return partial(output_of, self.features.module, partial(encoder, torch.zeros(1, 3, resolution, resolution)))

@@ -70,10 +70,11 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class TrainingDraws:
-    """Time, noise, posterior noise, label drop and lead of the teacher in time (SRA) of training samples.
+    """Time, noise, posterior noise and label drop of training samples, and what alignment methods ask for.
 
     Args:
         latent_shape: (C, h, w) of a square image.
+        numbers: names of further numbers, each uniform on (0, 1).
     """
 
     seed: int
@@ -84,6 +85,7 @@ class TrainingDraws:
     logit_std: float = 1.0
     mode_scale: float = 1.29
     timestep_shift: float = 1.0
+    numbers: tuple[str, ...] = ()
 
     def __call__(self, ordinals: Sequence[int], shape: Shape) -> dict[str, torch.Tensor]:
         """The draws of samples whose latents have the same shape."""
@@ -93,9 +95,9 @@ class TrainingDraws:
             "noise": stack_noise(self.seed, "noise", ordinals, shape),
             "posterior": stack_noise(self.seed, "posterior", ordinals, shape),
             "drop": torch.tensor([draw_uniform(self.seed, "drop", o) < self.label_dropout for o in ordinals]),
-            "teacher_lead": torch.tensor(
-                [draw_uniform(self.seed, "teacher lead", o) for o in ordinals], dtype=torch.float64
-            ),
+        } | {
+            name: torch.tensor([draw_uniform(self.seed, name, o) for o in ordinals], dtype=torch.float64)
+            for name in self.numbers
         }
 
 

@@ -1,0 +1,15 @@
+"""The alignment methods by their names, in the order in which --help lists them."""
+
+from vaerepa.alignment.method import AlignmentMethod
+from vaerepa.alignment.repa import REPAAlignment
+from vaerepa.alignment.sra import SRAAlignment
+from vaerepa.alignment.vae import VAEAlignment
+
+METHODS: dict[str, type[AlignmentMethod]] = {
+    method.name: method
+    for method in (
+        VAEAlignment,
+        REPAAlignment,
+        SRAAlignment,
+    )
+}
