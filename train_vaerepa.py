@@ -41,12 +41,14 @@ from vaerepa import (
     model_card,
     objectives,
     optimization,
+    past,
     sampling,
     speed,
     throughput,
 )
 from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, settings, stored_heads
 from vaerepa.alignment.taps import output_of
+from vaerepa.command import command_to_go_on
 from vaerepa.components import Components, build_alignments, build_transformer, open_components
 from vaerepa.data import DataError, Feed, Prompts, Sources, TrainingDraws, ValidationDraws, micro_batch
 from vaerepa.ema import EMA, share_of_start
@@ -63,7 +65,7 @@ from vaerepa.options import Options, as_plain, changed_options, parse_options, w
 from vaerepa.precompute import precompute_latents
 from vaerepa.privacy import public_values, redact, take_token
 from vaerepa.randomness import draw_seed
-from vaerepa.stopping import StopRequest, command_to_go_on
+from vaerepa.stopping import StopRequest
 
 logger = get_logger(__name__)
 
@@ -94,6 +96,7 @@ class Run:
     max_train_steps: int
     step: int
     metrics: MetricsFile
+    content: past.Digests
     pipeline: DiffusionPipeline | None = None  # the stock one, of a text-to-image model
     prompts: Prompts | None = None
     window: Window = field(default_factory=Window)
@@ -164,7 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nerror: out of GPU memory. {speed.next_memory_lever(options)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted. Go on from the last checkpoint with --resume_from_checkpoint latest", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\ninterrupted. Go on with\n    {command_to_go_on(Path(options.output_dir))}", file=sys.stderr)
         return 130
     return 0
 
@@ -189,7 +193,7 @@ def train(options: Options) -> None:
         checkpoint = on_main_process(accelerator, lambda: checks.find_checkpoint(options, warn=logger.warning))
         position = checkpoints.load_position(checkpoint) if checkpoint else {"step": 0}
         if checkpoint:
-            checks.check_past(position["options"], options, checkpoint)
+            past.check_options(position, options, checkpoint)
         with uploading(options, accelerator) as uploader, logging_redirect_tqdm():
             run = build_run(options, accelerator, position)
             run.uploader = uploader
@@ -225,6 +229,9 @@ def build_accelerator(options: Options) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise OptionError(f"--mixed_precision cannot be had here: {error}") from error
+    if accelerator.gradient_accumulation_steps != 1:
+        accelerator.gradient_accumulation_steps = 1  # or it would divide the loss by them, which is a mean already
+        logger.warning("the launcher's gradient_accumulation_steps are not used; --gradient_accumulation_steps is")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise OptionError("--mixed_precision fp16 needs a GPU; on the CPU take bf16, or no.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
@@ -248,6 +255,8 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     """Builds what is trained, and all that a step works on."""
     with accelerator.main_process_first():
         components = open_components(options)
+        content = past.content_of(options, components)
+    past.check_content(position, content, len(components.sources.train))
     family, vae = components.family, components.vae.to(accelerator.device)
     transformer = build_transformer(options, components).to(accelerator.device)
     pipeline = prompts = None
@@ -268,14 +277,10 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         max_train_steps=checks.steps_in(options, len(components.sources.train)),
         step=position["step"],
         metrics=MetricsFile(Path(options.output_dir, "metrics.jsonl")),
+        content=content,
         pipeline=pipeline,
         prompts=prompts,
     )
-    if position.get("num_images", len(run.sources.train)) != len(run.sources.train):
-        raise OptionError(
-            f"the data set had {position['num_images']} images in this run's past, and has {len(run.sources.train)}; give the "
-            "same data, or start a new run in another --output_dir."
-        )
     if "latent_statistics" in position:
         run.latent_statistics, run.feed.encode_in_bf16 = position["latent_statistics"], position["encode_in_bf16"]
     else:
@@ -399,8 +404,10 @@ def restore_optimizer(run: Run, checkpoint: Path, position: dict) -> None:
 def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
     """Says what is about to happen, and writes what every checkpoint shares."""
     options, accelerator = run.options, run.accelerator
-    for change in changed_options(position.get("options", {}), options, "schedule"):
-        logger.warning(f"{change}: from here on the restart is not exact")
+    changes = changed_options(position.get("options", {}), options, "schedule")
+    changes += past.changes_of_rounding(position, past.environment_of(options, accelerator))
+    if changes:
+        logger.warning(f"{'; '.join(changes)}: from here on the restart is not exact")
     size = sum(parameter.numel() for parameter in run.transformer.parameters()) / 1e6
     trained = sum(parameter.numel() for parameter in run.trained_weights.values()) / 1e6
     head_size = sum(parameter.numel() for parameter in run.aligned_transformer.heads.parameters()) / 1e6
@@ -494,7 +501,9 @@ def loop(run: Run) -> None:
                 run.uploader.tend()
             if stops:
                 run.stop_reason = stop.reason
-                logger.warning(f"stopped by {stop.reason} after step {run.step}. Go on with\n    {command_to_go_on()}")
+                logger.warning(
+                    f"stopped by {stop.reason} after step {run.step}. Go on with\n    {command_to_go_on(run.output_dir)}"
+                )
                 break
             if logs_now:
                 stopwatch.restart()
@@ -778,6 +787,8 @@ def save(run: Run, must_succeed: bool) -> None:
     position = {
         "options": public_values(as_plain(run.options)),
         "num_images": len(run.sources.train),
+        "content": run.content,
+        "environment": past.environment_of(run.options, accelerator),
         "latent_statistics": run.latent_statistics,
         "encode_in_bf16": run.feed.encode_in_bf16,
         "window": run.window.reduce(accelerator),

@@ -20,6 +20,7 @@ from statistics import median
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features, Image, Value, load_dataset
@@ -31,7 +32,7 @@ from vaerepa import latents
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources, read_batches
 from vaerepa.data.images import crop, resize_to_cover, to_pixels
 from vaerepa.data.latents_cache import CacheKey, LatentsCache
-from vaerepa.data.source import NumberedRows, Source
+from vaerepa.data.source import ConditionRows, Conditions, Source
 
 LATENTS = (4, 32, 32)
 BATCH = 256
@@ -185,7 +186,8 @@ class NpyFiles(torch.utils.data.Dataset):
 
 def from_cache(cache: LatentsCache, num_workers: int) -> Iterator[torch.Tensor]:
     """As a run with a complete cache reads them."""
-    source = Source(NumberedRows([1000] * (cache.num_rows // 1000)))
+    labels = Conditions(pa.table({"label": np.zeros(cache.num_rows, dtype=np.int64)}))
+    source = Source(ConditionRows([1000] * (cache.num_rows // 1000), labels))
     draws = TrainingDraws(0, LATENTS, 0.1)
     batches = Batches(source, Preprocessing(256), draws, BATCH, 0, len(source), 16, 1000, 0, cache=cache)
     for batch in read_batches(batches, num_workers):

@@ -153,7 +153,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(train, options, tmp_path, m
     [
         ({"resolution": 32}, ["--resolution 16", "another shape"]),
         ({"random_flip": True}, ["--no_random_flip"]),
-        ({"dataset_name": "other data"}, ["other data, or another revision"]),
+        ({"dataset_name": "other data"}, ["other images"]),
         ({"pretrained_vae_model_name_or_path": "other VAE"}, ["another VAE"]),
     ],
 )
@@ -295,7 +295,7 @@ def pair(moments: np.ndarray) -> dict[str, np.ndarray]:
     return arrays | {"moments_flipped": -moments, "vision_features_flipped": -features}
 
 
-def test_rows_of_several_writers_captions_and_errors(tmp_path):
+def test_rows_of_several_writers_and_errors(tmp_path):
     key = CacheKey("v", "d", 16, "centre", True, (2, 2, 2), encoder="e", features_shape=(2, 1, 2))
     one, other = (LatentsCache(tmp_path / "cache", key, 10) for _ in range(2))
     arrays = [np.random.default_rng(i).standard_normal((2, 2, 2)).astype(np.float16) for i in range(10)]
@@ -316,8 +316,6 @@ def test_rows_of_several_writers_captions_and_errors(tmp_path):
         assert np.array_equal(one.read(i, flipped=True).moments, -arrays[i])
         assert np.array_equal(one.read(i).features, arrays[i][:, :1] + 1)
         assert np.array_equal(one.read(i, flipped=True).features, -arrays[i][:, :1] - 1)
-        assert one.read(i).label == i
-    assert (one.read(2).caption, one.read(6).caption) == ("number 2", ["six", "half a dozen"])
     assert (one.read(7).moments, one.read(7).error) == (None, "no image")
 
 

@@ -23,7 +23,7 @@ from vaerepa.options import (
     write_config,
 )
 
-RESUME_CLASSES = ("fixed", "schedule", "free")
+RESUME_CLASSES = ("fixed", "content", "schedule", "free")
 KEPT = {name: spec for name, spec in FIELDS.items() if not spec.metadata["secret"]}
 
 

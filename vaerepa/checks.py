@@ -21,7 +21,7 @@ from vaerepa.errors import OptionError
 from vaerepa.families import Family, TextFamily, dit
 from vaerepa.hub import access, download
 from vaerepa.layout import all_checkpoints, step_of
-from vaerepa.options import Options, changed_options
+from vaerepa.options import Options
 
 POSITIVE = (
     "num_layers",
@@ -293,20 +293,6 @@ def check_room(options: Options, family: TextFamily, transformer: nn.Module, dow
                 f"images of {size[0]} x {size[1]} are too large: the transformer has positions for {room * patch} pixels a side. "
                 "Lower --resolution, or take other --aspect_ratio_buckets."
             )
-
-
-def check_past(saved: dict, options: Options, folder: Path) -> None:
-    """Refuses to go on from a checkpoint with options that its past steps did not have.
-
-    Raises:
-        OptionError: names every such option.
-    """
-    changed = changed_options(saved, options, "fixed")
-    if changed:
-        raise OptionError(
-            f"{folder} cannot be continued with other data, model, batch or seed: {'; '.join(changed)}. "
-            "Give the same, or start a new run in another --output_dir."
-        )
 
 
 @contextmanager

@@ -14,14 +14,15 @@ from vaerepa import families
 from vaerepa.errors import OptionError
 from vaerepa.privacy import public_values
 
-Resume = Literal["fixed", "schedule", "free"]
+Resume = Literal["fixed", "content", "schedule", "free"]
 
 
 def option(default: Any, help: str, *, resume: Resume = "free", group: str = "", secret: bool = False) -> Any:
     """A dataclass field with its help text and with what a restart may do to it.
 
-    `resume` is "fixed" where another value would change the steps already taken (refused), "schedule" where it changes
-    the steps to come (allowed, and said), "free" where it changes no step at all. What is `secret` is never shown or saved.
+    `resume` is "fixed" where another value would change the steps already taken (refused), "content" where it names data
+    or models that are compared by what they hold, "schedule" where it changes the steps to come (allowed, and said), "free"
+    where it changes no step at all. What is `secret` is never shown or saved.
     """
     return field(
         default=default, repr=not secret, metadata={"help": help, "resume": resume, "group": group, "secret": secret}
@@ -46,19 +47,21 @@ class Options:
         None,
         "Hub id or folder of a DiTPipeline to fine-tune, instead of training --model from scratch; with --text_conditioning of "
         f"a {families.SUPPORTED}.",
-        resume="fixed",
+        resume="content",
     )
     pretrained_vae_model_name_or_path: str | None = option(
         None,
         "Hub id or folder of the frozen VAE (AutoencoderKL or AutoencoderTiny); a pipeline's `vae` subfolder is found. "
         "Default: the fine-tuned pipeline's own, or stabilityai/sd-vae-ft-mse.",
-        resume="fixed",
+        resume="content",
     )
     revision: str | None = option(
-        None, "Revision on the Hub of the pipeline to fine-tune, or else of the VAE.", resume="fixed"
+        None, "Revision on the Hub of the pipeline to fine-tune, or else of the VAE.", resume="content"
     )
     variant: str | None = option(
-        None, "Variant of the files of the pipeline to fine-tune, or else of the VAE, for example fp16.", resume="fixed"
+        None,
+        "Variant of the files of the pipeline to fine-tune, or else of the VAE, for example fp16.",
+        resume="content",
     )
 
     # --- Text ----------------------------------------------------------------------------------------------------
@@ -69,7 +72,7 @@ class Options:
         None,
         "Hub id or folder of the pipeline whose tokenizers and text encoders a --model from scratch is given; for PixArt "
         "also of a text encoder of transformers.",
-        resume="fixed",
+        resume="content",
     )
     max_sequence_length: int | None = option(
         None, "Tokens of a prompt; longer ones are cut. Default: the stock pipeline's.", resume="fixed"
@@ -98,16 +101,19 @@ class Options:
 
     # --- Data ----------------------------------------------------------------------------------------------------
     dataset_name: str | None = option(
-        None, "Data set: a Hub id, or a local folder in the Hub's layout. It is streamed.", resume="fixed", group="Data"
+        None,
+        "Data set: a Hub id, or a local folder in the Hub's layout. It is streamed.",
+        resume="content",
+        group="Data",
     )
     train_data_dir: str | None = option(
         None,
         "Local data instead of --dataset_name: a folder of images in folders by class, of parquet files, of webdataset tar "
         "shards, what save_to_disk wrote, the vae-sd layout of REPA and SRA, or one such file.",
-        resume="fixed",
+        resume="content",
     )
-    dataset_config_name: str | None = option(None, "Config of the data set, when it has several.", resume="fixed")
-    dataset_revision: str | None = option(None, "Revision of the data set on the Hub.", resume="fixed")
+    dataset_config_name: str | None = option(None, "Config of the data set, when it has several.", resume="content")
+    dataset_revision: str | None = option(None, "Revision of the data set on the Hub.", resume="content")
     train_split: str = option("train", "Split to train on.", resume="fixed")
     validation_split: str | None = option(
         None,
@@ -118,16 +124,18 @@ class Options:
     image_column: str | None = option(
         None,
         "Column with the images. Default: found from the features; a column `moments` or `latents` goes before.",
-        resume="fixed",
+        resume="content",
     )
     label_column: str | None = option(
-        None, "Column with the class labels (ClassLabel or integers). Default: found from the features.", resume="fixed"
+        None,
+        "Column with the class labels (ClassLabel or integers). Default: found from the features.",
+        resume="content",
     )
     caption_column: str | None = option(
         None,
-        "Column with captions, kept in the latents cache; of several captions of an image one is drawn per epoch. Default: "
+        "Column with captions; of several captions of an image one is drawn per epoch. Default: "
         "found from the features.",
-        resume="fixed",
+        resume="content",
     )
     max_train_samples: int | None = option(
         None, "Train on so many images, drawn at random by --seed. Default: on all.", resume="fixed"
@@ -254,7 +262,7 @@ class Options:
         "facebook/dinov2-base",
         "Vision transformer of transformers that `repa` aligns to: a Hub id or a folder of a DINOv2, DINOv3, CLIP, SigLIP or "
         "their like, with its image processor.",
-        resume="fixed",
+        resume="content",
     )
     alignment_irepa: bool = option(
         False,
@@ -318,7 +326,7 @@ class Options:
     )
     offload_ema: bool = option(False, "Keep the averages in CPU memory; every step then copies the weights there.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "Precision of the forward pass. Default: what `accelerate config` says.", resume="schedule"
+        None, "Precision of the forward pass. Default: what `accelerate config` says."
     )
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", resume="schedule")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")

@@ -9,10 +9,11 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaerepa import checks, components, latents
+from vaerepa.command import command_again
 from vaerepa.data import DataError, Feed, TrainingDraws, micro_batch
 from vaerepa.families import dit
 from vaerepa.options import Options
-from vaerepa.stopping import StopRequest, command_again
+from vaerepa.stopping import StopRequest
 
 logger = get_logger(__name__)
 

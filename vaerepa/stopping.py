@@ -3,13 +3,13 @@
 import atexit
 import multiprocessing
 import os
-import shlex
 import signal
-import sys
 from types import FrameType
 
 import torch
 import torch.distributed
+
+from vaerepa.command import launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -23,6 +23,7 @@ class StopRequest:
     def __init__(self, num_processes: int):
         self.reason: str | None = None
         self._parent = os.getppid()
+        launcher()  # while it lives
         self._has_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
         # a group on the CPU: to agree costs no synchronisation with a GPU
         self._group = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
@@ -64,13 +65,3 @@ def kill_workers() -> None:
     """Before multiprocessing asks them to end by a signal that they ignore, and waits for one that is stuck for ever."""
     for process in multiprocessing.active_children():
         process.kill()
-
-
-def command_to_go_on() -> str:
-    """The command line of this process again, with a restart from the newest checkpoint."""
-    return command_again(*([] if "--resume_from_checkpoint" in sys.argv else ["--resume_from_checkpoint", "latest"]))
-
-
-def command_again(*more: str) -> str:
-    """The command line of this process again."""
-    return f"accelerate launch {shlex.join([*sys.argv, *more])}"

@@ -257,7 +257,7 @@ class Feed:
 
     def _open_cache(self) -> LatentsCache:
         """The cache of --latents_cache, checked against VAE, data and options."""
-        options, storage, (channels, height, width) = self.options, self.source.storage, self.latent_shape
+        options, (channels, height, width) = self.options, self.latent_shape
         folder, features = Path(options.latents_cache), {}
         if self.encoder is not None:  # runs without one, or with another, keep theirs beside it
             made_by = f"{checksum(self.encoder.model)} {self.encoder.preparation}"
@@ -266,12 +266,11 @@ class Feed:
             features = {"encoder": made_by, "features_shape": shape}
         key = CacheKey(
             vae=checksum(self.vae),
-            data=storage.revision,
+            images=self.source.storage.images,
             resolution=options.resolution,
             crop="centre",
             flips=options.random_flip,
             shape=(channels * (2 if latents.has_posterior(self.vae) else 1), height, width),
-            captions=storage.columns.caption,
             buckets=self.buckets,
             **features,
         )

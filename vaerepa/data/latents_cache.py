@@ -1,8 +1,9 @@
 """The latents cache: what the VAE made of each image, on disk as Arrow files that are mapped into memory.
 
 A row holds the moments of the posterior (mean, then deviation, unscaled) with their height and width, so that each epoch draws
-anew from it, features of a vision encoder where one is aligned to, both of the flipped image too where images are flipped,
-label and caption; or the reason why its image cannot be read. A shard takes its name when it is whole; shards of several
+anew from it, and features of a vision encoder where one is aligned to, both of the flipped image too where images are flipped;
+or the reason why its image cannot be read. Label and caption stand beside them for those who read the shards as a data set;
+a run takes its own from the data as they are now. A shard takes its name when it is whole; shards of several
 processes, or runs, lie beside each other.
 """
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 KEY = "key.json"
 ROWS_PER_SHARD, BYTES_PER_SHARD = 4096, 2**28
 DTYPE = np.float16
+MAX_SAMPLED_VALUES = 4096  # of a tensor
 MOMENTS, FEATURES = "moments", "vision_features"
 FLIPPED = "_flipped"
 
@@ -36,12 +38,11 @@ class CacheKey:
     """What the content of a cache depends on."""
 
     vae: str  # checksum of its weights
-    data: str  # revision of the split that is trained on
+    images: str  # digest of those in the split that is trained on
     resolution: int
     crop: str
     flips: bool
     shape: tuple[int, int, int]  # of a square's moments
-    captions: str | None = None  # the column that they are from
     buckets: tuple[tuple[int, int], ...] = ()  # sizes other than the square
     encoder: str | None = None  # checksum of the vision encoder's weights, and how it prepares images
     features_shape: tuple[int, int, int] | None = None
@@ -57,18 +58,18 @@ class CachedRow(NamedTuple):
     """A row as the cache holds it; `error` says why there are no moments."""
 
     moments: np.ndarray | None
-    label: int
-    caption: str | list[str] | None
-    error: str | None
+    error: str | None = None
     features: np.ndarray | None = None
 
 
-def checksum(module: nn.Module) -> str:
-    """Of names and values of all weights."""
+def checksum(module: nn.Module, sampled: bool = False) -> str:
+    """Checksum of names and values of all weights; where they are `sampled`, of some thousand values of each."""
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().flatten()
+        values = values[:: max(1, len(values) // MAX_SAMPLED_VALUES)] if sampled else values
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        digest.update(values.cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -178,24 +179,21 @@ class _Shard:
         with pa.memory_map(str(path)) as mapped:  # keeps no file open: a large cache has thousands
             table = pa.ipc.open_file(mapped).read_all().combine_chunks()
         self.index = table.column("index").to_numpy()
-        self.labels = table.column("label").to_numpy()
-        self.captions, self.errors = table.column("caption"), table.column("error")
+        self.errors = table.column("error")
         self.channels, self.features_shape = key.shape[0], key.features_shape
         self.sizes = np.stack([table.column(name).to_numpy() for name in ("height", "width")], 1).tolist()
         lists = {name: table.column(name).chunk(0) for name in key.columns}
         self.starts = {name: column.offsets.to_numpy() for name, column in lists.items()}
         self.values = {name: column.values.to_numpy(zero_copy_only=True) for name, column in lists.items()}
         self.has_errors = self.errors.null_count < len(self.errors)
-        self.has_captions = self.captions.null_count < len(self.captions)
 
     def read(self, place: int, flipped: bool, with_features: bool) -> CachedRow:
         error = self.errors[place].as_py() if self.has_errors else None
-        caption = self.captions[place].as_py() if self.has_captions else None
         if error is not None:
-            return CachedRow(None, self.labels[place], caption, error)
+            return CachedRow(None, error)
         moments = self._array(MOMENTS, place, flipped).reshape(self.channels, *self.sizes[place])
         features = self._array(FEATURES, place, flipped).reshape(self.features_shape) if with_features else None
-        return CachedRow(moments, self.labels[place], caption, None, features)
+        return CachedRow(moments, features=features)
 
     def _array(self, kind: str, place: int, flipped: bool) -> np.ndarray:
         name = kind + FLIPPED if flipped else kind
@@ -236,11 +234,12 @@ def _check_key(folder: Path, key: CacheKey) -> None:
         raise OptionError(f"--latents_cache {folder} cannot be used: {error}") from error
     reasons = {
         "vae": "another VAE",
-        "data": "other data, or another revision of them",
+        "images": "other images, or another order of them"
+        if "images" in found
+        else "an earlier version of this trainer",
         "resolution": f"--resolution {found.get('resolution')}",
         "crop": f"the crop `{found.get('crop')}`",
         "flips": "--random_flip" if found.get("flips") else "--no_random_flip",
-        "captions": f"captions of the column `{found.get('captions')}`",
         "shape": f"latents of another shape, {found.get('shape')}",
         "buckets": f"--aspect_ratio_buckets {found.get('buckets')}" if found.get("buckets") else "squares only",
         "encoder": "features of a vision encoder, as --alignment repa keeps them in a folder in the cache",

@@ -258,8 +258,7 @@ class Batches(IterableDataset):
             cached = self.cache.read(row.index, self.preprocessing.flips(ordinal))
             if cached.error is not None:
                 raise ValueError(cached.error)
-            kept = Row(row.index, cached.label, caption=cached.caption, vision_features=cached.features)
-            return kept, cached.moments
+            return row._replace(vision_features=cached.features), cached.moments
         if row.moments is None:
             return row, self.preprocessing(row, ordinal)
         array = row.moments if isinstance(row.moments, np.ndarray) else np.load(row.moments, allow_pickle=False)

@@ -3,23 +3,21 @@
 import json
 import logging
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from datasets.features.features import Array2D, Array3D, LargeList, List
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from vaerepa.data.source import Columns, MomentFiles, Source, Storage, StreamedRows, TableRows, label_range
+from vaerepa.data.source import Columns, MomentFiles, Source, Storage, StreamedRows, TableRows
+from vaerepa.data.survey import stream_files, stream_parquet
 from vaerepa.errors import OptionError
 from vaerepa.randomness import draw_permutation, draw_uniform
 
@@ -177,7 +175,7 @@ def _open_saved(path: Path) -> Collection:
     return Collection(
         next(iter(splits.values())).features,
         list(splits),
-        lambda name, columns: TableRows(splits[name], columns, splits[name]._fingerprint),
+        lambda name, columns: TableRows(splits[name], columns),
     )
 
 
@@ -191,8 +189,7 @@ def _open_moment_files(path: Path) -> Collection:
     if not labels:
         raise ValueError(f"{listing} has no `labels`: expected a list of [file name, label]")
     names, numbers = zip(*sorted((str(name), int(label)) for name, label in labels), strict=True)
-    revision = _digest(listing.read_bytes())
-    files = MomentFiles([folder / name for name in names], list(numbers), revision)
+    files = MomentFiles([folder / name for name in names], list(numbers))
     features = Features({"moments": Array3D((1, 1, 1), "float32"), "label": Value("int64")})
     return Collection(features, ["train"], lambda name, columns: files)
 
@@ -208,74 +205,15 @@ def _tabulate(dataset: IterableDataset, columns: Columns) -> TableRows:
     """An image folder: a table of paths and labels, and no image in memory."""
     tables = list(dataset.select_columns(columns.names()).decode(False).with_format("arrow").iter(batch_size=1000))
     table = Dataset(pa.concat_tables(tables)) if tables else Dataset.from_dict({name: [] for name in columns.names()})
-    paths = [Path(image["path"]) for image in table.data.column(columns.image).to_pylist()] if tables else []
-    sizes = [[path.name, path.stat().st_size] for path in paths if path.is_file()]
-    return TableRows(table, columns, _digest(json.dumps(sizes).encode()))
+    return TableRows(table, columns)
 
 
 def _stream(builder, split: str, dataset: IterableDataset, columns: Columns, cache_dir: str | None) -> StreamedRows:
     dataset = dataset.reshard().select_columns(columns.names()).decode(False)
+    files = builder.config.data_files[split]
     if isinstance(builder, Parquet):
-        label = columns.label
-        shards = [shard for path in builder.config.data_files[split] for shard in _survey_parquet(path, label)]
-    else:
-        files = builder.config.data_files[split]
-        key = _digest(json.dumps([files, files.origin_metadata, columns.label]).encode())
-        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vaerepa-row-counts"
-        shards = _kept(folder / f"{key}.json", lambda: _survey(dataset, columns.label))
-    rows = [shard[0] for shard in shards]
-    ranges = [label for shard in shards if shard[0] for label in shard[1:3]]
-    revision = _digest(
-        json.dumps([[shard[0], shard[3]] for shard in shards]).encode()
-    )  # with or without labels the same
-    return StreamedRows(dataset, rows, columns, label_range(ranges), revision)
-
-
-def _survey_parquet(path: str, label_column: str | None) -> Iterator[list]:
-    """Rows, smallest and largest label, and size of each row group, from the footer."""
-    with fsspec.open(path, "rb") as file:
-        parquet = pq.ParquetFile(file)
-        column = parquet.metadata.schema.names.index(label_column) if label_column else 0
-        for i in range(parquet.num_row_groups):
-            group = parquet.metadata.row_group(i)
-            sizes = [group.column(c).total_compressed_size for c in range(group.num_columns)]
-            statistics = group.column(column).statistics
-            if label_column is None:
-                yield [group.num_rows, 0, 0, sizes]
-            elif statistics is not None and statistics.has_min_max and not statistics.null_count:
-                yield [group.num_rows, statistics.min, statistics.max, sizes]
-            else:
-                labels = parquet.read_row_group(i, columns=[label_column]).column(0).to_pylist()
-                yield [group.num_rows, *label_range(labels), sizes]
-
-
-def _survey(dataset: IterableDataset, label_column: str | None) -> list[list]:
-    """The same of files that must be read for it; sizes are those of the encoded images."""
-    logger.info(f"counting the rows of {dataset.num_shards} files, once: the counts are kept")
-    return [_survey_shard(dataset.shard(dataset.num_shards, i), label_column) for i in range(dataset.num_shards)]
-
-
-def _survey_shard(shard: IterableDataset, label_column: str | None) -> list:
-    labels, sizes = [], 0
-    for table in shard.with_format("arrow").iter(batch_size=100):
-        labels += table.column(label_column).to_pylist() if label_column else [0] * table.num_rows
-        sizes += table.nbytes
-    return [len(labels), *label_range(labels), [sizes]]
-
-
-def _kept(path: Path, work_out: Callable[[], list]) -> list:
-    """What is in a JSON file, or else what is worked out and then put there."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        result = work_out()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result), encoding="utf-8")
-    return result
-
-
-def _digest(content: bytes) -> str:
-    return blake2b(content, digest_size=16).hexdigest()
+        return stream_parquet(list(files), dataset, columns, cache_dir)
+    return stream_files(list(files), files.origin_metadata, dataset, columns, cache_dir)
 
 
 # ---- columns, classes, splits

@@ -1,14 +1,17 @@
 """What a split holds: rows in blocks that can be read in any order, whatever kind of files they lie in."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import compress, islice
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
+
+from vaerepa.data.digests import Digests, digest_column, digest_images, digest_of, read_file, samples
 
 MAX_BLOCKS = 1024  # more places to begin at would not shuffle better
 READ_BATCH = 32
@@ -40,16 +43,44 @@ class Columns:
         return [name for name in (self.label, self.image, self.moments, self.caption) if name is not None]
 
 
+class Conditions:
+    """Label and captions of all rows of a split, without their images.
+
+    Args:
+        table: `label`, an integer for each row, and `caption`, where there are captions: text, or lists of it.
+    """
+
+    def __init__(self, table: pa.Table):
+        self.labels = table.column("label").to_numpy()
+        self.captions = table.column("caption") if "caption" in table.column_names else None
+
+    def row(self, index: int) -> Row:
+        """The row of this number, as far as it is known."""
+        caption = None if self.captions is None else self.captions[index].as_py()
+        return Row(index, int(self.labels[index]), caption=caption)
+
+    @property
+    def label_range(self) -> tuple[int, int]:
+        """The smallest and the largest label."""
+        return (int(self.labels.min()), int(self.labels.max())) if len(self.labels) else (0, 0)
+
+    def digests(self, images: str) -> Digests:
+        """Digests of labels and captions, beside that of the `images`."""
+        return Digests(images, digest_of(self.labels.astype(np.int64).tobytes()), digest_column(self.captions))
+
+
 class Storage(Protocol):
     """Where rows lie."""
 
     block_rows: list[int]
     labels: tuple[int, int]  # the smallest and the largest
-    revision: str  # changes with the content
     holds_latents: bool
+    images: str  # digest of them, or of the moments
+    digests: Digests
 
-    def captions(self) -> Iterator[str | list[str] | None]:
-        """Yields the captions of all rows in their order."""
+    @property
+    def conditions(self) -> Conditions:
+        """Labels and captions of all rows, as the data have them now."""
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         """Yields the rows of a block in their order, from its `start`-th on."""
@@ -84,13 +115,14 @@ class Source:
         return Source(self.storage, self.members & members)
 
     def without_content(self) -> "Source":
-        """The same rows by their numbers alone, for those whose content is known from elsewhere."""
-        return Source(NumberedRows(self.storage.block_rows), self.members)
+        """The same rows without their images, for those whose moments are known from elsewhere."""
+        return Source(ConditionRows(self.storage.block_rows, self.storage.conditions), self.members)
 
     def captions(self) -> Iterator[list[str]]:
         """Yields the captions of each member, in the order of the rows."""
-        for caption in compress(self.storage.captions(), self.members):
-            yield all_captions(caption)
+        captions = self.storage.conditions.captions
+        for index in np.flatnonzero(self.members).tolist():
+            yield all_captions(captions[index].as_py())
 
     def read_block(self, block: int, start: int = 0) -> Iterator[Row]:
         """Yields the members of a block in their order, from the `start`-th on."""
@@ -102,25 +134,46 @@ class Source:
 
 
 class StreamedRows:
-    """Rows of a streamed data set; a block is a run of its shards (files, or row groups of parquet)."""
+    """Rows of a streamed data set; a block is a run of its shards (files, or row groups of parquet).
+
+    Args:
+        shard_rows: number of rows of each shard.
+        labels: the smallest and the largest.
+        images: digest of the images, and of the moments.
+        read_conditions: opens the labels and captions.
+        digests: of files that are far away, whose digests are known without reading labels and captions.
+    """
 
     def __init__(
-        self, dataset: IterableDataset, shard_rows: list[int], columns: Columns, labels: tuple[int, int], revision: str
+        self,
+        dataset: IterableDataset,
+        shard_rows: list[int],
+        columns: Columns,
+        labels: tuple[int, int],
+        images: str,
+        read_conditions: Callable[[], Conditions],
+        digests: Digests | None = None,
     ):
         self.dataset = dataset.with_format("arrow")
         self.columns = columns
         self.labels = labels
-        self.revision = revision
+        self.images, self._read_conditions, self._known_digests = images, read_conditions, digests
         self.holds_latents = columns.moments is not None
         # array_split cuts where IterableDataset.shard does
         blocks = np.array_split(np.array(shard_rows, dtype=int), min(len(shard_rows), MAX_BLOCKS) or 1)
         self.block_rows = [int(rows.sum()) for rows in blocks]
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
 
-    def captions(self) -> Iterator[str | list[str] | None]:
-        name = self.columns.caption
-        for table in self.dataset.select_columns([name]).iter(batch_size=READ_BATCH):
-            yield from table.column(name).to_pylist()
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if "conditions" not in k}  # data workers read images
+
+    @cached_property
+    def conditions(self) -> Conditions:
+        return self._read_conditions()
+
+    @cached_property
+    def digests(self) -> Digests:
+        return self._known_digests or self.conditions.digests(self.images)
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         index = self._block_starts[block]
@@ -135,19 +188,25 @@ class StreamedRows:
 class TableRows:
     """Rows of a table in memory, or mapped into it; a block is a range of them."""
 
-    def __init__(self, dataset: Dataset, columns: Columns, revision: str):
+    def __init__(self, dataset: Dataset, columns: Columns):
         self.dataset = dataset.select_columns(columns.names()).with_format("arrow")
         self.columns = columns
-        self.labels = (0, 0)
-        if columns.label:
-            self.labels = label_range(self.dataset.select_columns([columns.label])[:][columns.label].to_pylist())
-        self.revision = revision
+        self.labels = self.conditions.label_range
         self.holds_latents = columns.moments is not None
         self.block_rows = even_blocks(len(dataset))
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
 
-    def captions(self) -> Iterator[str | list[str] | None]:
-        yield from self.dataset.select_columns([self.columns.caption])[:][self.columns.caption].to_pylist()
+    @cached_property
+    def conditions(self) -> Conditions:
+        return Conditions(conditions_of(self.dataset[:], self.columns))
+
+    @cached_property
+    def images(self) -> str:
+        return digest_images(self.dataset[:].column(self.columns.image or self.columns.moments))
+
+    @cached_property
+    def digests(self) -> Digests:
+        return self.conditions.digests(self.images)
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         first, end = self._block_starts[block] + start, self._block_starts[block + 1]
@@ -160,36 +219,57 @@ class MomentFiles:
 
     holds_latents = True
 
-    def __init__(self, paths: list[Path], labels: list[int], revision: str):
+    def __init__(self, paths: list[Path], labels: list[int]):
         self.paths = paths
-        self.row_labels = labels
-        self.labels = label_range(labels)
-        self.revision = revision
+        self.conditions = Conditions(pa.table({"label": pa.array(labels, pa.int64())}))
+        self.labels = self.conditions.label_range
         self.block_rows = even_blocks(len(paths))
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         for index in range(self._block_starts[block] + start, self._block_starts[block + 1]):
-            yield Row(index, self.row_labels[index], moments=self.paths[index])
+            yield self.conditions.row(index)._replace(moments=self.paths[index])
+
+    @cached_property
+    def images(self) -> str:
+        heads = [read_file(self.paths[place], 0, limit) for place, limit in samples(len(self.paths))]
+        return digest_of(str(len(self.paths)).encode(), *heads)
+
+    @cached_property
+    def digests(self) -> Digests:
+        return self.conditions.digests(self.images)
 
 
-class NumberedRows:
-    """Rows of which nothing but the number is known."""
+class ConditionRows:
+    """Rows of which nothing but number, label and caption is known."""
 
-    labels, revision, holds_latents = (0, 0), "", False
+    holds_latents, images = False, ""
 
-    def __init__(self, block_rows: list[int]):
+    def __init__(self, block_rows: list[int], conditions: Conditions):
+        self.conditions = conditions
+        self.labels = conditions.label_range
         self.block_rows = block_rows
         self._block_starts = np.cumsum([0, *block_rows]).tolist()
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         for index in range(self._block_starts[block] + start, self._block_starts[block + 1]):
-            yield Row(index, -1)
+            yield self.conditions.row(index)
 
 
 def even_blocks(num_rows: int) -> list[int]:
     """Sizes of as many blocks as are of use, for rows that can be read from anywhere."""
     return [len(part) for part in np.array_split(range(num_rows), min(num_rows, MAX_BLOCKS) or 1)]
+
+
+def conditions_of(table: pa.Table, columns: Columns) -> pa.Table:
+    """`label` and `caption` of each row of a table; a label that is missing is -1, and 0 where there are none."""
+    if columns.label is None:
+        content = {"label": np.zeros(table.num_rows, dtype=np.int64)}
+    else:
+        content = {"label": table.column(columns.label).cast(pa.int64()).fill_null(-1)}
+    if columns.caption is not None:
+        content["caption"] = table.column(columns.caption)
+    return pa.table(content)
 
 
 def rows_of(table: pa.Table, first: int, columns: Columns) -> Iterator[Row]:

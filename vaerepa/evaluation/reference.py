@@ -40,14 +40,14 @@ def measure_source(
     """Features of a data set's images, centre-cropped as in training; kept for the next time. All processes must call it.
 
     Args:
-        about: what the images are: data set, revision, split, `resolution`; with `extractor` the key of what is kept.
+        about: what the images are: data set, split, `resolution`; with `extractor` the key of what is kept.
 
     Raises:
         OptionError: the source holds latents, or fewer than two readable images.
     """
     if source.holds_latents:
         raise OptionError(f"{about['dataset']} holds latents; a reference needs images, or statistics as .npz.")
-    about = about | {"revision": source.storage.revision, "num_images": len(source), "extractor": extractor.name}
+    about = about | {"images": source.storage.images, "num_images": len(source), "extractor": extractor.name}
     key = blake2b(json.dumps([about, _digest(source.members)]).encode(), digest_size=8).hexdigest()
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vaerepa-reference" / f"{key}.npz"
     if accelerator.gather(torch.tensor([path.is_file()], device=accelerator.device)).all():

@@ -1,0 +1,199 @@
+"""Surveys of streamed files: how many rows they hold, digests, and the labels and captions of all rows.
+
+Footers of parquet files tell the rows. Other files must be read for them, once: what was found is kept in the cache of
+`datasets`, beside labels and captions as an Arrow file that all processes map, under a key that changes with the files.
+"""
+
+import atexit
+import json
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import IterableDataset
+
+from vaerepa.data.digests import Digests, digest_of, read_file, samples, update
+from vaerepa.data.source import READ_BATCH, Columns, Conditions, StreamedRows, conditions_of, label_range
+
+logger = logging.getLogger(__name__)
+
+CONTENT_KEYS = ("blob_id", "ETag", "etag", "md5Hash", "content_md5")  # what file systems say of a remote file's content
+READERS = 16  # remote files that are read at once
+
+
+class RowGroup(NamedTuple):
+    """What the footer of a parquet file tells of a row group."""
+
+    num_rows: int
+    labels: tuple[int, int]  # the smallest and the largest
+    images: list[int]  # sizes, as stored, of the columns with images or moments
+    others: list[int]  # of those with labels and captions
+    start: int  # of the images in the file
+
+
+def stream_parquet(files: list[str], dataset: IterableDataset, columns: Columns, cache_dir: str | None) -> StreamedRows:
+    """Rows of parquet files; a shard of the data set is a row group."""
+    groups = [(path, group) for path in files for group in _read_footer(path, columns)]
+    shard_rows = [group.num_rows for _, group in groups]
+    labels = label_range([label for _, group in groups if group.num_rows for label in group.labels])
+    are_local = not any("://" in path for path in files)
+    heads = [read_file(groups[i][0], groups[i][1].start, limit) for i, limit in samples(len(groups)) if are_local]
+    about = [_content_keys(path) for path in files if not are_local]
+    images = digest_of(json.dumps([[g.num_rows, g.images] for _, g in groups] + about).encode(), *heads)
+    others = digest_of(json.dumps([images, [g.others for _, g in groups], columns.label, columns.caption]).encode())
+
+    def read_conditions() -> Conditions:
+        path = _folder(cache_dir) / f"{digest_of(json.dumps([others, _times(files)]).encode())}.arrow"
+        read = lambda file: _read_columns(file, columns)  # noqa: E731
+        with ThreadPoolExecutor(1 if are_local else READERS) as readers:
+            return _kept_conditions(path, dataset, columns, lambda: readers.map(read, files))
+
+    known = None if are_local else Digests(images, others, others)
+    return StreamedRows(dataset, shard_rows, columns, labels, images, read_conditions, known)
+
+
+def stream_files(
+    files: list[str], about: list, dataset: IterableDataset, columns: Columns, cache_dir: str | None
+) -> StreamedRows:
+    """Rows of files that must be read to count them.
+
+    Args:
+        about: what is known of the files, such as their revision.
+    """
+    local = [path for path in files if "://" not in path]
+    heads = [read_file(local[i], 0, limit) for i, limit in samples(len(local))]
+    key = digest_of(json.dumps([files, about, _times(files), vars(columns)]).encode(), *heads)
+    path = _folder(cache_dir) / f"{key}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        conditions = _open_conditions(path.with_suffix(".arrow"))
+    except (OSError, ValueError, pa.ArrowInvalid):
+        logger.info(f"counting the rows of {dataset.num_shards} files, once: the counts are kept")
+        found = {}
+        tables = _survey(dataset, columns, found)
+        conditions = _keep_conditions(path.with_suffix(".arrow"), dataset, columns, tables)
+        _replace(path, lambda unfinished: unfinished.write_text(json.dumps(found), encoding="utf-8"))
+    labels = conditions.label_range
+    return StreamedRows(dataset, found["rows"], columns, labels, found["images"], lambda: conditions)
+
+
+def _read_footer(path: str, columns: Columns) -> Iterator[RowGroup]:
+    label, content = columns.label, columns.image or columns.moments
+    with fsspec.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        leaves = [parquet.schema.column(i).path.split(".") for i in range(len(parquet.schema))]
+        of_images = [i for i, leaf in enumerate(leaves) if leaf[0] == content and leaf[-1] != "path"]
+        of_others = [i for i, leaf in enumerate(leaves) if leaf[0] in (label, columns.caption)]
+        for i in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(i)
+            sizes = [[group.column(c).total_compressed_size for c in chosen] for chosen in (of_images, of_others)]
+            starts = [group.column(c).dictionary_page_offset or group.column(c).data_page_offset for c in of_images]
+            labels = (0, 0)
+            if label is not None:
+                statistics = group.column(leaves.index([label])).statistics
+                if statistics is not None and statistics.has_min_max and not statistics.null_count:
+                    labels = (statistics.min, statistics.max)
+                else:
+                    labels = label_range(parquet.read_row_group(i, columns=[label]).column(0).to_pylist())
+            yield RowGroup(group.num_rows, labels, *sizes, min(starts, default=0))
+
+
+def _read_columns(path: str, columns: Columns) -> pa.Table:
+    with fsspec.open(path, "rb") as file:
+        names = [name for name in (columns.label, columns.caption) if name is not None]
+        return conditions_of(pq.ParquetFile(file, pre_buffer=True).read(names), columns)
+
+
+def _survey(dataset: IterableDataset, columns: Columns, found: dict) -> Iterator[pa.Table]:
+    """Labels and captions of all shards; at their end the rows of each shard, and the digest of images, are `found`."""
+    digest, rows = blake2b(digest_size=16), []
+    for number in range(dataset.num_shards):
+        rows.append(0)
+        for table in dataset.shard(dataset.num_shards, number).with_format("arrow").iter(batch_size=READ_BATCH):
+            images = table.column(columns.image or columns.moments)
+            for chunk in images.chunks:
+                update(digest, chunk.field("bytes") if columns.image else chunk)
+            rows[-1] += table.num_rows
+            yield conditions_of(table, columns)
+    found |= {"rows": rows, "images": digest.hexdigest()}
+
+
+# ---- what is kept
+
+
+def _kept_conditions(
+    path: Path, dataset: IterableDataset, columns: Columns, read: Callable[[], Iterable[pa.Table]]
+) -> Conditions:
+    try:
+        return _open_conditions(path)
+    except (OSError, pa.ArrowInvalid):
+        return _keep_conditions(path, dataset, columns, read())
+
+
+def _keep_conditions(path: Path, dataset: IterableDataset, columns: Columns, tables: Iterable[pa.Table]) -> Conditions:
+    fields = [pa.field("label", pa.int64())]
+    if columns.caption is not None:
+        fields.append(pa.field("caption", dataset.features.arrow_schema.field(columns.caption).type))
+    schema = pa.schema(fields)
+
+    def write(unfinished: Path) -> None:
+        with unfinished.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for table in tables:
+                writer.write_table(table.cast(schema))
+
+    _replace(path, write)
+    return _open_conditions(path)
+
+
+def _open_conditions(path: Path) -> Conditions:
+    with pa.memory_map(str(path)) as mapped:
+        return Conditions(pa.ipc.open_file(mapped).read_all())
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file that takes its name when it is whole."""
+    unfinished = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _folder(cache_dir: str | None) -> Path:
+    """Where surveys are kept; where that cannot be written, a folder that ends with this process."""
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vaerepa-row-counts"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        writable = False
+    else:
+        writable = os.access(folder, os.W_OK)
+    if not writable:
+        folder = Path(tempfile.mkdtemp(prefix="vaerepa-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _times(files: list[str]) -> list[list[int]]:
+    """Sizes and times of the files that lie here."""
+    states = [os.stat(path) for path in files if "://" not in path]
+    return [[state.st_size, state.st_mtime_ns] for state in states]
+
+
+def _content_keys(path: str) -> list[str]:
+    """What changes with the content of a remote file."""
+    file_system, inner = fsspec.core.url_to_fs(path)
+    about = file_system.info(inner)
+    return [str(about[key]) for key in CONTENT_KEYS if about.get(key)]
