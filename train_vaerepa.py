@@ -50,7 +50,17 @@ from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, s
 from vaerepa.alignment.taps import output_of
 from vaerepa.command import command_to_go_on
 from vaerepa.components import Components, build_alignments, build_transformer, open_components
-from vaerepa.data import DataError, Feed, Prompts, Sources, TrainingDraws, ValidationDraws, micro_batch
+from vaerepa.data import (
+    DataError,
+    Feed,
+    Prompts,
+    Sources,
+    TrainingDraws,
+    ValidationDraws,
+    classes_in_batch,
+    micro_batch,
+)
+from vaerepa.data.order import ORDER
 from vaerepa.ema import EMA, share_of_start
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import TrainingEvaluation, held_out_loss, newest_report, open_evaluation
@@ -408,6 +418,11 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
     changes += past.changes_of_rounding(position, past.environment_of(options, accelerator))
     if changes:
         logger.warning(f"{'; '.join(changes)}: from here on the restart is not exact")
+    if checkpoint and position.get("order", 1) != ORDER:
+        logger.warning(
+            f"{checkpoint.name} was written when images came in another order: from here on the restart is not exact, and "
+            "some images of this epoch come twice, or not at all"
+        )
     size = sum(parameter.numel() for parameter in run.transformer.parameters()) / 1e6
     trained = sum(parameter.numel() for parameter in run.trained_weights.values()) / 1e6
     head_size = sum(parameter.numel() for parameter in run.aligned_transformer.heads.parameters()) / 1e6
@@ -427,6 +442,8 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
         f"{len(run.sources.train)} images, {len(run.sources.validation or ())} held out; batch {options.global_batch_size} = "
         f"{options.train_batch_size} x {accelerator.num_processes} processes x {options.gradient_accumulation_steps} accumulated"
     )
+    if accelerator.is_main_process:
+        say_classes_in_batch(run)
     for decay in run.ema.transformers if run.ema else ():
         share = share_of_start(decay, run.max_train_steps)
         level = logging.WARNING if share > 0.05 else logging.INFO
@@ -449,6 +466,17 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
         if not options.rank:
             write_frozen_parts(run.output_dir, {"vae": run.vae})
     accelerator.init_trackers("vaerepa", {name: str(value) for name, value in as_plain(options).items()})
+
+
+def say_classes_in_batch(run: Run) -> None:
+    """Logs how well the images are shuffled, where they have classes."""
+    options = run.options
+    sizes = options.num_streams, options.shuffle_buffer_size
+    classes = classes_in_batch(run.sources.train, options.seed, *sizes, options.global_batch_size)
+    if classes:
+        logger.info(f"classes in a batch: {classes}")
+        if classes.warning:
+            logger.warning(classes.warning)
 
 
 def write_frozen_parts(output_dir: Path, parts: dict[str, Any]) -> None:
@@ -789,6 +817,7 @@ def save(run: Run, must_succeed: bool) -> None:
         "num_images": len(run.sources.train),
         "content": run.content,
         "environment": past.environment_of(run.options, accelerator),
+        "order": ORDER,
         "latent_statistics": run.latent_statistics,
         "encode_in_bf16": run.feed.encode_in_bf16,
         "window": run.window.reduce(accelerator),

@@ -152,14 +152,18 @@ class Options:
         resume="fixed",
     )
     random_flip: bool = option(False, "Flip images horizontally at random. The paper does not.", resume="fixed")
-    num_streams: int = option(
-        16,
-        "Places of the data set that are read at once. Each belongs to one data worker, if this is a multiple of devices x "
-        "workers. The order depends on it, not on those.",
+    num_streams: int | None = option(
+        None,
+        "Places of parquet files or tar shards that are read at once; what else there is, is permuted whole. Each belongs to one "
+        "data worker, if this is a multiple of devices x workers. The order depends on it, not on those. Default: 256, or as "
+        "many as there are row groups or shards for (two to each, and 16 GiB for row groups over all workers).",
         resume="fixed",
     )
-    shuffle_buffer_size: int = option(
-        1000, "Images are shuffled within so many, over all streams; shards are shuffled too.", resume="fixed"
+    shuffle_buffer_size: int | None = option(
+        None,
+        "Images that parquet files or tar shards are shuffled within, over all streams; row groups and shards are shuffled too. "
+        "Default: as many as take 1 GiB, undecoded, over all data workers.",
+        resume="fixed",
     )
     latents_cache: str | None = option(
         None,
