@@ -48,6 +48,7 @@ from vaerepa import (
 )
 from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, settings, stored_heads
 from vaerepa.alignment.taps import output_of
+from vaerepa.cli import as_plain, write_config
 from vaerepa.command import command_to_go_on
 from vaerepa.components import Components, build_alignments, build_transformer, open_components
 from vaerepa.data import (
@@ -71,7 +72,7 @@ from vaerepa.hub.push import tag_of
 from vaerepa.hub.uploader import Uploader
 from vaerepa.layout import STATE, all_checkpoints, folder_of, step_of
 from vaerepa.logs import MetricsFile, Window, by_noise_level, plot_curves
-from vaerepa.options import Options, as_plain, changed_options, parse_options, write_config
+from vaerepa.options import Options, changed_options, parse_options
 from vaerepa.precompute import precompute_latents
 from vaerepa.privacy import public_values, redact, take_token
 from vaerepa.randomness import draw_seed
