@@ -391,6 +391,9 @@ class Options:
         above=0,
     )
     num_eval_samples: int = option(1000, "Images to draw; FID of fewer is larger, so compare equal numbers only.")
+    label_sampling: Literal["random", "equal"] = option(
+        "random", "Classes of these images: at random, as REPA, SRA and SiT draw them, or all equally often."
+    )
     eval_reference: str | None = option(
         None,
         "Statistics of real images (.npz, as `python -m vaerepa.evaluate` keeps or takes them). Default: of up to 10000 "
