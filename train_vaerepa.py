@@ -48,9 +48,20 @@ from vaerepa import (
 )
 from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, settings, stored_heads
 from vaerepa.alignment.taps import output_of
+from vaerepa.cli import as_plain, write_config
 from vaerepa.command import command_to_go_on
 from vaerepa.components import Components, build_alignments, build_transformer, open_components
-from vaerepa.data import DataError, Feed, Prompts, Sources, TrainingDraws, ValidationDraws, images, micro_batch
+from vaerepa.data import (
+    DataError,
+    Feed,
+    Prompts,
+    Sources,
+    TrainingDraws,
+    ValidationDraws,
+    classes_in_batch,
+    micro_batch,
+)
+from vaerepa.data.order import ORDER
 from vaerepa.ema import EMA, share_of_start
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import TrainingEvaluation, held_out_loss, newest_report, open_evaluation
@@ -61,12 +72,11 @@ from vaerepa.hub.push import tag_of
 from vaerepa.hub.uploader import Uploader
 from vaerepa.layout import STATE, all_checkpoints, folder_of, step_of
 from vaerepa.logs import MetricsFile, Window, by_noise_level, plot_curves
-from vaerepa.options import Options, as_plain, changed_options, parse_options, write_config
+from vaerepa.options import Options, changed_options, parse_options
 from vaerepa.precompute import precompute_latents
 from vaerepa.privacy import public_values, redact, take_token
 from vaerepa.randomness import draw_seed
 from vaerepa.stopping import StopRequest
-from vaerepa.system import is_out_of_space, num_cores, unbroken_output
 
 logger = get_logger(__name__)
 
@@ -155,7 +165,6 @@ class Run:
         return self.ema.exported if self.ema else self.transformer
 
 
-@unbroken_output()
 def main(arguments: list[str] | None = None) -> int:
     """Runs the trainer; user errors become one sentence and an exit code."""
     try:
@@ -167,11 +176,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, OptionError) else 1
     except torch.OutOfMemoryError:
         print(f"\nerror: out of GPU memory. {speed.next_memory_lever(options)}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if not is_out_of_space(error):
-            raise
-        print(f"\nerror: {error.strerror}: {error.filename or options.output_dir}. Make room there.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
@@ -225,12 +229,8 @@ def build_accelerator(options: Options) -> Accelerator:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for chatty in ("httpx", "httpx2", "datasets", "fsspec"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    images.quiet_pillow()
-    checks.check_launcher()
     try:
         accelerator = Accelerator(
-            # torchrun does not tell accelerate that its processes are to train together on CPUs
-            cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not checks.has_gpu(),
             mixed_precision=options.mixed_precision,
             log_with=None if options.report_to == "none" else options.report_to,
             project_config=ProjectConfiguration(
@@ -248,7 +248,7 @@ def build_accelerator(options: Options) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     if accelerator.device.type == "cpu":
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # accelerate launch leaves one thread to each
-        torch.set_num_threads(max(1, num_cores() // local_processes))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
     return accelerator
 
 
@@ -419,6 +419,11 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
     changes += past.changes_of_rounding(position, past.environment_of(options, accelerator))
     if changes:
         logger.warning(f"{'; '.join(changes)}: from here on the restart is not exact")
+    if checkpoint and position.get("order", 1) != ORDER:
+        logger.warning(
+            f"{checkpoint.name} was written when images came in another order: from here on the restart is not exact, and "
+            "some images of this epoch come twice, or not at all"
+        )
     size = sum(parameter.numel() for parameter in run.transformer.parameters()) / 1e6
     trained = sum(parameter.numel() for parameter in run.trained_weights.values()) / 1e6
     head_size = sum(parameter.numel() for parameter in run.aligned_transformer.heads.parameters()) / 1e6
@@ -438,6 +443,8 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
         f"{len(run.sources.train)} images, {len(run.sources.validation or ())} held out; batch {options.global_batch_size} = "
         f"{options.train_batch_size} x {accelerator.num_processes} processes x {options.gradient_accumulation_steps} accumulated"
     )
+    if accelerator.is_main_process:
+        say_classes_in_batch(run)
     for decay in run.ema.transformers if run.ema else ():
         share = share_of_start(decay, run.max_train_steps)
         level = logging.WARNING if share > 0.05 else logging.INFO
@@ -460,6 +467,17 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
         if not options.rank:
             write_frozen_parts(run.output_dir, {"vae": run.vae})
     accelerator.init_trackers("vaerepa", {name: str(value) for name, value in as_plain(options).items()})
+
+
+def say_classes_in_batch(run: Run) -> None:
+    """Logs how well the images are shuffled, where they have classes."""
+    options = run.options
+    sizes = options.num_streams, options.shuffle_buffer_size
+    classes = classes_in_batch(run.sources.train, options.seed, *sizes, options.global_batch_size)
+    if classes:
+        logger.info(f"classes in a batch: {classes}")
+        if classes.warning:
+            logger.warning(classes.warning)
 
 
 def write_frozen_parts(output_dir: Path, parts: dict[str, Any]) -> None:
@@ -800,6 +818,7 @@ def save(run: Run, must_succeed: bool) -> None:
         "num_images": len(run.sources.train),
         "content": run.content,
         "environment": past.environment_of(run.options, accelerator),
+        "order": ORDER,
         "latent_statistics": run.latent_statistics,
         "encode_in_bf16": run.feed.encode_in_bf16,
         "window": run.window.reduce(accelerator),

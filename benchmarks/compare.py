@@ -29,11 +29,11 @@ import torch
 import yaml
 
 from vaerepa import checks, components, dry_run, latents
+from vaerepa.cli import as_plain, read_rows
 from vaerepa.errors import OptionError
 from vaerepa.layout import folder_of
 from vaerepa.logs import MetricsFile
-from vaerepa.options import Options, as_plain, parse_options
-from vaerepa.system import num_cores
+from vaerepa.options import Options, parse_options
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 def compare(args: argparse.Namespace) -> None:
     """The story: read, check, train, tell."""
     rows, seeds = read_rows(args.rows), list(dict.fromkeys(args.seeds))
+    check_names(rows, args.rows)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     lines = {}
     for name, values in rows.items():
@@ -129,26 +130,15 @@ def compare(args: argparse.Namespace) -> None:
 # ---- rows
 
 
-def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Options of each row by its name.
+def check_names(rows: dict[str, Any], path: Path) -> None:
+    """Checks that each row's name can be that of its folder.
 
     Raises:
-        OptionError: there is no such file, or it is no list of rows.
+        OptionError: it cannot.
     """
-    try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-        base = yaml.safe_load((path.parent / table["base"]).read_text(encoding="utf-8"))
-        rows = {str(name): base | (options or {}) for name, options in table["rows"].items()}
-    except OSError as error:
-        raise OptionError(f"{error.filename} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise OptionError(
-            f"{path} is no list of rows; expected `base`, a config beside it, and `rows`, a name and options for each."
-        ) from error
     for name in rows:
         if not name or Path(name).name != name:
             raise OptionError(f"{path}: the row `{name}` cannot name a folder; take a name without `/`.")
-    return rows
 
 
 def command_line(config: Path, more: list[str], seed: int, output_dir: Path) -> list[str]:
@@ -287,7 +277,7 @@ def describe(runs: Runs, costs: dict[str, Cost], seeds: list[int]) -> str:
     first = next(iter(runs))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     lines = [
-        f"Seeds {', '.join(map(str, seeds))}; {device}, {num_cores()} cores, torch {torch.__version__}.",
+        f"Seeds {', '.join(map(str, seeds))}; {device}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}.",
         "",
         f"| row | parameters | of heads | training, an image | a step | over `{first}`, by seed | peak memory |",
         "|---|---|---|---|---|---|---|",

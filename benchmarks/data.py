@@ -4,11 +4,17 @@
 
 Rounds of all ways are alternated, and the median of each is printed. Without --train_data_dir, JPEG pictures of 500 x 375
 pixels are made of smooth noise.
+
+    python -m benchmarks.data --order
+
+shows the order of 1 281 167 images in 1000 classes, sorted by class, for made-up data sets of all kinds that have labels but no
+images: the classes in a batch of 256, the time until a data worker has read its part of ten batches, and the memory it takes.
 """
 
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import tempfile
 import time
@@ -23,16 +29,27 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, Image, Value, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
 from PIL import Image as PILImage
 from PIL import ImageFilter
 from torch.utils.data import DataLoader
 
 from vaerepa import latents
-from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources, read_batches
-from vaerepa.data.images import cut, to_pixels
+from vaerepa.data import Batches, Preprocessing, TrainingDraws, classes_in_batch, open_sources, read_batches
+from vaerepa.data.images import crop, resize_to_cover, to_pixels
 from vaerepa.data.latents_cache import CacheKey, LatentsCache
-from vaerepa.data.source import ConditionRows, Conditions, Source
+from vaerepa.data.order import open_reader, stream_sizes
+from vaerepa.data.source import (
+    Columns,
+    Conditions,
+    MomentFiles,
+    ParquetRows,
+    RowGroup,
+    Source,
+    Storage,
+    StreamedRows,
+    TableRows,
+)
 
 LATENTS = (4, 32, 32)
 BATCH = 256
@@ -49,11 +66,15 @@ def parse_args() -> argparse.Namespace:
     add("--num_cached", type=int, default=20_000, help="Samples that are read from cache and .npy files in a round.")
     add("--num_workers", type=int, default=2, help="Data workers.")
     add("--rounds", type=int, default=3, help="Rounds of each way.")
+    add("--order", action="store_true", help="Show the order of a large sorted data set of each kind instead.")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    if args.order:
+        show_order(args.num_workers)
+        return
     Accelerator()  # for its logging
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -116,7 +137,7 @@ def ours(args: argparse.Namespace) -> Iterator[torch.Tensor]:
     source = open_sources(args.train_data_dir).train
     side = args.resolution // 8
     draws = TrainingDraws(0, (4, side, side), 0.1)
-    batches = Batches(source, Preprocessing(args.resolution), draws, 32, 0, args.num_images, 16, 1000, 0)
+    batches = Batches(source, Preprocessing(args.resolution), draws, 32, 0, args.num_images, None, None, 0)
     for batch in read_batches(batches, args.num_workers):
         yield batch["pixel_values"]
 
@@ -128,7 +149,8 @@ def plain(args: argparse.Namespace) -> Iterator[torch.Tensor]:
     stream = load_dataset(**where, split="train", streaming=True).reshard().shuffle(seed=0, buffer_size=1000)
 
     def preprocess(row: dict) -> dict:
-        image = cut(row["image"].convert("RGB"), (args.resolution, args.resolution))
+        size = (args.resolution, args.resolution)
+        image = crop(resize_to_cover(row["image"].convert("RGB"), size), size)
         return {"pixel_values": to_pixels(image), "label": row["label"]}
 
     stream = stream.map(preprocess, remove_columns=stream.column_names).take(args.num_images)
@@ -185,10 +207,10 @@ class NpyFiles(torch.utils.data.Dataset):
 
 def from_cache(cache: LatentsCache, num_workers: int) -> Iterator[torch.Tensor]:
     """As a run with a complete cache reads them."""
-    labels = Conditions(pa.table({"label": np.zeros(cache.num_rows, dtype=np.int64)}))
-    source = Source(ConditionRows([1000] * (cache.num_rows // 1000), labels))
+    names = [str(i) for i in range(cache.num_rows)]  # never read
+    source = Source(MomentFiles(cache.folder, names, [0] * len(names)))
     draws = TrainingDraws(0, LATENTS, 0.1)
-    batches = Batches(source, Preprocessing(256), draws, BATCH, 0, len(source), 16, 1000, 0, cache=cache)
+    batches = Batches(source, Preprocessing(256), draws, BATCH, 0, len(source), None, None, 0, cache=cache)
     for batch in read_batches(batches, num_workers):
         mean, std = batch["moments"].float().chunk(2, dim=1)
         yield (mean + std * batch["draws"]["posterior"]) * 0.18215
@@ -207,7 +229,7 @@ def ours_from_npy(files: NpyFiles, num_workers: int) -> Iterator[torch.Tensor]:
     """As a run of ours on that layout reads them."""
     source = open_sources(str(files.folder)).train
     draws = TrainingDraws(0, LATENTS, 0.1)
-    batches = Batches(source, Preprocessing(256), draws, BATCH, 0, len(source), 16, 1000, 0)
+    batches = Batches(source, Preprocessing(256), draws, BATCH, 0, len(source), None, None, 0)
     for batch in read_batches(batches, num_workers):
         mean, std = batch["moments"].chunk(2, dim=1)
         yield (mean + std * batch["draws"]["posterior"]) * 0.18215
@@ -219,6 +241,96 @@ def from_npy(files: NpyFiles, num_workers: int) -> Iterator[torch.Tensor]:
         mean, std = moments.chunk(2, dim=1)
         torch.randn_like(mean), torch.rand(len(labels)), torch.rand(len(labels)) < 0.1
         yield (mean + std * torch.randn_like(mean)) * 0.18215
+
+
+# ---- the order of a large data set
+
+IMAGE_BYTES = 110_000  # of a picture of ImageNet
+
+
+def show_order(num_workers: int) -> None:
+    """Prints a row for each kind of data set."""
+    labels = np.sort(np.arange(1_281_167) % 1000)
+    print(
+        "| | classes in a batch | of a permutation | said after, s | worker: first batches, s | worker: memory, MiB |"
+    )
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, storage in made_up(labels, Path(folder)):
+            source, start = Source(storage), time.perf_counter()
+            classes = classes_in_batch(source, 0, None, None, BATCH)
+            said = time.perf_counter() - start
+            seconds, memory = in_a_worker(source, num_workers)
+            row = (
+                f"{classes.mean:.1f}",
+                f"{classes.of_permutation:.1f}",
+                f"{said:.2f}",
+                f"{seconds:.3f}",
+                f"{memory:.0f}",
+            )
+            print(f"| {name} | {' | '.join(row)} |", flush=True)
+
+
+def made_up(labels: np.ndarray, folder: Path) -> Iterator[tuple[str, Storage]]:
+    """Storages of all kinds, with these labels and no images."""
+    by_label, count = Columns("label", image="image"), len(labels)
+    features = Features({"image": Image(), "label": Value("int64")})
+    paths = [{"bytes": None, "path": f"train/n{label:08d}/n{label:08d}_{i}.JPEG"} for i, label in enumerate(labels)]
+    table = Dataset.from_dict({"image": paths, "label": labels}, features=features)
+    yield "image folder", TableRows(table, by_label)
+    table.remove_columns("image").add_column("moments", np.zeros((count, 1), np.float32).tolist()).save_to_disk(folder)
+    yield "saved table", TableRows(Dataset.load_from_disk(folder), Columns("label", moments="moments"))
+    names = [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in range(count)]
+    yield ".npy files", MomentFiles(folder, names, labels.tolist())
+    nothing = IterableDataset.from_generator(lambda: iter(()), features=features)
+    for size, image_bytes, small in ((100, IMAGE_BYTES, False), (1000, 30_000, False), (1000, IMAGE_BYTES, True)):
+        starts = range(0, count, size)
+        groups = [RowGroup("", 0, rows, rows * image_bytes, small) for rows in (min(size, count - s) for s in starts)]
+        kind = f"parquet, groups of {size} rows of {image_bytes // 1000} kB, {'small' if small else 'large'} pages"
+        yield kind, ParquetRows(nothing, groups, by_label, (0, 999), "", lambda: conditions(labels))
+    mixed = np.concatenate([np.random.default_rng(0).permutation(part) for part in np.array_split(labels, 10)])
+    for kind, rows, size in (
+        ("tar, shards of 1000 rows", labels, 1000),
+        ("tar, ten shards of 100 mixed classes", mixed, 128_117),
+        ("tar, shards of 1000 rows of 100 mixed classes", mixed, 1000),
+    ):
+        sizes = [min(size, count - start) for start in range(0, count, size)]
+        know = lambda rows=rows: conditions(rows)  # noqa: E731
+        yield kind, StreamedRows(nothing, sizes, count * IMAGE_BYTES, by_label, (0, 999), "", know)
+
+
+def conditions(labels: np.ndarray) -> Conditions:
+    return Conditions(pa.table({"label": labels}))
+
+
+def in_a_worker(source: Source, num_workers: int) -> tuple[float, float]:
+    """Seconds until one of the data workers has found its rows of ten batches, and MiB that it takes for itself.
+
+    Of streams, which hold no images here, the memory is worked out: of its windows, and of the blocks that it has open.
+    """
+
+    def work(pipe) -> None:
+        before, start = private_memory(), time.perf_counter()
+        reader = open_reader(source if source.storage.random_access else source.without_content(), 0, None, None)
+        for sample_index in range(0, 10 * BATCH, num_workers):
+            next(reader.rows_from(sample_index))
+        pipe.send((time.perf_counter() - start, private_memory() - before))
+
+    ours, theirs = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("fork").Process(target=work, args=(theirs,))
+    worker.start()
+    seconds, memory = ours.recv()
+    worker.join()
+    if not source.storage.random_access:
+        num_streams, buffer_size = stream_sizes(source, None, None)
+        memory += (buffer_size * source.storage.row_bytes + num_streams * source.storage.open_bytes) / num_workers
+    return seconds, memory / 2**20
+
+
+def private_memory() -> int:
+    """Bytes of this process that it shares with no other."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from PIL import Image
 import train_vaerepa
 from benchmarks import compare
 from tests.conftest import ROOT, read_metrics
-from vaerepa.options import as_plain, parse_options
+from vaerepa.cli import as_plain
+from vaerepa.options import parse_options
 
 ROWS = {"none": {"alignment": "none"}, "vae+sra": {"alignment": ["vae", "sra"]}}
 STEPS = 2
@@ -144,7 +145,7 @@ def test_a_process_is_measured_and_reached_by_signals():
         ({"a": {}}, {"logging_steps": 2}, "--validation_steps 1 is no multiple of --logging_steps 2"),
         ({"a": {"alignment_blok": 1}}, {}, "did you mean `alignment_block`"),
         ({"../a": {}}, {}, "the row `../a` cannot name a folder"),
-        ([], {}, "is no list of rows"),
+        ([], {}, "expected `rows`"),
     ],
 )
 def test_rows_that_cannot_be_compared_are_refused(run_compare, trained, capsys, rows, options, message):

@@ -175,11 +175,9 @@ def test_each_process_reads_its_own_streams_alone(numbered):
         assert len(read) <= NUM_ROWS / 4 + 3
 
 
-def test_rows_come_once_when_blocks_hold_several_shards(numbered, monkeypatch):
-    monkeypatch.setattr(vaerepa.data.source, "MAX_BLOCKS", 4)
-    source = open_sources(str(numbered)).train
-    assert len(source.block_sizes) == 4
-    assert sorted(conditions_of(batches_of(source))) == list(range(NUM_ROWS))
+def test_a_block_is_no_larger_than_a_row_group(source):
+    assert source.block_sizes.max() == 5
+    assert len(source.block_sizes) == sum(-(-shard // 5) for shard in SHARDS)
 
 
 def test_an_empty_shard_shifts_nothing(tmp_path):

@@ -21,7 +21,7 @@ from vaerepa.data import open_images
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.features import Measured, measure
 from vaerepa.evaluation.reference import measure_source, open_npz, write_statistics
-from vaerepa.evaluation.samples import balanced, draw_missing, image_path, read_pixels, write_npz
+from vaerepa.evaluation.samples import balanced, choose_labels, draw_missing, image_path, read_pixels, write_npz
 from vaerepa.evaluation.statistics import Statistics, Sums, frechet_distance
 from vaerepa.families import dit
 
@@ -148,6 +148,23 @@ def test_choices_are_balanced_and_follow_from_seed_and_number():
     assert sorted(np.bincount(many)) == [4, 4, 5, 5, 5]
     assert balanced(7, 5, seed=1) == many[:7]
     assert balanced(23, 5, seed=2) != many
+
+
+def test_labels_are_drawn_at_random_each_by_its_number():
+    many = choose_labels(6000, 5, 1, "random")
+    assert choose_labels(70, 5, 1, "random") == many[:70]
+    assert choose_labels(6000, 5, 2, "random") != many
+    counts = np.bincount(many, minlength=5)
+    assert 0 < ((counts - 1200) ** 2 / 1200).sum() < 20
+    assert choose_labels(23, 5, 1, "equal") == balanced(23, 5, 1)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "random"), ("random", "random"), ("equal", "equal")])
+def test_how_labels_were_sampled_is_said_and_kept(sample, given, expected):
+    folder = sample(label_sampling=given)
+    assert json.loads((folder / "settings.json").read_text())["label_sampling"] == expected
+    other = {"random": "equal", "equal": "random"}[expected]
+    sample(code=2, label_sampling=other)  # the same folder
 
 
 def test_a_killed_run_goes_on_with_what_is_whole(sample, tmp_path):

@@ -251,6 +251,7 @@ def test_training_measures_every_so_many_steps(train, weights, tmp_path):
         "10 samples",
         "4 steps, EMA 0.9",
         "sampler euler",
+        "label_sampling random",
         "guidance_scale 1.0",
         "seed 0",
         "extractor inception",

@@ -203,9 +203,7 @@ def test_a_stopped_precomputation_goes_on(train, options, tmp_path, monkeypatch,
     assert 0 < len(rows_in(tmp_path / "cache")) < 40
     train(**options)
     assert rows_in(tmp_path / "cache") == list(range(40))
-    assert (
-        len(calls) == 40 - 2 + 1
-    )  # each image once, the two damaged ones never, and one that stood in for another early
+    assert 38 <= len(calls) <= 40  # each image once, the two damaged ones never, and early those that replace them
     assert not (tmp_path / "run").exists()
 
 

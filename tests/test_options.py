@@ -9,19 +9,12 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from vaerepa import cli
 from vaerepa.alignment import settings
-from vaerepa.options import (
-    FIELDS,
-    OptionError,
-    Options,
-    as_plain,
-    changed_options,
-    convert,
-    options_table,
-    parse_options,
-    read_config,
-    write_config,
-)
+from vaerepa.cli import as_plain, write_config
+from vaerepa.errors import OptionError
+from vaerepa.foreign_flags import ALIASES, FOREIGN
+from vaerepa.options import FIELDS, Options, changed_options, parse_options
 
 RESUME_CLASSES = ("fixed", "content", "schedule", "free")
 KEPT = {name: spec for name, spec in FIELDS.items() if not spec.metadata["secret"]}
@@ -99,15 +92,50 @@ def test_the_command_line_wins_over_yaml_over_the_defaults(config):
     assert options == replace(Options(), learning_rate=2e-4, seed=4, random_flip=False, ema_decay=(0.99,))
 
 
-def test_flags_turn_on_and_off():
+@pytest.mark.parametrize("text", ["true", "yes", "on", "1", "True", "false", "no", "off", "0", "FALSE"])
+@pytest.mark.parametrize("where", ["yaml", "flag", "equals"])
+def test_switches_take_the_usual_words(config, text, where):
+    expected = text.lower() in ("true", "yes", "on", "1")
+    line = {"yaml": [], "flag": ["--use_ema", text], "equals": [f"--use_ema={text}"]}[where]
+    yaml_text = f"use_ema: {text}" if where == "yaml" else ""
+    assert parse_yaml(config, yaml_text, *line, "--seed", "5") == replace(Options(), use_ema=expected, seed=5)
+
+
+def test_switches_turn_on_and_off_without_a_word():
     options = parse_options(["--random_flip", "--no_use_ema", "--no_center_crop"])
     assert (options.random_flip, options.use_ema, options.center_crop) == (True, False, False)
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("no", False), ("on", True), ("False", False)])
-def test_bool_from_yaml(config, text, value):
-    assert parse_yaml(config, f"random_flip: {text}\ncenter_crop: {text}").random_flip is value
-    assert parse_yaml(config, f"random_flip: {text}\ncenter_crop: {text}").center_crop is value
+@pytest.mark.parametrize("line", [["--train-batch-size", "4"], ["--train-batch-size=4"], ["--train_batch_size=4"]])
+def test_flags_may_be_spelled_with_dashes(line):
+    assert parse_options(line) == replace(Options(), train_batch_size=4)
+    assert parse_options(["--no-use-ema"]) == replace(Options(), use_ema=False)
+
+
+def test_home_and_variables_are_expanded_in_paths_alone(config, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("RUN", "seven")
+    options = parse_yaml(config, "train_data_dir: ~/pictures\nnegative_prompt: ~$RUN", "--output_dir", "$HOME/$RUN")
+    assert (options.train_data_dir, options.output_dir) == ("/home/ann/pictures", "/home/ann/seven")
+    assert options.negative_prompt == "~$RUN"
+
+
+def test_later_files_win_over_earlier_ones_and_a_row_lies_over_its_base(tmp_path):
+    files = {
+        "one.yaml": "seed: 1\nresolution: 64",
+        "two.yaml": "seed: 2",
+        "table.yaml": "base: one.yaml\nrows:\n  wide: {hidden_size: 64, published: FID 28.9}\n  plain:",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    one, two, rows = (str(tmp_path / name) for name in files)
+    assert parse_options(["--config", one, two]) == replace(Options(), seed=2, resolution=64)
+    wide = replace(Options(), seed=1, resolution=64, hidden_size=64)
+    assert parse_options(["--config", rows, "--row", "wide"]) == wide
+    assert parse_options(["--config", rows, two, "--row", "plain"]) == replace(Options(), seed=2, resolution=64)
+    for line in ([], ["--row", "narrow"]):
+        with pytest.raises(OptionError, match=r"--row.*choose one of wide, plain"):
+            parse_options(["--config", rows, *line])
 
 
 @pytest.mark.parametrize("text", ["[0.9999, 0.5]", "0.9999 0.5", "\n- 9999e-4\n- 5e-1"])
@@ -165,7 +193,6 @@ def test_a_yaml_key_that_is_no_text_is_unknown(config, key):
     ("argument", "nearest"),
     [
         ("--learning_rte", "learning_rate"),
-        ("--learning-rate", "learning_rate"),
         ("--learning_rte=1", "learning_rate"),
         ("--ema_decays", "ema_decay"),
         ("--max_train_step", "max_train_steps"),
@@ -175,6 +202,39 @@ def test_an_unknown_flag_names_the_nearest(argument, nearest):
     with pytest.raises(OptionError) as error:
         parse_options(["--seed", "1", argument, "1"])
     assert f"there is no argument `{argument.split('=')[0]}`; did you mean `--{nearest}`?" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["--frobnicate", "3", "--learning_rte", "1"], ["`--frobnicate`.", "`--learning_rte`; did you mean"]),
+        (["--optimizer", "prodigy"], ["--optimizer", "AdamW"]),
+        (["--weighting_scheme", "none", "--instance-prompt", "a cat"], ["--timestep_sampling", "captions"]),
+        (["--num_processes", "2"], ["launcher"]),
+        (["--random_flip", "perhaps"], ["--random_flip: expected true or false", "--no_random_flip"]),
+        (["--no_use_ema", "true"], ["`true` after --no_use_ema", "--use_ema turns it on"]),
+        (["--validation_split", "my", "split"], ["`split` after --validation_split", "quotes"]),
+        (["configs/quickstart.yaml"], ["--config configs/quickstart.yaml"]),
+        (["--seed"], ["--seed: expected one argument"]),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_what_to_do(line, words):
+    with pytest.raises(OptionError) as error:
+        parse_options(line)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_flags_of_diffusers_that_mean_the_same_are_taken(config):
+    given = parse_options(["--validation_prompt", "a cat", "--instance_data_dir=pictures"])
+    assert given == replace(Options(), validation_prompts=("a cat",), train_data_dir="pictures")
+    assert parse_yaml(config, "validation_prompt: a cat").validation_prompts == ("a cat",)
+
+
+def test_no_foreign_flag_is_an_option():
+    assert not (ALIASES.keys() | FOREIGN.keys()) & FIELDS.keys()
+    assert set(ALIASES.values()) <= FIELDS.keys()
+    named = {name for sentence in FOREIGN.values() for name in re.findall(r"--([a-z_0-9]+)", sentence)}
+    assert named - {"help", "config"} <= FIELDS.keys()
 
 
 @pytest.mark.parametrize(
@@ -190,8 +250,6 @@ def test_an_unknown_flag_names_the_nearest(argument, nearest):
         ("max_train_steps", ".inf", "a whole number"),
         ("max_train_steps", ".nan", "a whole number"),
         ("seed", "{a: 1}", "a whole number"),
-        ("random_flip", "perhaps", "true or false"),
-        ("random_flip", "1", "true or false"),
         ("output_dir", "[a, b]", "text"),
         ("mixed_precision", "fp8", "one of no, fp16, bf16"),
         ("objective", "ddim", "one of flow_matching, ddpm"),
@@ -246,7 +304,7 @@ def test_a_secret_is_neither_saved_nor_shown(tmp_path):
     write_config(options, tmp_path / "run_config.yaml")
     assert "TopSecret" not in (tmp_path / "run_config.yaml").read_text() + repr(options) + str(as_plain(options))
     with pytest.raises(OptionError) as error:
-        convert("hub_token", ["hf_TopSecret"])
+        cli.convert(FIELDS["hub_token"], ["hf_TopSecret"])
     assert "TopSecret" not in str(error.value)
 
 
@@ -255,7 +313,7 @@ def test_all_options_survive_a_saved_config(tmp_path):
     assert all(others[name] != spec.default for name, spec in KEPT.items())
     for options in (Options(), Options(**others)):
         write_config(options, tmp_path / "run_config.yaml")
-        assert Options(**read_config(tmp_path / "run_config.yaml")) == options
+        assert Options(**cli.read_config(Options, tmp_path / "run_config.yaml")) == options
         assert parse_options(["--config", str(tmp_path / "run_config.yaml")]) == options
 
 
@@ -263,9 +321,9 @@ def test_all_options_survive_a_saved_config(tmp_path):
     "text", ["no", "1e-4", "0123", "~", "null ", "", "#1", "a: b", "*", "@x", "äöü 你好", "12:30:00"]
 )
 def test_any_text_survives_a_saved_config(tmp_path, text):
-    write_config(replace(Options(), dataset_name=text, output_dir=text), tmp_path / "run_config.yaml")
-    values = read_config(tmp_path / "run_config.yaml")
-    assert (values["dataset_name"], values["output_dir"]) == (text, text)
+    write_config(replace(Options(), negative_prompt=text, train_split=text), tmp_path / "run_config.yaml")
+    values = cli.read_config(Options, tmp_path / "run_config.yaml")
+    assert (values["negative_prompt"], values["train_split"]) == (text, text)
 
 
 @pytest.mark.parametrize("resume", RESUME_CLASSES)
@@ -322,24 +380,30 @@ def test_a_run_of_a_single_method_goes_on(config):
 
 
 def test_the_table_has_a_row_for_each_option():
-    rows = [line for line in options_table().splitlines() if line.startswith("| `--")]
+    rows = [line for line in cli.table(Options).splitlines() if line.startswith("| `--")]
     assert [re.match(r"\| `--(\w+)`", row)[1] for row in rows] == list(FIELDS)
     for row, (name, spec) in zip(rows, FIELDS.items(), strict=True):
         _, flag, default, meaning, _ = row.split("|")  # a stray pipe would make another column
         assert (f"`--no_{name}`" in flag) == (spec.type is bool)
         assert spec.metadata["help"] in meaning
-        assert default.strip() == ("" if spec.default is None else f"`{plain_text(spec.default)}`")
+        assert default.strip().strip("`") == ("" if spec.default is None else plain_text(spec.default))
 
 
 def plain_text(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def test_the_help_lists_every_option_with_its_meaning(capsys):
+def help_of(capsys, *names: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        parse_options(["--help"])
+        parse_options(["--help", *names])
     assert stop.value.code == 0
-    text = "".join(capsys.readouterr().out.split())  # argparse breaks lines anywhere
+    return capsys.readouterr().out
+
+
+def test_the_help_has_a_line_for_each_option_and_the_whole_meaning_on_request(capsys):
+    lines = help_of(capsys).splitlines()
+    assert lines[0].endswith(".")  # what it does comes before how it is typed
     for name, spec in FIELDS.items():
-        assert f"--{name}" in text
-        assert "".join(spec.metadata["help"].split()) in text
+        (line,) = (line for line in lines if line.split()[:1] == [f"--{name}"])
+        assert spec.metadata["help"].split(". ")[0].rstrip(".") in line
+    assert FIELDS["max_bad_fraction"].metadata["help"] in help_of(capsys, "max_bad_fraction")

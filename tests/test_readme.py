@@ -6,14 +6,15 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from tests.conftest import ROOT
-from vaerepa.options import options_table
+from vaerepa import cli
+from vaerepa.options import Options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_options_table_is_the_options_room():
     printed = re.search(r"<!-- options -->\n(.*)<!-- end of options -->", README, re.DOTALL)[1]
-    assert printed.strip() == options_table()
+    assert printed.strip() == cli.table(Options)
 
 
 def test_the_recipe_for_ones_own_script_runs_as_printed():

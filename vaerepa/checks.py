@@ -1,6 +1,6 @@
 """What can be known to be wrong before anything expensive starts, in one clear sentence each."""
 
-import logging
+import fcntl
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from vaerepa import checkpoints, evaluation, families
+from vaerepa import checkpoints, cli, evaluation, families
 from vaerepa.alignment import settings
 from vaerepa.data import parse_buckets
 from vaerepa.errors import OptionError
@@ -22,68 +22,7 @@ from vaerepa.families import Family, TextFamily, dit
 from vaerepa.hub import access, download
 from vaerepa.layout import all_checkpoints, step_of
 from vaerepa.options import Options
-from vaerepa.system import lock_exclusively
 
-logger = logging.getLogger(__name__)
-
-POSITIVE = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "patch_size",
-    "resolution",
-    "shuffle_buffer_size",
-    "num_streams",
-    "max_train_samples",
-    "max_sequence_length",
-    "rank",
-    "lora_alpha",
-    "timestep_shift",
-    "alignment_block",
-    "alignment_beta",
-    "alignment_layers",
-    "alignment_width",
-    "alignment_stop_step",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "global_batch_size",
-    "num_train_epochs",
-    "max_train_steps",
-    "learning_rate",
-    "lr_num_cycles",
-    "adam_epsilon",
-    "max_skipped_steps",
-    "logit_std",
-    "validation_steps",
-    "validation_num_inference_steps",
-    "eval_steps",
-    "eval_num_inference_steps",
-    "logging_steps",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-)
-UNSUPPORTED_BY_LAUNCHER = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
-}
-IGNORED_FROM_LAUNCHER = {  # its neutral value, and what to use here
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--gradient_accumulation_steps"),
-    "ACCELERATE_GRADIENT_CLIPPING": ("none", "--max_grad_norm"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "--compile"),
-}
-NOT_NEGATIVE = (
-    "dataloader_num_workers",
-    "alignment_weight",
-    "lr_warmup_steps",
-    "adam_weight_decay",
-    "max_grad_norm",
-    "num_validation_images",
-    "num_validation_samples",
-    "validation_guidance_scale",
-    "eval_guidance_scale",
-)
 MIN_BAD_IMAGES = 10  # fewer say nothing about the data
 CUSTOM_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "patch_size")
 
@@ -94,22 +33,9 @@ def check_options(options: Options) -> None:
     Raises:
         OptionError: a value outside its range, or two that contradict each other.
     """
-    for name in POSITIVE + NOT_NEGATIVE:
-        values, lowest = getattr(options, name), "above 0" if name in POSITIVE else "0 or more"
-        for value in values if isinstance(values, tuple) else (values,):
-            if value is not None and not (value > 0 or (value == 0 and name in NOT_NEGATIVE)):
-                raise OptionError(f"--{name} {value}: expected {lowest}.")
-    if not 0 <= options.max_bad_fraction <= 1:
-        raise OptionError(f"--max_bad_fraction {options.max_bad_fraction}: expected a number from 0 to 1.")
-    for name in ("adam_beta1", "adam_beta2", "label_dropout", "proportion_empty_prompts", "lora_dropout"):
-        if not 0 <= getattr(options, name) < 1:
-            raise OptionError(
-                f"--{name} {getattr(options, name)}: expected a number from 0 up to, but not including, 1."
-            )
-    if not all(0 <= decay < 1 for decay in options.ema_decay) or len(set(options.ema_decay)) < len(options.ema_decay):
-        raise OptionError(
-            f"--ema_decay {options.ema_decay}: expected different numbers from 0 up to, but not including, 1."
-        )
+    cli.check(options)
+    if len(set(options.ema_decay)) < len(options.ema_decay):
+        raise OptionError(f"--ema_decay {' '.join(map(str, options.ema_decay))}: expected different numbers.")
     settings.check_alignment(options)
     if options.report_to != "none":
         check_tracker(options.report_to)
@@ -140,16 +66,6 @@ def check_text(options: Options) -> None:
     is_text_model = options.model.split("-")[0] in families.FROM_SCRATCH or options.model.startswith("custom-")
     from_scratch = options.pretrained_model_name_or_path is None
     if not options.text_conditioning:
-        for name in (
-            "rank",
-            "pretrained_text_encoder_model_name_or_path",
-            "validation_prompts",
-            "cache_text_embeddings",
-        ):
-            if getattr(options, name):
-                raise OptionError(f"--{name} goes with --text_conditioning.")
-        if options.aspect_ratio_buckets:
-            raise OptionError("--aspect_ratio_buckets goes with --text_conditioning: DiTPipeline draws squares only.")
         if from_scratch and is_text_model:
             raise OptionError(f"--model {options.model} draws from text: add --text_conditioning.")
         return
@@ -169,9 +85,6 @@ def check_text(options: Options) -> None:
         raise OptionError(
             "--pretrained_text_encoder_model_name_or_path: the fine-tuned pipeline has its own text encoders."
         )
-    for name in ("lora_alpha", "lora_layers"):
-        if getattr(options, name) and not options.rank:
-            raise OptionError(f"--{name} goes with --rank.")
 
 
 def check_data(options: Options) -> None:
@@ -191,8 +104,6 @@ def check_data(options: Options) -> None:
     if options.latents_cache is not None and not options.center_crop:
         raise OptionError("--latents_cache needs --center_crop: a random crop is another image in every epoch.")
     parse_buckets(options, downsampling=8)
-    if options.precompute_latents_only and options.latents_cache is None:
-        raise OptionError("--precompute_latents_only needs --latents_cache, the folder to fill.")
 
 
 def check_tracker(name: str) -> None:
@@ -309,39 +220,6 @@ def check_room(options: Options, family: TextFamily, transformer: nn.Module, dow
             )
 
 
-def has_gpu() -> bool:
-    """Whether there is a device that several processes can train on together; Apple's GPU is none."""
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return device is not None and device.type != "mps"
-
-
-def check_launcher() -> None:
-    """Checks what torchrun or accelerate's launcher and configuration ask for by environment variables.
-
-    What has an option here is left to that option, with a warning.
-
-    Raises:
-        OptionError: they ask for what is not built in (FSDP, DeepSpeed, Megatron-LM, model parallelism), or for more
-            processes than there are GPUs.
-    """
-    for name, what in UNSUPPORTED_BY_LAUNCHER.items():
-        if os.environ.get(name, "").lower() in ("true", "1"):
-            raise OptionError(
-                f"accelerate's configuration or launcher asks for {what} ({name}), which is not supported: train with plain "
-                "data parallelism (`accelerate config`, or `accelerate launch --multi_gpu`)."
-            )
-    for name, (neutral, instead) in IGNORED_FROM_LAUNCHER.items():
-        value = os.environ.pop(name, neutral)  # accelerate would divide losses, and compile, by them
-        if value.lower() != neutral:
-            logger.warning(f"{name}={value}, from accelerate's configuration or launcher, is ignored: use {instead}")
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    uses_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
-    if uses_cuda and local_processes > torch.cuda.device_count():
-        raise OptionError(
-            f"{local_processes} processes were started for {torch.cuda.device_count()} GPUs: start one for each GPU."
-        )
-
-
 @contextmanager
 def locked_output_dir(output_dir: Path) -> Iterator[None]:
     """Makes the folder and holds it for this run; the lock goes with the process, however it ends.
@@ -356,13 +234,9 @@ def locked_output_dir(output_dir: Path) -> Iterator[None]:
         raise OptionError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from error
     with lock:
         try:
-            lock_exclusively(lock)
-        except (BlockingIOError, PermissionError) as error:
-            raise OptionError(f"--output_dir {output_dir} is in use by another run; choose another.") from error
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            logger.warning(
-                f"the file system of --output_dir {output_dir} has no locks ({error}): nothing keeps a second run out of it"
-            )
+            raise OptionError(f"--output_dir {output_dir} is in use by another run; choose another.") from error
         yield
 
 

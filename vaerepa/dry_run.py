@@ -10,6 +10,7 @@ from torch import nn
 
 from vaerepa import checks, components, latents, optimization, throughput
 from vaerepa.alignment import METHODS, AlignedTransformer, Alignment
+from vaerepa.data import ClassesInBatch, classes_in_batch
 from vaerepa.families import Family
 from vaerepa.options import Options
 
@@ -51,7 +52,14 @@ def describe(options: Options) -> str:
     num_steps = checks.steps_in(options, num_images)
     sizes = estimate(options, parts.family, transformer, shape, alignments, num_images)
     learning_rate = optimization.learning_rate_schedule(options, num_steps)
-    return report(options, sizes, num_images, num_steps, learning_rate, alignments)
+    classes = classes_in_batch(
+        parts.sources.train,
+        options.seed,
+        options.num_streams,
+        options.shuffle_buffer_size,
+        options.global_batch_size,
+    )
+    return report(options, sizes, num_images, num_steps, learning_rate, alignments, classes)
 
 
 def estimate(
@@ -190,6 +198,7 @@ def report(
     num_steps: int,
     learning_rate: Callable[[int], float],
     alignments: list[Alignment],
+    classes: ClassesInBatch | None,
 ) -> str:
     """The table that --dry_run prints, in Markdown."""
     points = (0, num_steps // 2, num_steps - 1)
@@ -217,6 +226,7 @@ def report(
         ("a checkpoint, without the VAE", f"{sizes.checkpoint_bytes / GIB:.2f} GiB"),
         ("a latents cache of all images", f"{sizes.latents_cache_bytes / GIB:.2f} GiB"),
         ("images", f"{num_images}"),
+        *([("classes in a batch", str(classes))] if classes else []),
         ("steps", f"{num_steps} of {options.global_batch_size} images"),
         ("epochs", f"{num_steps * options.global_batch_size / num_images:.2f}"),
         ("training, backward pass included", f"{training_flops(options, sizes, num_images, num_steps):.3g} FLOP"),
@@ -225,4 +235,5 @@ def report(
     for alignment in alignments:
         weights = ", ".join(f"{alignment.weight_at(step):.3g}" for step in points)
         rows.append((f"weight of `{alignment.name}` on block {alignment.block} at start, middle, end", weights))
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join(table + ([f"\nwarning: {classes.warning}"] if classes and classes.warning else []))

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -31,7 +31,9 @@ from vaerepa.errors import OptionError
 from vaerepa.evaluation.samples import (
     NPZ,
     Draw,
+    LabelSampling,
     balanced,
+    choose_labels,
     claim_folder,
     draw_classes,
     draw_missing,
@@ -41,7 +43,6 @@ from vaerepa.evaluation.samples import (
 from vaerepa.families import TextFamily
 from vaerepa.layout import POSITION, STATE, all_checkpoints, step_of
 from vaerepa.privacy import public_name, redact
-from vaerepa.system import num_cores
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_samples", type=int, default=50_000, help="Images to draw (default: 50000).")
     add("--batch_size", type=int, default=16, help="Images that a process draws at once (default: 16).")
     add("--seed", type=int, default=0, help="Noise, labels and prompts follow from it (default: 0).")
+    add(
+        "--label_sampling",
+        choices=get_args(LabelSampling),
+        help="Classes at random, as REPA, SRA and SiT draw them, or all equally often (default: random).",
+    )
     add(
         "--sampler",
         choices=list(DEFAULT_STEPS),
@@ -133,7 +139,7 @@ def evaluate(args: argparse.Namespace) -> None:
     check_arguments(args)
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":  # accelerate launch leaves one thread to each
-        torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     folder = args.output_dir
     with checks.locked_output_dir(folder) if accelerator.is_main_process else nullcontext():
         checks.check_shared(folder, accelerator)
@@ -237,7 +243,7 @@ def load_pipeline(args: argparse.Namespace) -> tuple[DiffusionPipeline, TextFami
 
 
 def open_classes(args: argparse.Namespace, pipeline: DiTPipeline) -> Subject:
-    """A class-conditional pipeline, asked for all classes equally often: the shipped one samples flows, the stock one others.
+    """A class-conditional pipeline: the shipped one samples flows, the stock one others.
 
     Raises:
         OptionError: an argument that goes with flows or with text-to-image only, or a scheduler that no seed reaches.
@@ -275,8 +281,10 @@ def open_classes(args: argparse.Namespace, pipeline: DiTPipeline) -> Subject:
         "num_inference_steps": call["num_inference_steps"],
         **settings,
         "classes": num_classes,
+        "label_sampling": args.label_sampling or "random",
     }
-    draw = draw_classes(pipeline, balanced(args.num_samples, num_classes, args.seed), args.seed, **call)
+    labels = choose_labels(args.num_samples, num_classes, args.seed, settings["label_sampling"])
+    draw = draw_classes(pipeline, labels, args.seed, **call)
     return Subject(draw, transformer.config.sample_size * latents.downsampling_factor(pipeline.vae), settings)
 
 
@@ -291,6 +299,8 @@ def open_texts(
     for flag in ("sampler", "guidance_interval"):
         if getattr(args, flag):
             raise OptionError(f"--{flag} goes with class-conditional flows; this pipeline has its own scheduler.")
+    if args.label_sampling:
+        raise OptionError("--label_sampling goes with class-conditional pipelines; this one draws prompts.")
     size = pipeline.transformer.config.get("sample_size")
     resolution = args.resolution or (size and size * latents.downsampling_factor(pipeline.vae))
     if resolution is None:

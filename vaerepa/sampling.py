@@ -43,11 +43,6 @@ def grid_labels(num_images: int, num_classes: int) -> list[int]:
     return [i * num_classes // num_images for i in range(num_images)]
 
 
-def noise_generator(seed: int) -> torch.Generator:
-    """A CPU generator of this seed, whatever its size; `manual_seed` takes 64 bits."""
-    return torch.Generator().manual_seed(seed % 2**64)
-
-
 def draw_grid(
     pipeline: DiffusionPipeline,
     labels: list[int],
@@ -57,7 +52,7 @@ def draw_grid(
     path: Path,
 ) -> None:
     """Samples one picture per label, always from the same noise, and writes them as one PNG."""
-    generators = [noise_generator(seed + i) for i in range(len(labels))]
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
     images = pipeline(
         labels, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, generator=generators
     ).images
@@ -94,7 +89,7 @@ def draw_prompt_grid(
             prompts,
             [text],
             negative_prompt,
-            [noise_generator(seed + start // len(texts))],
+            [torch.Generator().manual_seed(seed + start // len(texts))],
             height=size[0],
             width=size[1],
             guidance_scale=guidance_scale,

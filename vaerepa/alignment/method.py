@@ -85,7 +85,7 @@ class AlignmentMethod(ABC):
     title: str
     citation: Citation
     default_loss: ClassVar[str]
-    default_layers: ClassVar[int]
+    default_layers: ClassVar[int | None]
     own_options: ClassVar[tuple[str, ...]] = ()
     numbers: ClassVar[tuple[str, ...]] = ()
     needs: frozenset[str] = frozenset()

@@ -1,11 +1,13 @@
 """Data: from files to latents on the device, one room after the other.
 
-source (rows in blocks) and opening (which data set, columns and splits) -> order (streams, windows, epochs) -> images
+source (rows, in blocks) and opening (which data set, columns and splits) -> order (permutation, or streams) and classes (how
+many a batch holds) -> images
 (decoding, crop) and buckets (their sizes) -> loader (batches of all processes and workers) -> latents_cache, prompts -> feed
 (what a step receives).
 """
 
 from vaerepa.data.buckets import parse_buckets
+from vaerepa.data.classes import ClassesInBatch, classes_in_batch
 from vaerepa.data.feed import Feed
 from vaerepa.data.loader import (
     Batches,
@@ -22,6 +24,7 @@ from vaerepa.data.source import Source
 
 __all__ = [
     "Batches",
+    "ClassesInBatch",
     "DataError",
     "Feed",
     "Preprocessing",
@@ -30,6 +33,7 @@ __all__ = [
     "Sources",
     "TrainingDraws",
     "ValidationDraws",
+    "classes_in_batch",
     "micro_batch",
     "open_images",
     "open_sources",

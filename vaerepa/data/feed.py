@@ -16,6 +16,7 @@ from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data.buckets import parse_buckets
 from vaerepa.data.latents_cache import FEATURES, FLIPPED, MOMENTS, CacheKey, LatentsCache, checksum, rounded
 from vaerepa.data.loader import Batches, Draws, Preprocessing, ValidationDraws, read_batches
+from vaerepa.data.order import stream_sizes
 from vaerepa.data.prompts import Prompts, choose_caption
 from vaerepa.data.source import Source, all_captions
 from vaerepa.options import Options
@@ -66,11 +67,13 @@ class Feed:
             encoder.to(accelerator.device, half if accelerator.device.type == "cuda" else None)
         self.encode_in_bf16 = False
         readers = accelerator.num_processes * max(1, options.dataloader_num_workers)
-        if options.num_streams % readers:
-            logger.warning(
-                f"--num_streams {options.num_streams} is no multiple of {accelerator.num_processes} processes x "
-                f"{options.dataloader_num_workers} data workers: several read the same rows, to use each once"
-            )
+        if not source.storage.random_access:
+            num_streams, _ = stream_sizes(source, options.num_streams, options.shuffle_buffer_size)
+            if num_streams % readers:
+                logger.warning(
+                    f"--num_streams {num_streams} is no multiple of {accelerator.num_processes} processes x "
+                    f"{options.dataloader_num_workers} data workers: several read the same rows, to use each once"
+                )
 
     def choose_precision(self, draws: Draws) -> None:
         """Encodes in bfloat16 where the run does and it moves the latents little; every process must call it."""

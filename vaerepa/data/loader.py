@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vaerepa.data import images
 from vaerepa.data.latents_cache import LatentsCache
-from vaerepa.data.order import ShuffledReader
+from vaerepa.data.order import Reader, open_reader
 from vaerepa.data.source import Row, Source
 from vaerepa.objectives import draw_timestep
 from vaerepa.randomness import draw_noise, draw_uniform
@@ -54,7 +54,7 @@ class Preprocessing:
         places = (0.5, 0.5)
         if not self.center_crop:
             places = [draw_uniform(self.seed, f"crop {axis}", ordinal) for axis in "xy"]
-        pixels = images.to_pixels(images.cut(image, size, *places))
+        pixels = images.to_pixels(images.crop(images.resize_to_cover(image, size), size, *places))
         return pixels.flip(-1) if self.flips(ordinal) else pixels
 
     def size_of(self, height: int, width: int) -> tuple[int, int]:
@@ -71,8 +71,6 @@ class Preprocessing:
 @dataclass(frozen=True)
 class TrainingDraws:
     """Time, noise, posterior noise and label drop of training samples, and what alignment methods ask for.
-
-    Numbers are of torch's default dtype, in which models are: not every device has float64.
 
     Args:
         latent_shape: (C, h, w) of a square image.
@@ -93,11 +91,14 @@ class TrainingDraws:
         """The draws of samples whose latents have the same shape."""
         density = (self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale, self.timestep_shift)
         return {
-            "t": torch.tensor([draw_timestep(self.seed, o, *density) for o in ordinals]),
+            "t": torch.tensor([draw_timestep(self.seed, o, *density) for o in ordinals], dtype=torch.float64),
             "noise": stack_noise(self.seed, "noise", ordinals, shape),
             "posterior": stack_noise(self.seed, "posterior", ordinals, shape),
             "drop": torch.tensor([draw_uniform(self.seed, "drop", o) < self.label_dropout for o in ordinals]),
-        } | {name: torch.tensor([draw_uniform(self.seed, name, o) for o in ordinals]) for name in self.numbers}
+        } | {
+            name: torch.tensor([draw_uniform(self.seed, name, o) for o in ordinals], dtype=torch.float64)
+            for name in self.numbers
+        }
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class ValidationDraws:
 
     def __call__(self, ordinals: Sequence[int], shape: Shape) -> dict[str, torch.Tensor]:
         return {
-            "t": torch.tensor([(o % self.levels + 0.5) / self.levels for o in ordinals]),
+            "t": torch.tensor([(o % self.levels + 0.5) / self.levels for o in ordinals], dtype=torch.float64),
             "noise": stack_noise(0, "validation noise", ordinals, shape),
             "posterior": stack_noise(0, "validation posterior", ordinals, shape),
             "drop": torch.zeros(len(ordinals), dtype=torch.bool),
@@ -144,9 +145,9 @@ class Batches(IterableDataset):
     """Micro-batches of one process, in an order that no number of processes or workers changes.
 
     Of R processes the r-th takes the ordinals first + r, first + r + R and so on, `batch_size` of them at a time. Each of its
-    W data workers makes a part of every micro-batch, of every W-th of those ordinals, and so reads every (R W)-th stream
-    alone where their number divides by R W; `read_batches` joins the parts. A part is a list of groups, one of each shape of
-    latents.
+    W data workers makes a part of every micro-batch, of every W-th of those ordinals: it reads their rows alone or, where
+    data are streamed, every (R W)-th stream alone if their number divides by R W. `read_batches` joins the parts. A part is a
+    list of groups, one of each shape of latents.
 
     Samples come from the cache where it holds their row; else they have pixels, or moments of the data set's own.
     """
@@ -159,8 +160,8 @@ class Batches(IterableDataset):
         batch_size: int,
         first: int,
         last: int,
-        num_streams: int,
-        buffer_size: int,
+        num_streams: int | None,
+        buffer_size: int | None,
         seed: int,
         process: int = 0,
         num_processes: int = 1,
@@ -191,14 +192,14 @@ class Batches(IterableDataset):
     def read_parts(self, index: int, workers: int) -> Iterator[list[dict]]:
         """What one of so many workers makes: a part of every batch."""
         source = self.source.without_content() if self.are_cached else self.source
-        reader = ShuffledReader(source, self.seed, self.num_streams, self.buffer_size)
+        reader = open_reader(source, self.seed, self.num_streams, self.buffer_size)
         stride = self.num_processes * self.batch_size
         for start in range(self.first, self.last, stride):
             ordinals = range(start + self.process, min(start + stride, self.last), self.num_processes)
             own = ordinals[(index - start // self.num_processes) % workers :: workers]
             yield self._read_part(reader, own)
 
-    def _read_part(self, reader: ShuffledReader, ordinals: Sequence[int]) -> list[dict]:
+    def _read_part(self, reader: Reader, ordinals: Sequence[int]) -> list[dict]:
         groups: dict[Shape, list[tuple]] = {}
         for ordinal in ordinals:
             row, content, skipped = self._read_sample(reader, ordinal)
@@ -234,15 +235,13 @@ class Batches(IterableDataset):
             height, width = (pixels * side // self.preprocessing.resolution for pixels in (height, width))
         return channels, height, width
 
-    def _read_sample(self, reader: ShuffledReader, ordinal: int) -> tuple[Row, torch.Tensor | np.ndarray, list]:
+    def _read_sample(self, reader: Reader, ordinal: int) -> tuple[Row, torch.Tensor | np.ndarray, list]:
         """A row, its pixels or moments, and what it stands in for."""
         skipped: list[tuple[int, str]] = []
         for row in islice(reader.rows_from(ordinal), MAX_STAND_INS):
             try:
                 return *self._read_content(row, ordinal), skipped
-            except DataError:
-                raise
-            except Exception as error:  # each format's decoder raises in its own way
+            except images.UNREADABLE as error:
                 if not skipped:  # a stand-in that fails too counts where its own turn is
                     skipped.append((row.index, f"row {row.index} ({self._place_of(row)}): {error}"))
         in_a_row = min(MAX_STAND_INS, len(self.source))

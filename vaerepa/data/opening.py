@@ -189,7 +189,7 @@ def _open_moment_files(path: Path) -> Collection:
     if not labels:
         raise ValueError(f"{listing} has no `labels`: expected a list of [file name, label]")
     names, numbers = zip(*sorted((str(name), int(label)) for name, label in labels), strict=True)
-    files = MomentFiles([folder / name for name in names], list(numbers))
+    files = MomentFiles(folder, list(names), list(numbers))
     features = Features({"moments": Array3D((1, 1, 1), "float32"), "label": Value("int64")})
     return Collection(features, ["train"], lambda name, columns: files)
 
@@ -209,11 +209,10 @@ def _tabulate(dataset: IterableDataset, columns: Columns) -> TableRows:
 
 
 def _stream(builder, split: str, dataset: IterableDataset, columns: Columns, cache_dir: str | None) -> StreamedRows:
-    dataset = dataset.reshard().select_columns(columns.names()).decode(False)
-    files = builder.config.data_files[split]
+    dataset, files = dataset.select_columns(columns.names()).decode(False), builder.config.data_files[split]
     if isinstance(builder, Parquet):
         return stream_parquet(list(files), dataset, columns, cache_dir)
-    return stream_files(list(files), files.origin_metadata, dataset, columns, cache_dir)
+    return stream_files(list(files), files.origin_metadata, dataset.reshard(), columns, cache_dir)
 
 
 # ---- columns, classes, splits

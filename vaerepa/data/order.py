@@ -1,21 +1,124 @@
-"""The order of the samples: from a sample's ordinal in the run to a row, for every epoch, from (seed, epoch) alone."""
+"""The order of the samples: from a sample index in the run to a row, for every epoch, from (seed, epoch) alone.
 
+Rows that can be read from anywhere are permuted whole. Those of streams (parquet, tar) are read at many places at once, and
+shuffled in windows.
+"""
+
+import math
 from collections.abc import Iterator
 from itertools import chain, islice
 
 import numpy as np
+import torch
 
 from vaerepa.data.source import Row, Source
-from vaerepa.randomness import draw_permutation
+from vaerepa.randomness import draw_permutation, generator
+
+ORDER = 2  # kept with a run: another number is another order of the same images
+NUM_ROUNDS = 8
+MAX_STREAMS = 256
+WINDOW_BYTES, BLOCK_BYTES = 2**30, 2**34  # over all data workers: of windows, and of blocks that are read at once
 
 
-class ShuffledReader:
-    """Reads rows by a sample's ordinal in the run.
+class Reader:
+    """Reads rows by a sample index in the run; every reader gives the same row for it, whatever it was asked before."""
+
+    def __init__(self, source: Source, seed: int):
+        self.source = source
+        self.seed = seed
+        self.epoch: int | None = None
+
+    def rows_from(self, sample_index: int) -> Iterator[Row]:
+        """The row of this sample index, then those that replace it when it cannot be read."""
+        epoch, place = divmod(sample_index, len(self.source))
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.begin_epoch()
+        yield from self.rows_of_epoch(place)
+
+    def begin_epoch(self) -> None:
+        """Draws what the order of `self.epoch` follows from."""
+        raise NotImplementedError
+
+    def rows_of_epoch(self, place: int) -> Iterator[Row]:
+        """All rows of the epoch, that of `place` first."""
+        raise NotImplementedError
+
+
+def open_reader(source: Source, seed: int, num_streams: int | None, buffer_size: int | None) -> Reader:
+    """The reader that fits the source; `num_streams` and `buffer_size` are of streams, with defaults of `stream_sizes`."""
+    if source.storage.random_access:
+        return PermutedReader(source, seed)
+    return StreamReader(source, seed, *stream_sizes(source, num_streams, buffer_size))
+
+
+class PermutedReader(Reader):
+    """Reads rows in an order that is a permutation of all, drawn anew for each epoch."""
+
+    def begin_epoch(self) -> None:
+        self.permutation = KeyedPermutation(self.seed, len(self.source), self.epoch)
+
+    def rows_of_epoch(self, place: int) -> Iterator[Row]:
+        for other in chain(range(place, len(self.source)), range(place)):
+            yield self.source.row(self.permutation(other))
+
+
+class KeyedPermutation:
+    """A random order of range(size) that is worked out place by place: a Feistel network over a grid of about that size.
+
+    Each round shifts one coordinate by a random number that is looked up by the other; a place that ends outside of the range
+    goes on until it is within. It holds a few times sqrt(size) numbers.
+    """
+
+    def __init__(self, seed: int, size: int, epoch: int):
+        self.size = size
+        self.height = math.isqrt(max(size - 1, 0)) + 1
+        self.width = -(-size // self.height)
+        draws = generator(seed, "rows", epoch)
+        self.rounds = [
+            (
+                torch.randint(self.height, (self.width,), generator=draws).tolist(),
+                torch.randint(self.width, (self.height,), generator=draws).tolist(),
+            )
+            for _ in range(NUM_ROUNDS)
+        ]
+
+    def __call__(self, place: int) -> int:
+        while True:
+            y, x = divmod(place, self.width)
+            for shifts_y, shifts_x in self.rounds:
+                y = (y + shifts_y[x]) % self.height
+                x = (x + shifts_x[y]) % self.width
+            place = y * self.width + x
+            if place < self.size:
+                return place
+
+
+def stream_sizes(source: Source, num_streams: int | None, buffer_size: int | None) -> tuple[int, int]:
+    """Number of streams and rows in all their windows, where they are not given: as the memory for them allows.
+
+    A stream begins within a block, which is read from its start: of more than two streams to a block, that would cost more
+    than the rest. The number is halved until it fits, so that it stays a multiple of usual numbers of data workers.
+    """
+    storage = source.storage
+    if num_streams is None:
+        num_streams = MAX_STREAMS
+        while num_streams > 1 and (
+            num_streams > 2 * len(storage.block_rows) or num_streams * storage.open_bytes > BLOCK_BYTES
+        ):
+            num_streams //= 2
+    if buffer_size is None:
+        buffer_size = min(len(source), int(WINDOW_BYTES / max(storage.row_bytes, 1)))
+    return num_streams, max(buffer_size, num_streams)
+
+
+class StreamReader(Reader):
+    """Reads rows of streams.
 
     An epoch lays the blocks end to end in a random order and cuts them into `num_streams` streams of equal length, give or
     take one row. Place p of the epoch is row p // num_streams of stream p % num_streams, after windows of consecutive rows
-    of the stream were shuffled. So every row comes once per epoch; every reader gives the same row for an ordinal, whatever
-    it was asked before, so that a restart needs one integer; and who reads every n-th sample reads every n-th stream only.
+    of the stream were shuffled. So every row comes once per epoch, and who reads every n-th sample reads every n-th stream
+    only. A row that cannot be read is replaced by the next of its stream.
 
     Args:
         source: the rows.
@@ -25,38 +128,32 @@ class ShuffledReader:
     """
 
     def __init__(self, source: Source, seed: int, num_streams: int, buffer_size: int):
-        self.source = source
-        self.seed = seed
+        super().__init__(source, seed)
         self.num_streams = num_streams
         self.window = max(1, buffer_size // num_streams)
-        self._epoch: int | None = None
-        self._streams: dict[int, _Stream] = {}
 
-    def rows_from(self, ordinal: int) -> Iterator[Row]:
-        """The row of this ordinal, then those that stand in for it when it cannot be read: the next of its stream first."""
-        epoch, place = divmod(ordinal, len(self.source))
-        if epoch != self._epoch:
-            self._epoch, self._streams = epoch, {}
-            self._order = draw_permutation(self.seed, "blocks", len(self.source.block_sizes), epoch).numpy()
-            self._ends = np.cumsum(self.source.block_sizes[self._order])
+    def begin_epoch(self) -> None:
+        self._streams: dict[int, _Stream] = {}
+        self._order = draw_permutation(self.seed, "blocks", len(self.source.block_sizes), self.epoch).numpy()
+        self._ends = np.cumsum(self.source.block_sizes[self._order])
+
+    def rows_of_epoch(self, place: int) -> Iterator[Row]:
         position, number = divmod(place, self.num_streams)
-        yield from self._stream(number).rows_from(position)
+        if number not in self._streams:
+            self._streams[number] = self._open_stream(number)
+        yield from self._streams[number].rows_from(position)
         num_streams = min(self.num_streams, len(self.source))
         for other in chain(range(number + 1, num_streams), range(number)):
-            yield from self._open_stream(epoch, other).rows_from(0)
+            yield from self._open_stream(other).rows_from(0)
 
-    def _stream(self, number: int) -> "_Stream":
-        if number not in self._streams:
-            self._streams[number] = self._open_stream(self._epoch, number)
-        return self._streams[number]
-
-    def _open_stream(self, epoch: int, number: int) -> "_Stream":
-        shortest, longer_ones = divmod(len(self.source), self.num_streams)
+    def _open_stream(self, number: int) -> "_Stream":
+        epoch, (shortest, longer_ones) = self.epoch, divmod(len(self.source), self.num_streams)
         start, length = number * shortest + min(number, longer_ones), shortest + (number < longer_ones)
         return _Stream(
             lambda first: islice(self._read_epoch(start + first), length - first),
             length,
             self.window,
+            self.window * number // self.num_streams,
             lambda window, size: draw_permutation(self.seed, "window", size, epoch, number, window).tolist(),
         )
 
@@ -69,29 +166,35 @@ class ShuffledReader:
 
 
 class _Stream:
-    """A run of rows, shuffled in windows; two windows are kept, for a sample at the end of one may need the next."""
+    """A run of rows, shuffled in windows, of which the first is shorter by `lead`: so windows of many end one by one."""
 
-    def __init__(self, read_from, length: int, window: int, permute):
+    def __init__(self, read_from, length: int, window: int, lead: int, permute):
         self.read_from = read_from
         self.length = length
         self.window = window
+        self.lead = lead
         self.permute = permute
         self._windows: dict[int, list[Row]] = {}
         self._next_window = -1  # the one that the open iterator gives next
         self._rows: Iterator[Row] = iter(())
 
     def rows_from(self, position: int) -> Iterator[Row]:
+        current = (position + self.lead) // self.window
+        self._windows = {window: rows for window, rows in self._windows.items() if window >= current}
         for place in chain(range(position, self.length), range(position)):
-            window, offset = divmod(place, self.window)
-            yield self._load(window)[offset]
+            window = (place + self.lead) // self.window
+            yield self._load(window)[place - self._start_of(window)]
+
+    def _start_of(self, window: int) -> int:
+        return max(0, window * self.window - self.lead)
 
     def _load(self, window: int) -> list[Row]:
         if window not in self._windows:
             if window != self._next_window:
-                self._rows = self.read_from(window * self.window)
-            rows = list(islice(self._rows, self.window))
+                self._rows = self.read_from(self._start_of(window))
+            rows = list(islice(self._rows, self._start_of(window + 1) - self._start_of(window)))
             self._next_window = window + 1
-            while len(self._windows) > 1:
+            while len(self._windows) > 1:  # a replacement may come from the next
                 del self._windows[next(iter(self._windows))]
             self._windows[window] = [rows[i] for i in self.permute(window, len(rows))]
         return self._windows[window]

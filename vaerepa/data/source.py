@@ -1,4 +1,4 @@
-"""What a split holds: rows in blocks that can be read in any order, whatever kind of files they lie in."""
+"""What a split holds: rows that can be read from anywhere, or in blocks from the start of each, from files of all kinds."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,12 +9,17 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
+from datasets.table import table_cast
+from datasets.utils.file_utils import xopen
 
 from vaerepa.data.digests import Digests, digest_column, digest_images, digest_of, read_file, samples
 
-MAX_BLOCKS = 1024  # more places to begin at would not shuffle better
+NUM_BLOCKS = 1024  # of rows that can be read from anywhere
 READ_BATCH = 32
+READ_BYTES = 2**20  # of a row group at once
+SMALL_PAGES = 2**23  # what a row group takes in memory whose pages are of 1 MiB, as was measured
 
 
 class Row(NamedTuple):
@@ -77,6 +82,10 @@ class Storage(Protocol):
     holds_latents: bool
     images: str  # digest of them, or of the moments
     digests: Digests
+    columns: Columns
+    random_access: bool  # whether `row` gives any row for the cost of that row alone; else the sizes follow
+    row_bytes: float  # mean of a row as it is stored
+    open_bytes: float  # what a block takes in memory while it is read
 
     @property
     def conditions(self) -> Conditions:
@@ -84,6 +93,9 @@ class Storage(Protocol):
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         """Yields the rows of a block in their order, from its `start`-th on."""
+
+    def row(self, index: int) -> Row:
+        """The row of this number; where there is random access."""
 
 
 class Source:
@@ -100,6 +112,7 @@ class Source:
         self.members = np.ones(self.block_starts[-1], dtype=bool) if members is None else members
         counts = np.cumsum(np.concatenate([[0], self.members]))
         self.block_sizes = np.diff(counts[self.block_starts])
+        self._block_ends = np.cumsum(self.block_sizes)
         self._length = int(counts[-1])  # asked for with every sample
 
     def __len__(self) -> int:
@@ -116,13 +129,20 @@ class Source:
 
     def without_content(self) -> "Source":
         """The same rows without their images, for those whose moments are known from elsewhere."""
-        return Source(ConditionRows(self.storage.block_rows, self.storage.conditions), self.members)
+        return Source(ConditionRows(self.storage), self.members)
 
     def captions(self) -> Iterator[list[str]]:
         """Yields the captions of each member, in the order of the rows."""
         captions = self.storage.conditions.captions
         for index in np.flatnonzero(self.members).tolist():
             yield all_captions(captions[index].as_py())
+
+    def row(self, place: int) -> Row:
+        """The member at a place among all; where the storage has random access."""
+        block = int(np.searchsorted(self._block_ends, place, side="right"))
+        first, end = self.block_starts[block : block + 2]
+        within = place - (self._block_ends[block] - self.block_sizes[block])
+        return self.storage.row(int(first + np.flatnonzero(self.members[first:end])[within]))
 
     def read_block(self, block: int, start: int = 0) -> Iterator[Row]:
         """Yields the members of a block in their order, from the `start`-th on."""
@@ -134,20 +154,24 @@ class Source:
 
 
 class StreamedRows:
-    """Rows of a streamed data set; a block is a run of its shards (files, or row groups of parquet).
+    """Rows of a streamed data set; a block is one of its shards, as a tar file.
 
     Args:
         shard_rows: number of rows of each shard.
+        num_bytes: of all rows.
         labels: the smallest and the largest.
         images: digest of the images, and of the moments.
         read_conditions: opens the labels and captions.
         digests: of files that are far away, whose digests are known without reading labels and captions.
     """
 
+    random_access = False
+
     def __init__(
         self,
         dataset: IterableDataset,
         shard_rows: list[int],
+        num_bytes: int,
         columns: Columns,
         labels: tuple[int, int],
         images: str,
@@ -159,10 +183,10 @@ class StreamedRows:
         self.labels = labels
         self.images, self._read_conditions, self._known_digests = images, read_conditions, digests
         self.holds_latents = columns.moments is not None
-        # array_split cuts where IterableDataset.shard does
-        blocks = np.array_split(np.array(shard_rows, dtype=int), min(len(shard_rows), MAX_BLOCKS) or 1)
-        self.block_rows = [int(rows.sum()) for rows in blocks]
+        self.block_rows = shard_rows
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
+        self.row_bytes = num_bytes / max(1, self._block_starts[-1])
+        self.open_bytes = READ_BATCH * self.row_bytes
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if "conditions" not in k}  # data workers read images
@@ -185,8 +209,50 @@ class StreamedRows:
             index += table.num_rows
 
 
+class RowGroup(NamedTuple):
+    """Where a row group of a parquet file lies, and what its footer tells."""
+
+    path: str
+    number: int
+    num_rows: int
+    num_bytes: int  # of the columns that are read
+    has_small_pages: bool = False  # else one may hold all of its images
+
+
+class ParquetRows(StreamedRows):
+    """Rows of parquet files; a block is a row group, read page by page, for many are open at once.
+
+    Args:
+        dataset: of the same columns, for their features.
+        further: as above.
+    """
+
+    def __init__(self, dataset: IterableDataset, groups: list[RowGroup], columns: Columns, *further):
+        num_bytes = sum(group.num_bytes for group in groups)
+        super().__init__(dataset, [group.num_rows for group in groups], num_bytes, columns, *further)
+        self.groups = groups
+        self.schema = dataset.features.arrow_schema
+        pages = [
+            SMALL_PAGES if group.has_small_pages else 2 * group.num_bytes for group in groups
+        ]  # as stored, and open
+        self.open_bytes += sum(pages) / max(1, len(groups))
+
+    def read(self, block: int, start: int) -> Iterator[Row]:
+        group, index = self.groups[block], self._block_starts[block]
+        with xopen(group.path, "rb") as file:
+            parquet = pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
+            for batch in parquet.iter_batches(READ_BATCH, [group.number], self.schema.names, use_threads=False):
+                if start < batch.num_rows:
+                    table = pa.Table.from_batches([batch.slice(start)]).select(self.schema.names)
+                    yield from rows_of(table_cast(table, self.schema), index + start, self.columns)
+                start = max(0, start - batch.num_rows)
+                index += batch.num_rows
+
+
 class TableRows:
     """Rows of a table in memory, or mapped into it; a block is a range of them."""
+
+    random_access = True
 
     def __init__(self, dataset: Dataset, columns: Columns):
         self.dataset = dataset.select_columns(columns.names()).with_format("arrow")
@@ -213,27 +279,42 @@ class TableRows:
         for index in range(first, end, READ_BATCH):
             yield from rows_of(self.dataset[index : min(index + READ_BATCH, end)], index, self.columns)
 
+    def row(self, index: int) -> Row:
+        return next(rows_of(self.dataset[index : index + 1], index, self.columns))
+
 
 class MomentFiles:
-    """One .npy file per image, as REPA and SRA lay them out; a block is a range of them."""
+    """One .npy file per image, as REPA and SRA lay them out; a block is a range of them.
 
-    holds_latents = True
+    Args:
+        folder: where they lie.
+        names: of the files, in the folder.
+    """
 
-    def __init__(self, paths: list[Path], labels: list[int]):
-        self.paths = paths
+    holds_latents = random_access = True
+    columns = Columns(label="label", moments="moments")
+
+    def __init__(self, folder: Path, names: list[str], labels: list[int]):
+        self.folder = folder
+        self.names = pa.array(names, pa.large_string())  # Python's own strings would be copied into each data worker
         self.conditions = Conditions(pa.table({"label": pa.array(labels, pa.int64())}))
         self.labels = self.conditions.label_range
-        self.block_rows = even_blocks(len(paths))
+        self.block_rows = even_blocks(len(names))
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
 
     def read(self, block: int, start: int) -> Iterator[Row]:
-        for index in range(self._block_starts[block] + start, self._block_starts[block + 1]):
-            yield self.conditions.row(index)._replace(moments=self.paths[index])
+        yield from map(self.row, range(self._block_starts[block] + start, self._block_starts[block + 1]))
+
+    def row(self, index: int) -> Row:
+        return self.conditions.row(index)._replace(moments=self._path(index))
+
+    def _path(self, index: int) -> Path:
+        return self.folder / self.names[index].as_py()
 
     @cached_property
     def images(self) -> str:
-        heads = [read_file(self.paths[place], 0, limit) for place, limit in samples(len(self.paths))]
-        return digest_of(str(len(self.paths)).encode(), *heads)
+        heads = [read_file(self._path(place), 0, limit) for place, limit in samples(len(self.names))]
+        return digest_of(str(len(self.names)).encode(), *heads)
 
     @cached_property
     def digests(self) -> Digests:
@@ -241,24 +322,30 @@ class MomentFiles:
 
 
 class ConditionRows:
-    """Rows of which nothing but number, label and caption is known."""
+    """Rows of a storage of which nothing but number, label and caption is read."""
 
     holds_latents, images = False, ""
 
-    def __init__(self, block_rows: list[int], conditions: Conditions):
-        self.conditions = conditions
-        self.labels = conditions.label_range
-        self.block_rows = block_rows
-        self._block_starts = np.cumsum([0, *block_rows]).tolist()
+    def __init__(self, storage: Storage):
+        self.conditions = storage.conditions
+        self.columns = storage.columns
+        self.labels = storage.labels
+        self.block_rows = storage.block_rows
+        self.random_access = storage.random_access
+        if not self.random_access:
+            self.row_bytes, self.open_bytes = storage.row_bytes, storage.open_bytes
+        self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
 
     def read(self, block: int, start: int) -> Iterator[Row]:
-        for index in range(self._block_starts[block] + start, self._block_starts[block + 1]):
-            yield self.conditions.row(index)
+        yield from map(self.row, range(self._block_starts[block] + start, self._block_starts[block + 1]))
+
+    def row(self, index: int) -> Row:
+        return self.conditions.row(index)
 
 
 def even_blocks(num_rows: int) -> list[int]:
-    """Sizes of as many blocks as are of use, for rows that can be read from anywhere."""
-    return [len(part) for part in np.array_split(range(num_rows), min(num_rows, MAX_BLOCKS) or 1)]
+    """Sizes of not too many blocks, for rows that can be read from anywhere."""
+    return [len(part) for part in np.array_split(range(num_rows), min(num_rows, NUM_BLOCKS) or 1)]
 
 
 def conditions_of(table: pa.Table, columns: Columns) -> pa.Table:

@@ -24,7 +24,16 @@ import pyarrow.parquet as pq
 from datasets import IterableDataset
 
 from vaerepa.data.digests import Digests, digest_of, read_file, samples, update
-from vaerepa.data.source import READ_BATCH, Columns, Conditions, StreamedRows, conditions_of, label_range
+from vaerepa.data.source import (
+    READ_BATCH,
+    Columns,
+    Conditions,
+    ParquetRows,
+    RowGroup,
+    StreamedRows,
+    conditions_of,
+    label_range,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,26 +41,26 @@ CONTENT_KEYS = ("blob_id", "ETag", "etag", "md5Hash", "content_md5")  # what fil
 READERS = 16  # remote files that are read at once
 
 
-class RowGroup(NamedTuple):
+class Footer(NamedTuple):
     """What the footer of a parquet file tells of a row group."""
 
-    num_rows: int
+    group: RowGroup
     labels: tuple[int, int]  # the smallest and the largest
     images: list[int]  # sizes, as stored, of the columns with images or moments
     others: list[int]  # of those with labels and captions
     start: int  # of the images in the file
 
 
-def stream_parquet(files: list[str], dataset: IterableDataset, columns: Columns, cache_dir: str | None) -> StreamedRows:
-    """Rows of parquet files; a shard of the data set is a row group."""
-    groups = [(path, group) for path in files for group in _read_footer(path, columns)]
-    shard_rows = [group.num_rows for _, group in groups]
-    labels = label_range([label for _, group in groups if group.num_rows for label in group.labels])
+def stream_parquet(files: list[str], dataset: IterableDataset, columns: Columns, cache_dir: str | None) -> ParquetRows:
+    """Rows of parquet files."""
+    footers = [footer for path in files for footer in _read_footer(path, columns)]
+    groups = [footer.group for footer in footers]
+    labels = label_range([label for footer in footers if footer.group.num_rows for label in footer.labels])
     are_local = not any("://" in path for path in files)
-    heads = [read_file(groups[i][0], groups[i][1].start, limit) for i, limit in samples(len(groups)) if are_local]
+    heads = [read_file(groups[i].path, footers[i].start, limit) for i, limit in samples(len(groups)) if are_local]
     about = [_content_keys(path) for path in files if not are_local]
-    images = digest_of(json.dumps([[g.num_rows, g.images] for _, g in groups] + about).encode(), *heads)
-    others = digest_of(json.dumps([images, [g.others for _, g in groups], columns.label, columns.caption]).encode())
+    images = digest_of(json.dumps([[f.group.num_rows, f.images] for f in footers] + about).encode(), *heads)
+    others = digest_of(json.dumps([images, [f.others for f in footers], columns.label, columns.caption]).encode())
 
     def read_conditions() -> Conditions:
         path = _folder(cache_dir) / f"{digest_of(json.dumps([others, _times(files)]).encode())}.arrow"
@@ -60,7 +69,7 @@ def stream_parquet(files: list[str], dataset: IterableDataset, columns: Columns,
             return _kept_conditions(path, dataset, columns, lambda: readers.map(read, files))
 
     known = None if are_local else Digests(images, others, others)
-    return StreamedRows(dataset, shard_rows, columns, labels, images, read_conditions, known)
+    return ParquetRows(dataset, groups, columns, labels, images, read_conditions, known)
 
 
 def stream_files(
@@ -77,23 +86,26 @@ def stream_files(
     path = _folder(cache_dir) / f"{key}.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        num_bytes = found["bytes"]
         conditions = _open_conditions(path.with_suffix(".arrow"))
-    except (OSError, ValueError, pa.ArrowInvalid):
+    except (OSError, ValueError, KeyError, pa.ArrowInvalid):
         logger.info(f"counting the rows of {dataset.num_shards} files, once: the counts are kept")
         found = {}
         tables = _survey(dataset, columns, found)
         conditions = _keep_conditions(path.with_suffix(".arrow"), dataset, columns, tables)
         _replace(path, lambda unfinished: unfinished.write_text(json.dumps(found), encoding="utf-8"))
+        num_bytes = found["bytes"]
     labels = conditions.label_range
-    return StreamedRows(dataset, found["rows"], columns, labels, found["images"], lambda: conditions)
+    return StreamedRows(dataset, found["rows"], num_bytes, columns, labels, found["images"], lambda: conditions)
 
 
-def _read_footer(path: str, columns: Columns) -> Iterator[RowGroup]:
+def _read_footer(path: str, columns: Columns) -> Iterator[Footer]:
     label, content = columns.label, columns.image or columns.moments
     with fsspec.open(path, "rb") as file:
         parquet = pq.ParquetFile(file)
         leaves = [parquet.schema.column(i).path.split(".") for i in range(len(parquet.schema))]
         of_images = [i for i, leaf in enumerate(leaves) if leaf[0] == content and leaf[-1] != "path"]
+        has_small_pages = b"content_defined_chunking" in (parquet.metadata.metadata or {})  # as `datasets` writes now
         of_others = [i for i, leaf in enumerate(leaves) if leaf[0] in (label, columns.caption)]
         for i in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(i)
@@ -106,7 +118,9 @@ def _read_footer(path: str, columns: Columns) -> Iterator[RowGroup]:
                     labels = (statistics.min, statistics.max)
                 else:
                     labels = label_range(parquet.read_row_group(i, columns=[label]).column(0).to_pylist())
-            yield RowGroup(group.num_rows, labels, *sizes, min(starts, default=0))
+            num_bytes = sum(group.column(c).total_uncompressed_size for c in (*of_images, *of_others))
+            place = RowGroup(path, i, group.num_rows, num_bytes, has_small_pages)
+            yield Footer(place, labels, *sizes, min(starts, default=0))
 
 
 def _read_columns(path: str, columns: Columns) -> pa.Table:
@@ -117,7 +131,7 @@ def _read_columns(path: str, columns: Columns) -> pa.Table:
 
 def _survey(dataset: IterableDataset, columns: Columns, found: dict) -> Iterator[pa.Table]:
     """Labels and captions of all shards; at their end the rows of each shard, and the digest of images, are `found`."""
-    digest, rows = blake2b(digest_size=16), []
+    digest, rows, num_bytes = blake2b(digest_size=16), [], 0
     for number in range(dataset.num_shards):
         rows.append(0)
         for table in dataset.shard(dataset.num_shards, number).with_format("arrow").iter(batch_size=READ_BATCH):
@@ -125,8 +139,9 @@ def _survey(dataset: IterableDataset, columns: Columns, found: dict) -> Iterator
             for chunk in images.chunks:
                 update(digest, chunk.field("bytes") if columns.image else chunk)
             rows[-1] += table.num_rows
+            num_bytes += table.nbytes
             yield conditions_of(table, columns)
-    found |= {"rows": rows, "images": digest.hexdigest()}
+    found |= {"rows": rows, "bytes": num_bytes, "images": digest.hexdigest()}
 
 
 # ---- what is kept

@@ -13,7 +13,7 @@ from vaerepa.data.prompts import choose_caption
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.evaluator import REPORT, Evaluator, Report, open_evaluator, read_report
 from vaerepa.evaluation.reference import MAX_KEPT
-from vaerepa.evaluation.samples import Draw, balanced, draw_classes, draw_prompts
+from vaerepa.evaluation.samples import Draw, balanced, choose_labels, draw_classes, draw_prompts
 from vaerepa.layout import step_of
 from vaerepa.options import Options
 from vaerepa.privacy import public_name
@@ -52,6 +52,8 @@ class TrainingEvaluation:
             (folder / "images").mkdir(parents=True)
         accelerator.wait_for_everyone()
         settings = {"trained": f"{step} steps, {weights}", "sampler": sampler, **self._call(), "seed": options.seed}
+        if not options.text_conditioning:
+            settings["label_sampling"] = options.label_sampling
         settings["precision"] = f"mixed precision {accelerator.mixed_precision}"
         report = self.evaluator.evaluate(folder, options.num_eval_samples, options.train_batch_size, draw, settings)
         if accelerator.is_main_process:
@@ -92,7 +94,7 @@ def open_evaluation(
         captions = [choose_caption(several, seed, i) for i, several in enumerate(source.captions())]
         choices = [captions[place] for place in balanced(count, len(captions), seed)]
     else:
-        choices = balanced(count, num_classes, seed)
+        choices = choose_labels(count, num_classes, seed, options.label_sampling)
     about = {"dataset": public_name(options.train_data_dir or options.dataset_name), "split": options.train_split}
     about |= {"resolution": options.resolution}
     reference = Path(options.eval_reference) if options.eval_reference else take_at_random(source, MAX_KEPT)

@@ -10,7 +10,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from vaerepa import sampling
 from vaerepa.data import Prompts
 from vaerepa.data.images import to_pixels
 from vaerepa.errors import OptionError
-from vaerepa.randomness import draw_permutation, generator
+from vaerepa.randomness import draw_permutation, draw_uniform, generator
 
 Draw = Callable[[list[int]], list[Image.Image]]  # from the numbers of images to the images
+LabelSampling = Literal["random", "equal"]
 SETTINGS = "settings.json"
 NPZ = "samples.npz"
 
@@ -34,6 +35,13 @@ def balanced(count: int, choices: int, seed: int) -> list[int]:
     """A choice in [0, choices) for each image: each comes equally often, up to one; the i-th follows from the seed and i."""
     order = draw_permutation(seed, "evaluation", choices).tolist()
     return [order[i % choices] for i in range(count)]
+
+
+def choose_labels(count: int, num_classes: int, seed: int, sampling: LabelSampling) -> list[int]:
+    """A class for each image: drawn at random, each by its own number, as REPA, SRA and SiT do; or each equally often."""
+    if sampling == "equal":
+        return balanced(count, num_classes, seed)
+    return [int(draw_uniform(seed, "evaluation label", i) * num_classes) for i in range(count)]
 
 
 def draw_classes(pipeline: DiffusionPipeline, labels: list[int], seed: int, **call: Any) -> Draw:

@@ -19,12 +19,8 @@ def check_names(options: Options) -> None:
     """Checks the Hub's options against each other, without asking the Hub.
 
     Raises:
-        OptionError: an option that does nothing, a name that the Hub does not take, a token that would be recorded.
+        OptionError: a name that the Hub does not take, a token that would be recorded.
     """
-    if not options.push_to_hub:
-        for name in ("hub_model_id", "hub_revision", "hub_private_repo"):
-            if getattr(options, name):
-                raise OptionError(f"--{name} does nothing without --push_to_hub.")
     if options.hub_token and options.report_to not in ("none", "tensorboard"):
         raise OptionError(
             f"--report_to {options.report_to} records the command line, and with it --hub_token. Give the token in the "

@@ -1,0 +1,70 @@
+"""Classes in a batch: how many different ones the order of the images gives, beside what a permutation of all would give."""
+
+import math
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from vaerepa.data.order import open_reader, stream_sizes
+from vaerepa.data.source import Source
+
+NUM_BATCHES = 10
+TOO_FEW = 0.6  # of a permutation's
+
+
+class ClassesInBatch(NamedTuple):
+    """Mean number of different classes in the first batches, and its expectation under a permutation; `cure` says what helps."""
+
+    mean: float
+    of_permutation: float
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}, of a permutation {self.of_permutation:.1f}"
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence, where they are too few."""
+        if self.mean >= TOO_FEW * self.of_permutation:
+            return None
+        return f"a batch holds {self.mean / self.of_permutation:.0%} of a permutation's classes: {self.cure}"
+
+
+def classes_in_batch(
+    source: Source, seed: int, num_streams: int | None, buffer_size: int | None, batch_size: int
+) -> ClassesInBatch | None:
+    """Reads the labels of the first batches, and no images; None where images have no labels."""
+    if source.storage.columns.label is None:
+        return None
+    reader = open_reader(source.without_content(), seed, num_streams, buffer_size)
+    rows = (next(reader.rows_from(sample_index)) for sample_index in range(NUM_BATCHES * batch_size))
+    counts = [len({row.label for row in islice(rows, batch_size)}) for _ in range(NUM_BATCHES)]
+    return ClassesInBatch(
+        sum(counts) / NUM_BATCHES,
+        expected_classes(
+            np.unique(source.storage.conditions.labels[source.members], return_counts=True)[1], batch_size
+        ),
+        "" if source.storage.random_access else _cure(*stream_sizes(source, num_streams, buffer_size)),
+    )
+
+
+def expected_classes(class_counts: np.ndarray, batch_size: int) -> float:
+    """Number of different classes among `batch_size` rows that are drawn without replacement."""
+    counts, times = np.unique(class_counts, return_counts=True)
+    total = int(counts @ times)
+    misses = [math.exp(_log_choices(total - n, batch_size) - _log_choices(total, batch_size)) for n in counts.tolist()]
+    return float(times @ (1 - np.array(misses))) if batch_size < total else float(times.sum())
+
+
+def _log_choices(total: int, drawn: int) -> float:
+    if drawn > total:
+        return -math.inf
+    return math.lgamma(total + 1) - math.lgamma(drawn + 1) - math.lgamma(total - drawn + 1)
+
+
+def _cure(num_streams: int, buffer_size: int) -> str:
+    return (
+        f"the files are sorted by class. Raise --shuffle_buffer_size (here {buffer_size}) and --num_streams (here "
+        f"{num_streams}), or shuffle the files once."
+    )
