@@ -34,11 +34,13 @@ from vaerepa.data.source import (
     conditions_of,
     label_range,
 )
+from vaerepa.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
 CONTENT_KEYS = ("blob_id", "ETag", "etag", "md5Hash", "content_md5")  # what file systems say of a remote file's content
-READERS = 16  # remote files that are read at once
+READERS = 16  # files that are read at once
+Place = tuple[int, int]  # start and size of a column of a row group in its file
 
 
 class Footer(NamedTuple):
@@ -46,9 +48,8 @@ class Footer(NamedTuple):
 
     group: RowGroup
     labels: tuple[int, int]  # the smallest and the largest
-    images: list[int]  # sizes, as stored, of the columns with images or moments
-    others: list[int]  # of those with labels and captions
-    start: int  # of the images in the file
+    images: list[Place]  # of the columns with images or moments
+    conditions: list[Place]  # of those with labels and captions
 
 
 def stream_parquet(files: list[str], dataset: IterableDataset, columns: Columns, cache_dir: str | None) -> ParquetRows:
@@ -57,18 +58,17 @@ def stream_parquet(files: list[str], dataset: IterableDataset, columns: Columns,
     groups = [footer.group for footer in footers]
     labels = label_range([label for footer in footers if footer.group.num_rows for label in footer.labels])
     are_local = not any("://" in path for path in files)
-    heads = [read_file(groups[i].path, footers[i].start, limit) for i, limit in samples(len(groups)) if are_local]
-    about = [_content_keys(path) for path in files if not are_local]
-    images = digest_of(json.dumps([[f.group.num_rows, f.images] for f in footers] + about).encode(), *heads)
-    others = digest_of(json.dumps([images, [f.others for f in footers], columns.label, columns.caption]).encode())
+    about = [] if are_local else [_content_keys(path) for path in files]
+    rows = [group.num_rows for group in groups]
+    images = _digest_places([rows, about], [(footer.group.path, footer.images) for footer in footers])
+    conditions = [(footer.group.path, footer.conditions) for footer in footers]
+    key = _digest_places([images, vars(columns), _times(files)], conditions)
 
     def read_conditions() -> Conditions:
-        path = _folder(cache_dir) / f"{digest_of(json.dumps([others, _times(files)]).encode())}.arrow"
-        read = lambda file: _read_columns(file, columns)  # noqa: E731
-        with ThreadPoolExecutor(1 if are_local else READERS) as readers:
-            return _kept_conditions(path, dataset, columns, lambda: readers.map(read, files))
+        tables = lambda: _read_columns(files, columns)  # noqa: E731
+        return _kept_conditions(_folder(cache_dir) / f"{key}.arrow", dataset, columns, tables)
 
-    known = None if are_local else Digests(images, others, others)
+    known = None if are_local else Digests(images, labels=key, captions=key)
     return ParquetRows(dataset, groups, columns, labels, images, read_conditions, known)
 
 
@@ -105,12 +105,11 @@ def _read_footer(path: str, columns: Columns) -> Iterator[Footer]:
         parquet = pq.ParquetFile(file)
         leaves = [parquet.schema.column(i).path.split(".") for i in range(len(parquet.schema))]
         of_images = [i for i, leaf in enumerate(leaves) if leaf[0] == content and leaf[-1] != "path"]
+        of_conditions = [i for i, leaf in enumerate(leaves) if leaf[0] in (label, columns.caption)]
         has_small_pages = b"content_defined_chunking" in (parquet.metadata.metadata or {})  # as `datasets` writes now
-        of_others = [i for i, leaf in enumerate(leaves) if leaf[0] in (label, columns.caption)]
         for i in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(i)
-            sizes = [[group.column(c).total_compressed_size for c in chosen] for chosen in (of_images, of_others)]
-            starts = [group.column(c).dictionary_page_offset or group.column(c).data_page_offset for c in of_images]
+            places = [[_place_of(group.column(leaf)) for leaf in chosen] for chosen in (of_images, of_conditions)]
             labels = (0, 0)
             if label is not None:
                 statistics = group.column(leaves.index([label])).statistics
@@ -118,15 +117,41 @@ def _read_footer(path: str, columns: Columns) -> Iterator[Footer]:
                     labels = (statistics.min, statistics.max)
                 else:
                     labels = label_range(parquet.read_row_group(i, columns=[label]).column(0).to_pylist())
-            num_bytes = sum(group.column(c).total_uncompressed_size for c in (*of_images, *of_others))
+            num_bytes = sum(group.column(leaf).total_uncompressed_size for leaf in (*of_images, *of_conditions))
             place = RowGroup(path, i, group.num_rows, num_bytes, has_small_pages)
-            yield Footer(place, labels, *sizes, min(starts, default=0))
+            yield Footer(place, labels, *places)
 
 
-def _read_columns(path: str, columns: Columns) -> pa.Table:
-    with fsspec.open(path, "rb") as file:
-        names = [name for name in (columns.label, columns.caption) if name is not None]
-        return conditions_of(pq.ParquetFile(file, pre_buffer=True).read(names), columns)
+def _place_of(column: pq.ColumnChunkMetaData) -> Place:
+    return column.dictionary_page_offset or column.data_page_offset, column.total_compressed_size
+
+
+def _digest_places(about: list, places: list[tuple[str, list[Place]]]) -> str:
+    """Digest of the sizes of places in files, and of the first bytes of some of them that lie here."""
+    sizes = [[size for _, size in columns] for _, columns in places]
+    heads = []
+    for row_group, limit in samples(len(places)):
+        path, columns = places[row_group]
+        heads += [read_file(path, start, min(size, limit)) for start, size in columns]
+    return digest_of(json.dumps([about, sizes]).encode(), *heads)
+
+
+def _read_columns(files: list[str], columns: Columns) -> Iterator[pa.Table]:
+    """Labels and captions of each file."""
+
+    def read(path: str) -> pa.Table:
+        try:
+            with fsspec.open(path, "rb") as file:
+                names = [name for name in (columns.label, columns.caption) if name is not None]
+                return conditions_of(pq.ParquetFile(file, pre_buffer=True).read(names), columns)
+        except (OSError, ValueError, KeyError) as error:
+            raise OptionError(
+                f"labels and captions of {path} cannot be read: {' '.join(str(error).split())}"
+            ) from error
+
+    with ThreadPoolExecutor(READERS) as readers:
+        for start in range(0, len(files), READERS):
+            yield from readers.map(read, files[start : start + READERS])
 
 
 def _survey(dataset: IterableDataset, columns: Columns, found: dict) -> Iterator[pa.Table]:
