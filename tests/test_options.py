@@ -107,7 +107,8 @@ def test_switches_turn_on_and_off_without_a_word():
 
 
 @pytest.mark.parametrize("line", [["--train-batch-size", "4"], ["--train-batch-size=4"], ["--train_batch_size=4"]])
-def test_flags_may_be_spelled_with_dashes(line):
+def test_names_may_be_spelled_with_dashes(config, line):
+    assert parse_yaml(config, "train-batch-size: 4") == replace(Options(), train_batch_size=4)
     assert parse_options(line) == replace(Options(), train_batch_size=4)
     assert parse_options(["--no-use-ema"]) == replace(Options(), use_ema=False)
 
@@ -118,6 +119,24 @@ def test_home_and_variables_are_expanded_in_paths_alone(config, monkeypatch):
     options = parse_yaml(config, "train_data_dir: ~/pictures\nnegative_prompt: ~$RUN", "--output_dir", "$HOME/$RUN")
     assert (options.train_data_dir, options.output_dir) == ("/home/ann/pictures", "/home/ann/seven")
     assert options.negative_prompt == "~$RUN"
+
+
+@pytest.mark.parametrize("text", ["$NOWHERE/run", "${NOWHERE}/run"])
+def test_a_path_with_a_variable_that_is_not_set_is_refused(config, monkeypatch, tmp_path, text):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    for given in (["--output_dir", text], ["--config", config(f"output_dir: {text}")], ["--config", text]):
+        with pytest.raises(OptionError, match=r"NOWHERE.* is not set"):
+            parse_options(given)
+    (tmp_path / text).mkdir(parents=True)  # a folder may be called so
+    assert parse_options(["--output_dir", str(tmp_path / text)]).output_dir == str(tmp_path / text)
+
+
+def test_what_is_given_twice_is_not_dropped(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(f"{'seed' if name == 'one' else 'resolution'}: 32")
+    files = [part for name in ("one", "two") for part in ("--config", str(tmp_path / f"{name}.yaml"))]
+    options = parse_options([*files, "--validation_prompt", "a cat", "--validation_prompts", "a dog", "a tree"])
+    assert options == replace(Options(), seed=32, resolution=32, validation_prompts=("a cat", "a dog", "a tree"))
 
 
 def test_later_files_win_over_earlier_ones_and_a_row_lies_over_its_base(tmp_path):
@@ -210,7 +229,7 @@ def test_an_unknown_flag_names_the_nearest(argument, nearest):
         (["--frobnicate", "3", "--learning_rte", "1"], ["`--frobnicate`.", "`--learning_rte`; did you mean"]),
         (["--optimizer", "prodigy"], ["--optimizer", "AdamW"]),
         (["--weighting_scheme", "none", "--instance-prompt", "a cat"], ["--timestep_sampling", "captions"]),
-        (["--num_processes", "2"], ["launcher"]),
+        (["--num_processes", "2", "--multi-gpu", "--local-rank=0"], ["num_processes", "multi-gpu", "rank", "launcher"]),
         (["--random_flip", "perhaps"], ["--random_flip: expected true or false", "--no_random_flip"]),
         (["--no_use_ema", "true"], ["`true` after --no_use_ema", "--use_ema turns it on"]),
         (["--validation_split", "my", "split"], ["`split` after --validation_split", "quotes"]),

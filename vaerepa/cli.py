@@ -7,6 +7,7 @@ options that it goes with, whether it is a path) is metadata of the field, check
 import argparse
 import difflib
 import os
+import re
 import sys
 import types
 import typing
@@ -23,6 +24,7 @@ Resume = Literal["fixed", "content", "schedule", "free"]
 OptionsType = TypeVar("OptionsType")
 
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 SIMILAR = 0.75  # of two names, to propose one for the other
 BOUNDS = {  # by the metadata that sets it: how it is said, and whether a value keeps it
     "above": ("above {}", lambda value, bound: value > bound),
@@ -124,7 +126,7 @@ def read_config(
             raise OptionError(f"--config {path}: {what}; choose one of {', '.join(rows)}.")
         values = rows[row]
     known = {spec.name: spec for spec in fields(kind)}
-    values = {(aliases or {}).get(name, name): value for name, value in values.items()}
+    values = {_plain(str(name), known, aliases or {}): value for name, value in values.items()}
     unknown = [str(name) for name in values if name not in known]
     if unknown:
         reasons = [_reason(name, "option", known, foreign or {}) for name in unknown]
@@ -152,7 +154,7 @@ def read_rows(path: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def _load(path: str | Path) -> dict[str, Any]:
-    path = Path(expand(str(path)))
+    path = Path(expand(str(path), "--config"))
     if not path.is_file():
         raise OptionError(f"--config {path}: there is no such file.")
     try:
@@ -177,13 +179,21 @@ def convert(spec: Field, value: Any) -> Any:
         switch = f" --{spec.name} turns it on, --no_{spec.name} off." if spec.type is bool else ""
         raise OptionError(f"--{spec.name}: expected {_describe(spec.type)}, got {got}.{switch}") from error
     if spec.metadata["path"]:
-        return expand(converted) if isinstance(converted, str) else converted
+        return expand(converted, f"--{spec.name}") if isinstance(converted, str) else converted
     return converted
 
 
-def expand(path: str) -> str:
-    """A path with `~` and $VARIABLES expanded."""
-    return os.path.expandvars(os.path.expanduser(path))
+def expand(path: str, flag: str) -> str:
+    """A path with `~` and $VARIABLES expanded.
+
+    Raises:
+        OptionError: a variable in it is not set; a folder would take its name.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    unset = VARIABLE.search(expanded)
+    if unset and not os.path.exists(expanded):
+        raise OptionError(f"{flag} {path}: the variable {unset[0]} is not set.")
+    return expanded
 
 
 def check(options: Any) -> None:
@@ -262,14 +272,14 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, kind: type, program: str):
         super().__init__(program, add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-        self.add_argument("--config", nargs="+", default=[])
+        self.add_argument("--config", nargs="+", default=[], action="extend")
         self.add_argument("--row")
         for spec in fields(kind):
             if spec.type is bool:
                 self.add_argument(f"--{spec.name}", nargs="?", const=True)
                 self.add_argument(f"--no_{spec.name}", dest=spec.name, action="store_false")
             elif any(typing.get_origin(one) is tuple for one in _alternatives(spec.type)):
-                self.add_argument(f"--{spec.name}", nargs="+")
+                self.add_argument(f"--{spec.name}", nargs="+", action="extend")
             else:
                 self.add_argument(f"--{spec.name}")
 
@@ -310,14 +320,14 @@ def _spelled(argument: str, known: dict[str, Field], aliases: dict[str, str]) ->
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument[2:].partition("=")
-    name = flag.replace("-", "_")
-    name = aliases.get(name, name)
-    if name.removeprefix("no_") in known or name in known:
-        spec = known.get(name)
-        if equals and spec is None:  # --no_random_flip=false
-            return argument
-        return f"--{name}{equals}{value}"
-    return argument
+    return f"--{_plain(flag, known, aliases)}{equals}{value}"
+
+
+def _plain(name: str, known: dict[str, Field], aliases: dict[str, str]) -> str:
+    """The name of an option that is spelled with dashes, or goes by another name elsewhere; any other name as it is."""
+    plain = name.replace("-", "_")
+    plain = aliases.get(plain, plain)
+    return plain if plain in known or plain.removeprefix("no_") in known else name
 
 
 def _say_unknown(line: list[str], left: list[str], known: dict[str, Field], foreign: dict[str, str]) -> str:
