@@ -59,6 +59,7 @@ from vaerepa.data import (
     TrainingDraws,
     ValidationDraws,
     classes_in_batch,
+    images,
     micro_batch,
 )
 from vaerepa.data.order import ORDER
@@ -77,6 +78,7 @@ from vaerepa.precompute import precompute_latents
 from vaerepa.privacy import public_values, redact, take_token
 from vaerepa.randomness import draw_seed
 from vaerepa.stopping import StopRequest
+from vaerepa.system import is_out_of_space, num_cores, unbroken_output
 
 logger = get_logger(__name__)
 
@@ -165,6 +167,7 @@ class Run:
         return self.ema.exported if self.ema else self.transformer
 
 
+@unbroken_output()
 def main(arguments: list[str] | None = None) -> int:
     """Runs the trainer; user errors become one sentence and an exit code."""
     try:
@@ -176,6 +179,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, OptionError) else 1
     except torch.OutOfMemoryError:
         print(f"\nerror: out of GPU memory. {speed.next_memory_lever(options)}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not is_out_of_space(error):
+            raise
+        print(f"\nerror: {error.strerror}: {error.filename or options.output_dir}. Make room there.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
@@ -229,8 +237,12 @@ def build_accelerator(options: Options) -> Accelerator:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for chatty in ("httpx", "httpx2", "datasets", "fsspec"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    images.quiet_pillow()
+    checks.check_launcher()
     try:
         accelerator = Accelerator(
+            # torchrun does not tell accelerate that its processes are to train together on CPUs
+            cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not checks.has_gpu(),
             mixed_precision=options.mixed_precision,
             log_with=None if options.report_to == "none" else options.report_to,
             project_config=ProjectConfiguration(
@@ -248,7 +260,7 @@ def build_accelerator(options: Options) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     if accelerator.device.type == "cpu":
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # accelerate launch leaves one thread to each
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+        torch.set_num_threads(max(1, num_cores() // local_processes))
     return accelerator
 
 

@@ -34,6 +34,7 @@ from vaerepa.errors import OptionError
 from vaerepa.layout import folder_of
 from vaerepa.logs import MetricsFile
 from vaerepa.options import Options, parse_options
+from vaerepa.system import num_cores
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -277,7 +278,7 @@ def describe(runs: Runs, costs: dict[str, Cost], seeds: list[int]) -> str:
     first = next(iter(runs))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     lines = [
-        f"Seeds {', '.join(map(str, seeds))}; {device}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}.",
+        f"Seeds {', '.join(map(str, seeds))}; {device}, {num_cores()} cores, torch {torch.__version__}.",
         "",
         f"| row | parameters | of heads | training, an image | a step | over `{first}`, by seed | peak memory |",
         "|---|---|---|---|---|---|---|",

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 
 from vaerepa import latents
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, classes_in_batch, open_sources, read_batches
-from vaerepa.data.images import crop, resize_to_cover, to_pixels
+from vaerepa.data.images import cut, to_pixels
 from vaerepa.data.latents_cache import CacheKey, LatentsCache
 from vaerepa.data.order import open_reader, stream_sizes
 from vaerepa.data.source import (
@@ -149,8 +149,7 @@ def plain(args: argparse.Namespace) -> Iterator[torch.Tensor]:
     stream = load_dataset(**where, split="train", streaming=True).reshard().shuffle(seed=0, buffer_size=1000)
 
     def preprocess(row: dict) -> dict:
-        size = (args.resolution, args.resolution)
-        image = crop(resize_to_cover(row["image"].convert("RGB"), size), size)
+        image = cut(row["image"].convert("RGB"), (args.resolution, args.resolution))
         return {"pixel_values": to_pixels(image), "label": row["label"]}
 
     stream = stream.map(preprocess, remove_columns=stream.column_names).take(args.num_images)

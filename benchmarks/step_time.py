@@ -19,6 +19,7 @@ from vaerepa.alignment import AlignedTransformer, AlignmentContext, VAEAlignment
 from vaerepa.ema import EMA
 from vaerepa.families import dit
 from vaerepa.objectives import FlowMatching
+from vaerepa.system import num_cores
 
 LATENT_SHAPE = (4, 32, 32)  # 256-pixel images through an f8 VAE
 
@@ -93,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(num_cores())
 
     flops = [forward_flops(args.model, with_head) for with_head in (False, True)]
     steps, memory = [], []

@@ -1,14 +1,24 @@
 """What cannot be done ends in one sentence and an exit code, before anything is written."""
 
+import errno
 import fcntl
 import io
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
+from accelerate.utils.operations import recursively_apply, send_to_device
 from datasets import Dataset, Features, Image, Value
 from diffusers import DiTTransformer2DModel
+
+from tests.conftest import read_metrics
+from vaerepa import stopping, system
+from vaerepa.data import loader
 
 PRESET = dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "patch_size"))  # not given
 FEATURES = Features({"image": Image(), "label": Value("int64"), "text": Value("string")})
@@ -106,6 +116,70 @@ def test_an_output_folder_in_use_is_refused(train, tmp_path, capfd):
         fcntl.flock(lock, fcntl.LOCK_EX)
         train(code=2)
     assert "in use by another run" in message_of(capfd)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_is_warned_of(train, monkeypatch, caplog, number):
+    def flock(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    # not of other libraries, whose own locks would wait
+    monkeypatch.setattr(system, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    train(max_train_steps=1)
+    assert "has no locks" in caplog.text
+
+
+def test_a_system_without_posix_calls_trains(train, monkeypatch):
+    """No fcntl, no os.sched_getaffinity, no SIGHUP and SIGUSR1, no hard links, no float64 on the device."""
+
+    def send(part, *arguments, **keywords):
+        recursively_apply(lambda tensor: pytest.fail("float64") if tensor.dtype == torch.float64 else tensor, part)
+        return send_to_device(part, *arguments, **keywords)
+
+    def link(*arguments):
+        raise OSError(errno.EPERM, "no links")
+
+    monkeypatch.setattr(system, "fcntl", None)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(stopping, "SIGNALS", (signal.SIGTERM, signal.SIGINT))
+    monkeypatch.setattr(loader, "send_to_device", send)
+    run = train(max_train_steps=1, alignment=["vae", "sra"])
+    train(max_train_steps=2, alignment=["vae", "sra"], resume_from_checkpoint="latest")
+    assert (run / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor"),
+    ],
+)
+def test_what_the_launcher_asks_for_in_vain_is_refused(train, monkeypatch, capfd, name, what):
+    monkeypatch.setenv(name, "true")
+    train(code=2)
+    assert what in message_of(capfd)
+
+
+def test_what_the_launcher_sets_beside_an_option_is_ignored_with_a_word(train, monkeypatch, caplog, tmp_path):
+    plain = train(max_train_steps=2)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    told = train(max_train_steps=2, output_dir=tmp_path / "told")
+    assert "use --gradient_accumulation_steps" in caplog.text
+    assert "use --compile" in caplog.text
+    assert read_metrics(told, "train/loss", "train/gradient_norm") == read_metrics(
+        plain, "train/loss", "train/gradient_norm"
+    )
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1, 10**30])
+def test_any_seed_trains_and_draws(train, seed):
+    run = train(max_train_steps=1, seed=seed, num_validation_images=3)
+    assert list((run / "samples").glob("*.png"))
 
 
 def test_an_output_folder_with_another_run_is_refused(train, capfd):

@@ -50,7 +50,7 @@ def save(
             save_file(contiguous, unfinished / STATE / f"{name}.safetensors")
         _write_json(unfinished / STATE / POSITION, {"step": step, **position})
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(unfinished)): [path.stat().st_size, _checksum(path)] for path in files}
+        manifest = {path.relative_to(unfinished).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
         _write_json(unfinished / STATE / MANIFEST, manifest)
         _replace(unfinished, final)
     except Exception as error:  # safetensors and diffusers raise their own kinds for a full disk
@@ -199,7 +199,8 @@ def _write_json(path: Path, content: Any) -> None:
 def _checksum(path: Path) -> int:
     checksum = 0
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # what a manifest vouches for must have reached the disk
+        if os.name == "posix":  # Windows flushes no file that is open for reading
+            os.fsync(file.fileno())  # what a manifest vouches for must have reached the disk
         while chunk := file.read(1 << 22):
             checksum = zlib.crc32(chunk, checksum)
     return checksum

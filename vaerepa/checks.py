@@ -1,6 +1,6 @@
 """What can be known to be wrong before anything expensive starts, in one clear sentence each."""
 
-import fcntl
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +22,21 @@ from vaerepa.families import Family, TextFamily, dit
 from vaerepa.hub import access, download
 from vaerepa.layout import all_checkpoints, step_of
 from vaerepa.options import Options
+from vaerepa.system import lock_exclusively
 
+logger = logging.getLogger(__name__)
+
+UNSUPPORTED_BY_LAUNCHER = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+}
+IGNORED_FROM_LAUNCHER = {  # its neutral value, and what to use here
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--gradient_accumulation_steps"),
+    "ACCELERATE_GRADIENT_CLIPPING": ("none", "--max_grad_norm"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "--compile"),
+}
 MIN_BAD_IMAGES = 10  # fewer say nothing about the data
 CUSTOM_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "patch_size")
 
@@ -220,6 +234,39 @@ def check_room(options: Options, family: TextFamily, transformer: nn.Module, dow
             )
 
 
+def has_gpu() -> bool:
+    """Whether there is a device that several processes can train on together; Apple's GPU is none."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device is not None and device.type != "mps"
+
+
+def check_launcher() -> None:
+    """Checks what torchrun or accelerate's launcher and configuration ask for by environment variables.
+
+    What has an option here is left to that option, with a warning.
+
+    Raises:
+        OptionError: they ask for what is not built in (FSDP, DeepSpeed, Megatron-LM, model parallelism), or for more
+            processes than there are GPUs.
+    """
+    for name, what in UNSUPPORTED_BY_LAUNCHER.items():
+        if os.environ.get(name, "").lower() in ("true", "1"):
+            raise OptionError(
+                f"accelerate's configuration or launcher asks for {what} ({name}), which is not supported: train with plain "
+                "data parallelism (`accelerate config`, or `accelerate launch --multi_gpu`)."
+            )
+    for name, (neutral, instead) in IGNORED_FROM_LAUNCHER.items():
+        value = os.environ.pop(name, neutral)  # accelerate would divide losses, and compile, by them
+        if value.lower() != neutral:
+            logger.warning(f"{name}={value}, from accelerate's configuration or launcher, is ignored: use {instead}")
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    uses_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
+    if uses_cuda and local_processes > torch.cuda.device_count():
+        raise OptionError(
+            f"{local_processes} processes were started for {torch.cuda.device_count()} GPUs: start one for each GPU."
+        )
+
+
 @contextmanager
 def locked_output_dir(output_dir: Path) -> Iterator[None]:
     """Makes the folder and holds it for this run; the lock goes with the process, however it ends.
@@ -234,9 +281,13 @@ def locked_output_dir(output_dir: Path) -> Iterator[None]:
         raise OptionError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            lock_exclusively(lock)
+        except (BlockingIOError, PermissionError) as error:
             raise OptionError(f"--output_dir {output_dir} is in use by another run; choose another.") from error
+        except OSError as error:
+            logger.warning(
+                f"the file system of --output_dir {output_dir} has no locks ({error}): nothing keeps a second run out of it"
+            )
         yield
 
 

@@ -43,6 +43,7 @@ from vaerepa.evaluation.samples import (
 from vaerepa.families import TextFamily
 from vaerepa.layout import POSITION, STATE, all_checkpoints, step_of
 from vaerepa.privacy import public_name, redact
+from vaerepa.system import num_cores
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> None:
     check_arguments(args)
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":  # accelerate launch leaves one thread to each
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     folder = args.output_dir
     with checks.locked_output_dir(folder) if accelerator.is_main_process else nullcontext():
         checks.check_shared(folder, accelerator)

@@ -43,6 +43,11 @@ def grid_labels(num_images: int, num_classes: int) -> list[int]:
     return [i * num_classes // num_images for i in range(num_images)]
 
 
+def noise_generator(seed: int) -> torch.Generator:
+    """A CPU generator of this seed, whatever its size; `manual_seed` takes 64 bits."""
+    return torch.Generator().manual_seed(seed % 2**64)
+
+
 def draw_grid(
     pipeline: DiffusionPipeline,
     labels: list[int],
@@ -52,7 +57,7 @@ def draw_grid(
     path: Path,
 ) -> None:
     """Samples one picture per label, always from the same noise, and writes them as one PNG."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
+    generators = [noise_generator(seed + i) for i in range(len(labels))]
     images = pipeline(
         labels, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, generator=generators
     ).images
@@ -89,7 +94,7 @@ def draw_prompt_grid(
             prompts,
             [text],
             negative_prompt,
-            [torch.Generator().manual_seed(seed + start // len(texts))],
+            [noise_generator(seed + start // len(texts))],
             height=size[0],
             width=size[1],
             guidance_scale=guidance_scale,

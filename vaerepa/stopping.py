@@ -1,4 +1,4 @@
-"""Stops that are asked for: SIGTERM, SIGINT and SIGUSR1 end a run after its current step, on all processes alike."""
+"""Stops that are asked for: SIGTERM, SIGINT, SIGHUP and SIGUSR1 end a run after its current step, on all processes alike."""
 
 import atexit
 import multiprocessing
@@ -11,7 +11,8 @@ import torch.distributed
 
 from vaerepa.command import launcher
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGBREAK")  # the last of Windows, which lacks the two before it
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 class StopRequest:
@@ -29,7 +30,9 @@ class StopRequest:
         self._group = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
 
     def __enter__(self) -> "StopRequest":
-        self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        # nohup has SIGHUP ignored
+        heard = [n for n in SIGNALS if not (n.name == "SIGHUP" and signal.getsignal(n) == signal.SIG_IGN)]
+        self._handlers = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**64)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autoencoder = build_autoencoder(args.autoencoder_config, args.resolution).to(device)
     train_images = load_images(args.dataset_name, args.train_split, args.resolution, args.max_images).to(device)
@@ -92,10 +92,9 @@ def load_images(dataset_name: str, split: str, resolution: int, max_images: int)
     for number, row in enumerate(tqdm(rows, f"Reading {split}", unit=" images")):
         try:
             image = images.read_image(row[column])
-        except images.UNREADABLE as error:
+        except Exception as error:  # each format's decoder raises in its own way
             raise OptionError(f"{dataset_name}: row {number} of `{split}` is no image: {error}") from error
-        size = (resolution, resolution)
-        pixels.append(images.to_pixels(images.crop(images.resize_to_cover(image, size), size)))
+        pixels.append(images.to_pixels(images.cut(image, (resolution, resolution))))
     if not pixels:
         raise OptionError(f"--dataset_name {dataset_name}: the split `{split}` has no rows.")
     return torch.stack(pixels)

@@ -26,7 +26,7 @@ from pipeline_vaerepa import VAEREPAPipeline, ode_times
 from vaerepa import latents, objectives
 from vaerepa.alignment.taps import output_of
 from vaerepa.data import Source, open_images
-from vaerepa.data.images import UNREADABLE, crop, read_image, resize_to_cover, to_pixels
+from vaerepa.data.images import cut, read_image, to_pixels
 from vaerepa.errors import OptionError
 from vaerepa.families import dit
 from vaerepa.privacy import redact
@@ -162,9 +162,11 @@ def read_images(source: Source, side: int) -> Iterator[Image.Image]:
     """The images that can be read, cut to squares as in training."""
     for row in chain.from_iterable(map(source.read_block, range(len(source.block_sizes)))):
         try:
-            yield crop(resize_to_cover(read_image(row.image), (side, side)), (side, side))
-        except UNREADABLE as error:
+            image = cut(read_image(row.image), (side, side))
+        except Exception as error:  # each format's decoder raises in its own way
             logger.warning(f"image {row.index} cannot be read and is left out: {error}")
+            continue
+        yield image
 
 
 def encode(vae: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

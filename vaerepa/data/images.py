@@ -1,26 +1,45 @@
 """Images: from encoded bytes to square uint8 tensors, with the crop of ADM."""
 
+import logging
+import warnings
 from io import BytesIO
 
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what bad bytes raise
+MAX_ENLARGED_PIXELS = 2**26  # an image that would be enlarged beyond this is cropped before
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what brings an image of this EXIF orientation upright
+
+
+def quiet_pillow() -> None:
+    """Silences Pillow's remarks about single images: large ones, odd metadata. What cannot be read is said by who reads."""
+    warnings.filterwarnings("ignore", module=r"PIL\b")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def read_image(image: dict | None) -> Image.Image:
     """Decodes what an HF Image column holds: the encoded bytes, or the path of a file of its own.
 
     Raises:
-        UNREADABLE: there is no image, or it is damaged or far too large.
+        Exception: there is no image, or it is damaged or far too large. Each format's decoder raises in its own way, so
+            whatever is raised is the fault of this one image.
     """
-    if image is None:
+    content, path = (image or {}).get("bytes"), (image or {}).get("path")
+    if content is not None:
+        return decode_image(content)
+    if path is None:
         raise ValueError("the row holds no image")
-    if image["bytes"] is not None:
-        return decode_image(image["bytes"])
-    with fsspec.open(image["path"], "rb") as file:
+    with fsspec.open(path, "rb") as file:
         return decode_image(file.read())
 
 
@@ -28,14 +47,16 @@ def decode_image(encoded: bytes) -> Image.Image:
     """Decodes a whole image to RGB: EXIF rotation applied, transparency laid on white, 16-bit grey scaled to 8 bit.
 
     Raises:
-        UNREADABLE: the bytes are no image, an incomplete one, or a far too large one.
+        Exception: the bytes are no image, an incomplete one, or a far too large one.
     """
     try:
         image = Image.open(BytesIO(encoded))
     except UnidentifiedImageError as error:
         raise ValueError(f"{len(encoded)} bytes that are no image of a known format") from error
     image.load()
-    image = ImageOps.exif_transpose(image)
+    orientation = orientation_of(image)
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -44,28 +65,40 @@ def decode_image(encoded: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Brings an image to the smallest size that covers `size`: halved by box filters while twice too large, then bicubic.
+def orientation_of(image: Image.Image) -> int | None:
+    """The EXIF orientation of an image, None where it has none or its EXIF is damaged: the pixels are usable still."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        return None
+    return orientation if isinstance(orientation, int) else None
 
-    For a square the same result as `center_crop_arr` of openai/guided-diffusion, the preprocessing of ADM, DiT and SiT.
+
+def cut(image: Image.Image, size: tuple[int, int], horizontal: float = 0.5, vertical: float = 0.5) -> Image.Image:
+    """Brings an image to the smallest size that covers `size` (halved by box filters while twice too large, then bicubic)
+    and cuts `size` out of it.
+
+    For a centred square the same result as `center_crop_arr` of openai/guided-diffusion, the preprocessing of ADM, DiT and
+    SiT.
 
     Args:
         size: height and width in pixels.
+        horizontal: place of the cut, from 0 (left) to 1 (right).
+        vertical: place of the cut, from 0 (top) to 1 (bottom).
     """
     height, width = size
     while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
-    size = (round(image.width * scale), round(image.height * scale))
-    return image.resize(size, resample=Image.Resampling.BICUBIC)
-
-
-def crop(image: Image.Image, size: tuple[int, int], horizontal: float = 0.5, vertical: float = 0.5) -> Image.Image:
-    """Cuts out `size`, height and width in pixels; `horizontal` and `vertical` in [0, 1] place it (0.5: the centre)."""
-    height, width = size
-    left = int((image.width - width) * horizontal)
-    top = int((image.height - height) * vertical)
-    return image.crop((left, top, left + width, top + height))
+    covering_width, covering_height = round(image.width * scale), round(image.height * scale)
+    left, top = int((covering_width - width) * horizontal), int((covering_height - height) * vertical)
+    box = (left, top, left + width, top + height)
+    if covering_width * covering_height <= MAX_ENLARGED_PIXELS:
+        return image.resize((covering_width, covering_height), resample=Image.Resampling.BICUBIC).crop(box)
+    # a strip of 1 x 60000 pixels would take gigabytes: the part that is cut out alone, alike but for its edges
+    x, y = image.width / covering_width, image.height / covering_height
+    part = (box[0] * x, box[1] * y, min(box[2] * x, image.width), min(box[3] * y, image.height))
+    return image.resize((width, height), resample=Image.Resampling.BICUBIC, box=part)
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

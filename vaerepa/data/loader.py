@@ -54,7 +54,7 @@ class Preprocessing:
         places = (0.5, 0.5)
         if not self.center_crop:
             places = [draw_uniform(self.seed, f"crop {axis}", ordinal) for axis in "xy"]
-        pixels = images.to_pixels(images.crop(images.resize_to_cover(image, size), size, *places))
+        pixels = images.to_pixels(images.cut(image, size, *places))
         return pixels.flip(-1) if self.flips(ordinal) else pixels
 
     def size_of(self, height: int, width: int) -> tuple[int, int]:
@@ -71,6 +71,8 @@ class Preprocessing:
 @dataclass(frozen=True)
 class TrainingDraws:
     """Time, noise, posterior noise and label drop of training samples, and what alignment methods ask for.
+
+    Numbers are of torch's default dtype, in which models are: not every device has float64.
 
     Args:
         latent_shape: (C, h, w) of a square image.
@@ -91,14 +93,11 @@ class TrainingDraws:
         """The draws of samples whose latents have the same shape."""
         density = (self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale, self.timestep_shift)
         return {
-            "t": torch.tensor([draw_timestep(self.seed, o, *density) for o in ordinals], dtype=torch.float64),
+            "t": torch.tensor([draw_timestep(self.seed, o, *density) for o in ordinals]),
             "noise": stack_noise(self.seed, "noise", ordinals, shape),
             "posterior": stack_noise(self.seed, "posterior", ordinals, shape),
             "drop": torch.tensor([draw_uniform(self.seed, "drop", o) < self.label_dropout for o in ordinals]),
-        } | {
-            name: torch.tensor([draw_uniform(self.seed, name, o) for o in ordinals], dtype=torch.float64)
-            for name in self.numbers
-        }
+        } | {name: torch.tensor([draw_uniform(self.seed, name, o) for o in ordinals]) for name in self.numbers}
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class ValidationDraws:
 
     def __call__(self, ordinals: Sequence[int], shape: Shape) -> dict[str, torch.Tensor]:
         return {
-            "t": torch.tensor([(o % self.levels + 0.5) / self.levels for o in ordinals], dtype=torch.float64),
+            "t": torch.tensor([(o % self.levels + 0.5) / self.levels for o in ordinals]),
             "noise": stack_noise(0, "validation noise", ordinals, shape),
             "posterior": stack_noise(0, "validation posterior", ordinals, shape),
             "drop": torch.zeros(len(ordinals), dtype=torch.bool),
@@ -241,7 +240,9 @@ class Batches(IterableDataset):
         for row in islice(reader.rows_from(ordinal), MAX_STAND_INS):
             try:
                 return *self._read_content(row, ordinal), skipped
-            except images.UNREADABLE as error:
+            except DataError:
+                raise
+            except Exception as error:  # each format's decoder raises in its own way
                 if not skipped:  # a stand-in that fails too counts where its own turn is
                     skipped.append((row.index, f"row {row.index} ({self._place_of(row)}): {error}"))
         in_a_row = min(MAX_STAND_INS, len(self.source))

@@ -22,7 +22,7 @@ def held_out_loss(
     levels: dict[float, list[torch.Tensor]] = {}
     for batch in batches:
         losses, t = loss_of(batch)
-        for level, loss in zip(t.tolist(), losses.double().cpu(), strict=True):
+        for level, loss in zip(t.tolist(), losses.cpu().double(), strict=True):
             levels.setdefault(round(level, 6), []).append(loss)
     sums = {level: (torch.stack(losses).sum().item(), len(losses)) for level, losses in levels.items()}
     gathered = accelerator.gather_for_metrics([sums], use_gather_object=True)

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 
 from vaerepa.data import Preprocessing, Source
-from vaerepa.data.images import UNREADABLE
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.extractor import Extractor
 from vaerepa.evaluation.features import Measured, measure
@@ -161,7 +160,7 @@ def _images(source: Source, resolution: int, index: int, count: int) -> Iterator
         for place, row in enumerate(source.read_block(block)):
             try:
                 pixels = to_square(row, ordinal=0)
-            except UNREADABLE as error:
+            except Exception as error:  # each format's decoder raises in its own way
                 logger.warning(f"image {row.index} of the reference cannot be read and is left out: {error}")
                 continue
             yield int(starts[block]) + place, pixels

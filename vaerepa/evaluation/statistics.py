@@ -24,7 +24,7 @@ class Sums:
 
     def add(self, features: torch.Tensor) -> None:
         """Adds a batch of features, shape (B, d)."""
-        features = features.double()
+        features = (features.cpu() if features.device.type == "mps" else features).double()  # mps has no float64
         self.count += len(features)
         self.total = self.total + features.sum(0)
         self.products = self.products + features.T @ features
