@@ -49,6 +49,7 @@ from vaerepa.data.source import (
     Storage,
     StreamedRows,
     TableRows,
+    TarRows,
 )
 
 LATENTS = (4, 32, 32)
@@ -287,11 +288,14 @@ def made_up(labels: np.ndarray, folder: Path) -> Iterator[tuple[str, Storage]]:
         groups = [RowGroup("", 0, rows, rows * image_bytes, small) for rows in (min(size, count - s) for s in starts)]
         kind = f"parquet, groups of {size} rows of {image_bytes // 1000} kB, {'small' if small else 'large'} pages"
         yield kind, ParquetRows(nothing, groups, by_label, (0, 999), "", lambda: conditions(labels))
+    shards = [min(1000, count - start) for start in range(0, count, 1000)]
+    further = (nothing, shards, count * IMAGE_BYTES, by_label, (0, 999), "", lambda: conditions(labels))
+    yield "tar files here", TarRows(["none"] * len(shards), np.zeros((count, 2), np.int64), *further)
     mixed = np.concatenate([np.random.default_rng(0).permutation(part) for part in np.array_split(labels, 10)])
     for kind, rows, size in (
-        ("tar, shards of 1000 rows", labels, 1000),
-        ("tar, ten shards of 100 mixed classes", mixed, 128_117),
-        ("tar, shards of 1000 rows of 100 mixed classes", mixed, 1000),
+        ("tar from afar, shards of 1000 rows", labels, 1000),
+        ("tar from afar, ten shards of 100 mixed classes", mixed, 128_117),
+        ("tar from afar, shards of 1000 rows of 100 mixed classes", mixed, 1000),
     ):
         sizes = [min(size, count - start) for start in range(0, count, size)]
         know = lambda rows=rows: conditions(rows)  # noqa: E731

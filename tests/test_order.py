@@ -13,7 +13,7 @@ from tests.conftest import read_metrics
 from tests.test_data import NUMBERED, encode, picture, write_split
 from vaerepa.data import classes_in_batch, take_at_random
 from vaerepa.data.classes import expected_classes
-from vaerepa.data.order import KeyedPermutation, open_reader
+from vaerepa.data.order import KeyedPermutation, open_reader, stream_sizes
 from vaerepa.data.source import Columns, Conditions, ParquetRows, RowGroup, Source, StreamedRows, TableRows
 
 BATCH = 256
@@ -113,6 +113,12 @@ def test_members_are_permuted_whole_too(kept):
     part = source.subset(members)
     assert sorted(indices(part, 0, len(part))) == np.flatnonzero(members).tolist()
     assert indices(part, 0, len(part)) != np.flatnonzero(members).tolist()
+
+
+def test_rows_come_in_the_same_order_when_a_cache_holds_their_images():
+    table, groups = sorted_table(10, 40), parquet(np.repeat(np.arange(10), 40), 20, IMAGE)
+    assert indices(table, 0, 800) == indices(table.without_content(), 0, 800)
+    assert stream_sizes(groups, None, None) == stream_sizes(groups.without_content(), None, None)
 
 
 def test_only_the_rows_that_are_asked_for_are_read():

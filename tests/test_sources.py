@@ -1,7 +1,9 @@
 """Data sets of all kinds that --dataset_name and --train_data_dir open: what is found in them, and that every row comes."""
 
+import gzip
 import io
 import json
+import pickle
 import shutil
 import tarfile
 from pathlib import Path
@@ -79,6 +81,37 @@ def test_webdataset_shards(tars, num_workers):
     assert columns["condition"] == [number % 3 for number in numbers]
     assert columns["caption"] == [f"picture {number}" for number in numbers]
     assert sources.id2label == {0: "0", 1: "1", 2: "2"}
+
+
+def test_images_in_tar_shards_are_read_from_anywhere_as_they_are_in_turn(tars):
+    source = open_sources(str(tars)).train
+    assert source.storage.random_access
+    in_turn = [row for block in range(len(source.block_sizes)) for row in source.read_block(block)]
+    for place in (12, 0, 5, 6, 7, 4):
+        row, expected = source.row(place), in_turn[place]
+        assert row.image["bytes"] == expected.image["bytes"]
+        assert (row.index, row.label, row.caption) == (expected.index, expected.label, expected.caption)
+    again = pickle.loads(pickle.dumps(source))
+    assert again.row(9).image == source.row(9).image
+
+
+@pytest.mark.parametrize("damage", ["compressed", "a key twice"])
+def test_tar_shards_that_are_not_plain_are_read_in_turn(tars, damage):
+    shard = tars / "train-0001.tar"
+    if damage == "compressed":
+        for path in tars.glob("*.tar"):
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    else:
+        members = [("000005.cls", b"2"), ("000005.png", encode(picture(0))), ("000006.cls", b"1")]
+        members += [("000006.png", encode(picture(1))), ("000005.cls", b"0"), ("000005.png", encode(picture(2)))]
+        with tarfile.open(shard, "w") as tar:
+            for name, data in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    source = open_sources(str(tars)).train
+    assert not source.storage.random_access
+    assert len(read_epoch(source)["condition"]) == (13 if damage == "compressed" else 14)
 
 
 def test_the_rows_of_tar_shards_are_counted_once_and_again_when_they_change(tars, monkeypatch, caplog):

@@ -157,16 +157,16 @@ class Options:
     random_flip: bool = option(False, "Flip images horizontally at random. The paper does not.", resume="fixed")
     num_streams: int | None = option(
         None,
-        "Places of parquet files or tar shards that are read at once; what else there is, is permuted whole. Each belongs to one "
-        "data worker, if this is a multiple of devices x workers. The order depends on it, not on those. Default: 256, or as "
-        "many as there are row groups or shards for (two to each, and 16 GiB for row groups over all workers).",
+        "Places of parquet files, or of tar shards from afar, that are read at once; all else is permuted whole. Each belongs to "
+        "one data worker, if this is a multiple of devices x workers. The order depends on it, not on those. Default: 256, or "
+        "as many as there are row groups or shards for (two to each, and 16 GiB for row groups over all workers).",
         resume="fixed",
         above=0,
     )
     shuffle_buffer_size: int | None = option(
         None,
-        "Images that parquet files or tar shards are shuffled within, over all streams; row groups and shards are shuffled too. "
-        "Default: as many as take 1 GiB, undecoded, over all data workers.",
+        "Images that parquet files, or tar shards from afar, are shuffled within, over all streams; row groups and shards are "
+        "too. Default: as many as take 1 GiB, undecoded, over all data workers.",
         resume="fixed",
         above=0,
     )

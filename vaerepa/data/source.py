@@ -1,5 +1,6 @@
 """What a split holds: rows that can be read from anywhere, or in blocks from the start of each, from files of all kinds."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -247,6 +248,32 @@ class ParquetRows(StreamedRows):
                     yield from rows_of(table_cast(table, self.schema), index + start, self.columns)
                 start = max(0, start - batch.num_rows)
                 index += batch.num_rows
+
+
+class TarRows(StreamedRows):
+    """Rows of tar files that lie here, whose images are read from anywhere, by their places in the files.
+
+    Args:
+        paths: of the files.
+        places: first byte and size of each row's image, size 0 where it has none; shape (number of rows, 2).
+        further: as above.
+    """
+
+    random_access = True
+
+    def __init__(self, paths: list[str], places: np.ndarray, *further):
+        super().__init__(*further)
+        self.paths = paths
+        self.places = places
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in vars(self).items() if k != "_read_conditions"} | {"conditions": self.conditions}
+
+    def row(self, index: int) -> Row:
+        path = self.paths[bisect_right(self._block_starts, index) - 1]
+        start, size = self.places[index].tolist()
+        image = {"bytes": read_file(path, start, size), "path": path} if size else None
+        return self.conditions.row(index)._replace(image=image)
 
 
 class TableRows:

@@ -5,10 +5,12 @@ Footers of parquet files tell the rows. Other files must be read for them, once:
 """
 
 import atexit
+import io
 import json
 import logging
 import os
 import shutil
+import tarfile
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +21,11 @@ from typing import NamedTuple
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import IterableDataset
+from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
 
 from vaerepa.data.digests import Digests, digest_of, read_file, samples, update
 from vaerepa.data.source import (
@@ -31,6 +35,7 @@ from vaerepa.data.source import (
     ParquetRows,
     RowGroup,
     StreamedRows,
+    TarRows,
     conditions_of,
     label_range,
 )
@@ -39,6 +44,7 @@ from vaerepa.errors import OptionError
 logger = logging.getLogger(__name__)
 
 CONTENT_KEYS = ("blob_id", "ETag", "etag", "md5Hash", "content_md5")  # what file systems say of a remote file's content
+PACKED = ("gz", "bz2", "xz", "zst", "lz4")  # files that `datasets` unpacks when it reads them
 READERS = 16  # files that are read at once
 Place = tuple[int, int]  # start and size of a column of a row group in its file
 
@@ -95,8 +101,9 @@ def stream_files(
         conditions = _keep_conditions(path.with_suffix(".arrow"), dataset, columns, tables)
         _replace(path, lambda unfinished: unfinished.write_text(json.dumps(found), encoding="utf-8"))
         num_bytes = found["bytes"]
-    labels = conditions.label_range
-    return StreamedRows(dataset, found["rows"], num_bytes, columns, labels, found["images"], lambda: conditions)
+    rows = (dataset, found["rows"], num_bytes, columns, conditions.label_range, found["images"], lambda: conditions)
+    places = _places_in_tars(path.with_suffix(".npy"), files, found["rows"], columns) if local == files else None
+    return StreamedRows(*rows) if places is None else TarRows(files, places, *rows)
 
 
 def _read_footer(path: str, columns: Columns) -> Iterator[Footer]:
@@ -167,6 +174,39 @@ def _survey(dataset: IterableDataset, columns: Columns, found: dict) -> Iterator
             num_bytes += table.nbytes
             yield conditions_of(table, columns)
     found |= {"rows": rows, "bytes": num_bytes, "images": digest.hexdigest()}
+
+
+def _places_in_tars(path: Path, files: list[str], rows: list[int], columns: Columns) -> np.ndarray | None:
+    """First byte and size of the image of each row, from the heads in the files; None where they are no plain tar files."""
+    if not path.exists():
+        is_packed = f".{columns.image}".rpartition(".")[-1] in PACKED
+        try:
+            places = [_places_in_tar(file, columns.image) for file in files if columns.image and not is_packed]
+        except (OSError, tarfile.TarError):
+            return None
+        if [len(part) for part in places] != rows or not all(part[:, 1].any() for part in places if len(part)):
+            return None  # something that `datasets` reads otherwise
+        _replace(path, lambda unfinished: unfinished.write_bytes(_npy(np.concatenate(places))))
+    return np.load(path, mmap_mode="r")
+
+
+def _places_in_tar(file: str, field: str) -> np.ndarray:
+    places: dict[str, tuple[int, int]] = {}
+    with tarfile.open(file, "r:") as tar:
+        for member in tar:
+            key, own = base_plus_ext(member.name)
+            if member.isreg() and key is not None and not Path(member.name).name.startswith((".", "__")):
+                places.setdefault(key, (0, 0))
+                if own == field:
+                    places[key] = (member.offset_data, member.size)
+            tar.members = []  # which it keeps
+    return np.array(list(places.values()), dtype=np.int64).reshape(-1, 2)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 # ---- what is kept
