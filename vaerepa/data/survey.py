@@ -168,8 +168,9 @@ def _survey(dataset: IterableDataset, columns: Columns, found: dict) -> Iterator
         rows.append(0)
         for table in dataset.shard(dataset.num_shards, number).with_format("arrow").iter(batch_size=READ_BATCH):
             images = table.column(columns.image or columns.moments)
-            for chunk in images.chunks:
-                update(digest, chunk.field("bytes") if columns.image else chunk)
+            for place in range(table.num_rows):  # one by one: no size of a batch may matter
+                for content in images.slice(place, 1).chunks:
+                    update(digest, content.field("bytes") if columns.image else content)
             rows[-1] += table.num_rows
             num_bytes += table.nbytes
             yield conditions_of(table, columns)
