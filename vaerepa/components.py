@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate.logging import get_logger
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import nn
 
 from vaerepa import checks, families, latents, lora, objectives
@@ -17,6 +17,7 @@ from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data import Sources, open_sources
 from vaerepa.errors import OptionError
 from vaerepa.families import Family, TextFamily, TextModel, TextPipeline, dit
+from vaerepa.families.pretrained import is_missing_part, load_index
 from vaerepa.options import Options
 from vaerepa.randomness import seeded_weights
 
@@ -50,7 +51,7 @@ def open_components(options: Options) -> Components:
         family, text = open_text(options)
         pretrained = text if options.pretrained_model_name_or_path else None
     elif options.pretrained_model_name_or_path:
-        pretrained = dit.load_pipeline(options.pretrained_model_name_or_path, **hub_location(options))
+        pretrained = open_class_conditional(options)
     if options.pretrained_model_name_or_path:
         heads = load_heads(options.pretrained_model_name_or_path, options.revision, options.cache_dir)
     vae, sources = open_vae_and_data(options, family)
@@ -59,6 +60,23 @@ def open_components(options: Options) -> Components:
         scheduler = family.default_scheduler(options.timestep_shift)
     objective = build_objective(options, scheduler, len(sources.id2label))
     return Components(family, vae, sources, objective, pretrained, text, heads, open_encoder(options))
+
+
+def open_class_conditional(options: Options) -> dit.PretrainedPipeline:
+    """The DiTPipeline that is fine-tuned, taken apart.
+
+    Raises:
+        OptionError: it is not there, or another kind of pipeline.
+    """
+    name, where = options.pretrained_model_name_or_path, hub_location(options)
+    if not dit.is_official_file(name):
+        index = load_index("pretrained_model_name_or_path", name, where["revision"], where["cache_dir"])
+        kind = index.get("_class_name")
+        if families.text_family_of(kind):
+            raise OptionError(
+                f"--pretrained_model_name_or_path {name} holds a {kind}, which draws from text: add --text_conditioning."
+            )
+    return dit.load_pipeline(name, **where)
 
 
 def open_encoder(options: Options) -> VisionEncoder | None:
@@ -81,20 +99,15 @@ def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
     flag = "pretrained_text_encoder_model_name_or_path" if from_scratch else "pretrained_model_name_or_path"
     name, wanted = getattr(options, flag), checks.transformer_size(options)[0] if from_scratch else None
     where = hub_location(options)
-    try:
-        index = DiffusionPipeline.load_config(name, revision=where["revision"], cache_dir=where["cache_dir"])
-    except OSError as error:
-        if from_scratch and Path(name, "config.json").is_file():
-            return wanted, _open_text_encoder(name, wanted)
-        raise OptionError(
-            f"--{flag} {name}: no pipeline there. Expected a Hub id, or a folder with model_index.json."
-        ) from error
+    if from_scratch and Path(name, "config.json").is_file():
+        return wanted, _open_text_encoder(name, wanted)
+    index = load_index(flag, name, where["revision"], where["cache_dir"])
     kind = index.get("_class_name")
     family = families.text_family_of(kind)
     if family is None or (wanted is not None and family is not wanted):
         supported = ", ".join(wanted.pipelines) if wanted else families.SUPPORTED
         raise OptionError(f"--{flag} {name} holds a {kind}; expected one of {supported}.")
-    missing = [part for part in family.text_components if index.get(part, [None])[0] is None]
+    missing = [part for part in family.text_components if is_missing_part(index, part)]
     if missing:
         raise OptionError(
             f"--{flag} {name} has no {', '.join(missing)}; stock diffusers would not load what is trained from it. Give a whole "
@@ -103,7 +116,7 @@ def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
     pipeline_class = family.pipeline_class(kind)
     parts = inspect.signature(pipeline_class.__init__).parameters.keys() - {"self"}
     unwanted = {"vae", "transformer"} if from_scratch else {"vae"}
-    left_out = dict.fromkeys(part for part in parts if part in unwanted or index.get(part, [None])[0] is None)
+    left_out = dict.fromkeys(part for part in parts if part in unwanted or is_missing_part(index, part))
     try:
         loaded = pipeline_class.from_pretrained(name, **left_out, torch_dtype=torch.get_default_dtype(), **where)
     except (OSError, ValueError) as error:

@@ -6,7 +6,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from vaerepa.errors import OptionError
+from vaerepa.hub.reasons import why_unreadable
 
+EXPECTED = "a Hub id, or a folder with the VAE's config.json and weights, itself or in `vae`"
 CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
@@ -160,9 +162,6 @@ def _find_config(name_or_path: str, where: dict) -> tuple[str | None, dict]:
     for subfolder in (None, "vae"):
         try:
             return subfolder, AutoencoderKL.load_config(name_or_path, subfolder=subfolder, **where)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-    raise OptionError(
-        f"--pretrained_vae_model_name_or_path {name_or_path}: no VAE there. Expected a Hub id, or a folder with config.json "
-        f"and weights, itself or in `vae`. ({reason})"
-    )
+        except (OSError, ValueError) as error:
+            reason = why_unreadable(name_or_path, error, EXPECTED)
+    raise OptionError(f"--pretrained_vae_model_name_or_path {name_or_path}: no VAE there: {reason}")

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
 from vaerepa.errors import OptionError
+from vaerepa.hub.reasons import why_unreadable
 from vaerepa.randomness import seeded_weights
 
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # as Pillow numbers them
@@ -77,10 +78,8 @@ def load_encoder(name: str, cache_dir: str | None = None) -> VisionEncoder:
             model = transformers.AutoModel.from_pretrained(name, cache_dir=cache_dir, dtype=torch.get_default_dtype())
         return VisionEncoder(name, getattr(model, "vision_model", model), processor)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever other kinds of model lack
-        raise OptionError(
-            f"--alignment_encoder {name} cannot be used: expected a vision transformer of transformers with its image processor. "
-            f"({' '.join(str(error).split())})"
-        ) from error
+        reason = why_unreadable(name, error, "a vision transformer of transformers with its image processor")
+        raise OptionError(f"--alignment_encoder {name} cannot be used: {reason}") from error
 
 
 def _side(size: int | dict[str, int]) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, SchedulerMixin
+from diffusers import DiTPipeline, DiTTransformer2DModel, SchedulerMixin
 from diffusers.models.embeddings import PatchEmbed
 from torch import nn
 
 from vaerepa.errors import OptionError
+from vaerepa.families.pretrained import load_index
 from vaerepa.randomness import generator, seeded_weights
 
 is_text, knows_shift = False, False
@@ -173,6 +174,11 @@ class PretrainedPipeline:
     shares_embedder: bool
 
 
+def is_official_file(name_or_path: str) -> bool:
+    """Whether this is a checkpoint as the official code of DiT, SiT and REPA writes them."""
+    return name_or_path.endswith((".pt", ".pth", ".ckpt"))
+
+
 def load_pipeline(name_or_path: str, **where: str | None) -> PretrainedPipeline:
     """Loads transformer (in training form), scheduler and class names of a DiTPipeline from the Hub or a folder.
 
@@ -183,19 +189,14 @@ def load_pipeline(name_or_path: str, **where: str | None) -> PretrainedPipeline:
         OptionError: nothing there, another kind of pipeline, or a checkpoint of the official code.
     """
     flag = f"--pretrained_model_name_or_path {name_or_path}"
-    if name_or_path.endswith((".pt", ".pth", ".ckpt")):
+    if is_official_file(name_or_path):
         raise OptionError(
             f"{flag}: checkpoints of the official code are no diffusers pipelines. DiT's are on the Hub as "
             "facebook/DiT-XL-2-256 and -512; SiT's and REPA's cannot be used, for they know time as t in [0, 1] by another "
             "sinusoid."
         )
     variant = where.pop("variant", None)
-    try:
-        index = DiffusionPipeline.load_config(name_or_path, **where)
-    except OSError as error:
-        raise OptionError(
-            f"{flag}: no pipeline there. Expected a Hub id, or a folder with model_index.json."
-        ) from error
+    index = load_index("pretrained_model_name_or_path", name_or_path, **where)
     if index.get("transformer", [None, None])[1] != "DiTTransformer2DModel":
         raise OptionError(f"{flag} holds a {index.get('_class_name')}; expected a DiTPipeline.")
     try:  # weights in safetensors, or in files that torch opens with weights_only

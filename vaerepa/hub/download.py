@@ -11,7 +11,8 @@ from huggingface_hub.errors import HFValidationError
 
 from vaerepa import checkpoints
 from vaerepa.errors import OptionError
-from vaerepa.hub.push import LAST_CHECKPOINT, what_went_wrong
+from vaerepa.hub.push import LAST_CHECKPOINT
+from vaerepa.hub.reasons import why_unreadable
 from vaerepa.layout import MANIFEST, POSITION, STATE, folder_of
 
 PREFIX = "hub:"
@@ -47,7 +48,10 @@ def fetch_checkpoint(name: str, output_dir: Path, cache_dir: str | None) -> Path
     except OptionError:
         raise
     except Exception as error:  # the network's kinds differ between versions of huggingface_hub
-        raise OptionError(f"{flag}: {what_went_wrong(error)}.") from error
+        reason = why_unreadable(
+            repo_id, error, "a repository with training state, as --hub_strategy checkpoint pushes it"
+        )
+        raise OptionError(f"{flag}: {reason}") from error
     if damage := checkpoints.find_damage(unfinished / newest):
         raise OptionError(f"{flag}: {damage}; it is no whole checkpoint of this trainer.")
     os.replace(unfinished / newest, final)
