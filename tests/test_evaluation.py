@@ -393,7 +393,7 @@ def test_an_npz_of_something_else_is_refused(accelerator, tmp_path, arrays, word
         ({"guidance_interval": (0.7, 0.2)}, "--guidance_interval 0.7 0.2"),
         ({"prompts": "nothing.txt"}, "--prompts nothing.txt: there is no such file"),
         ({"negative_prompt": "blurry"}, "--negative_prompt goes with text-to-image"),
-        ({"pretrained_model_name_or_path": "/nothing"}, "no pipeline there"),
+        ({"pretrained_model_name_or_path": "/nothing"}, "Expected a Hub id"),
         ({"reference": "/nothing.npz"}, "the reference /nothing.npz is not there"),
         ({"reference": "/nothing", "num_samples": 9}, "9 samples are too few"),
     ],

@@ -173,7 +173,7 @@ def test_restarts_of_a_fine_tuning_are_exact(train, pipeline, tmp_path):
     ("options", "words"),
     [
         ({"pretrained_model_name_or_path": "DiT-XL-2-256x256.pt"}, ["facebook/DiT-XL-2-256", "SiT's and REPA's"]),
-        ({"pretrained_model_name_or_path": "nowhere/at/all"}, ["no pipeline there"]),
+        ({"pretrained_model_name_or_path": "nowhere/at/all"}, ["no such folder"]),
         ({"resolution": 32}, ["--resolution 32", "made for 16"]),
         ({"hidden_size": 64}, ["--hidden_size"]),
         ({"alignment_block": 4}, ["--alignment_block 4", "3 blocks"]),

@@ -330,7 +330,10 @@ def test_the_cards_code_runs_as_printed(family, finetune, pipelines, tmp_path):
         ({"model": "SiT-B/2", "pretrained_model_name_or_path": None}, ["draws classes", "MMDiT-"]),
         ({"model": "MMDiT-M/3", "pretrained_model_name_or_path": None}, ["needs text encoders"]),
         ({"text_conditioning": None, "rank": 2}, ["--rank goes with --text_conditioning"]),
-        ({"text_conditioning": None, "aspect_ratio_buckets": "auto"}, ["--aspect_ratio_buckets goes with --text_conditioning"]),
+        (
+            {"text_conditioning": None, "aspect_ratio_buckets": "auto"},
+            ["--aspect_ratio_buckets goes with --text_conditioning"],
+        ),
         ({"aspect_ratio_buckets": "wide"}, ["--aspect_ratio_buckets wide: expected auto"]),
         ({"aspect_ratio_buckets": "16,18"}, ["--aspect_ratio_buckets 18 must be a multiple of 4"]),
         ({"aspect_ratio_buckets": "16,64"}, ["images of 16 x 64 are too large"]),

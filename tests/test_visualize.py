@@ -158,7 +158,7 @@ def test_a_model_that_predicts_noise_has_features_alone(draw, vae, tmp_path, cap
         ({"num_shown_steps": 7}, "--num_shown_steps 7: there are 6 steps only"),
         ({"class_labels": [0, 3]}, "--class_labels: expected numbers from 0 to 2"),
         ({"split": "tests"}, "has no split `tests`"),
-        ({"pretrained_model_name_or_path": "nowhere"}, "no pipeline there"),
+        ({"pretrained_model_name_or_path": "nowhere"}, "HF_HUB_OFFLINE is set"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(draw, capsys, options, message):

@@ -41,6 +41,7 @@ from vaerepa.evaluation.samples import (
     write_npz,
 )
 from vaerepa.families import TextFamily
+from vaerepa.families.pretrained import load_index
 from vaerepa.layout import POSITION, STATE, all_checkpoints, step_of
 from vaerepa.privacy import public_name, redact
 from vaerepa.system import num_cores
@@ -225,12 +226,7 @@ def load_pipeline(args: argparse.Namespace) -> tuple[DiffusionPipeline, TextFami
     """
     name = args.pretrained_model_name_or_path
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
-    try:
-        kind = DiffusionPipeline.load_config(name, **where).get("_class_name")
-    except OSError as error:
-        raise OptionError(
-            f"--pretrained_model_name_or_path {name}: no pipeline there. Expected a Hub id, or a folder with model_index.json."
-        ) from error
+    kind = load_index("pretrained_model_name_or_path", name, **where).get("_class_name")
     family = families.text_family_of(kind)
     if family is None and kind != "DiTPipeline":
         raise OptionError(
