@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
+from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
 from PIL import ImageFilter
 from torch.utils.data import DataLoader
@@ -282,15 +282,16 @@ def made_up(labels: np.ndarray, folder: Path) -> Iterator[tuple[str, Storage]]:
     yield "saved table", TableRows(Dataset.load_from_disk(folder), Columns("label", moments="moments"))
     names = [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in range(count)]
     yield ".npy files", MomentFiles(folder, names, labels.tolist())
-    nothing = IterableDataset.from_generator(lambda: iter(()), features=features)
+    nothing = pa.schema([])
     for size, image_bytes, small in ((100, IMAGE_BYTES, False), (1000, 30_000, False), (1000, IMAGE_BYTES, True)):
         starts = range(0, count, size)
         groups = [RowGroup("", 0, rows, rows * image_bytes, small) for rows in (min(size, count - s) for s in starts)]
         kind = f"parquet, groups of {size} rows of {image_bytes // 1000} kB, {'small' if small else 'large'} pages"
-        yield kind, ParquetRows(nothing, groups, by_label, (0, 999), "", lambda: conditions(labels))
+        yield kind, ParquetRows(groups, nothing, by_label, "", lambda: conditions(labels))
     shards = [min(1000, count - start) for start in range(0, count, 1000)]
-    further = (nothing, shards, count * IMAGE_BYTES, by_label, (0, 999), "", lambda: conditions(labels))
-    yield "tar files here", TarRows(["none"] * len(shards), np.zeros((count, 2), np.int64), *further)
+    further = (shards, count * IMAGE_BYTES, by_label, "", lambda: conditions(labels))
+    places = np.zeros((count, 2), np.int64)
+    yield "tar files here", TarRows(["none"] * len(shards), places, iter, [()] * len(shards), nothing, *further)
     mixed = np.concatenate([np.random.default_rng(0).permutation(part) for part in np.array_split(labels, 10)])
     for kind, rows, size in (
         ("tar from afar, shards of 1000 rows", labels, 1000),
@@ -299,7 +300,7 @@ def made_up(labels: np.ndarray, folder: Path) -> Iterator[tuple[str, Storage]]:
     ):
         sizes = [min(size, count - start) for start in range(0, count, size)]
         know = lambda rows=rows: conditions(rows)  # noqa: E731
-        yield kind, StreamedRows(nothing, sizes, count * IMAGE_BYTES, by_label, (0, 999), "", know)
+        yield kind, StreamedRows(iter, [()] * len(sizes), nothing, sizes, count * IMAGE_BYTES, by_label, "", know)
 
 
 def conditions(labels: np.ndarray) -> Conditions:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import read_metrics
 from vaerepa import checkpoints
 from vaerepa.data.digests import digest_column
+from vaerepa.data.shards import open_parquet
 from vaerepa.data.source import Columns, Row
-from vaerepa.data.survey import stream_parquet
 
 COUNT = 16
 
@@ -305,7 +305,8 @@ def test_remote_parquet_is_compared_without_reading_captions(tmp_path):
         with files.open("memory://split.parquet", "wb") as file:
             pq.write_table(table.data.table, file, row_group_size=4)
         columns = Columns("label", moments="moments", caption="text")
-        return stream_parquet(["memory://split.parquet"], table.to_iterable_dataset(), columns, str(tmp_path))
+        collection = open_parquet({"train": ["memory://split.parquet"]}, str(tmp_path))
+        return collection.open_split("train", columns).build(columns)
 
     rows = open_it(table)
     assert rows.digests == open_it(table).digests

@@ -616,24 +616,17 @@ def test_columns_may_have_other_names_and_neighbours(tmp_path):
     assert sorted(split_labels(sources, "train")) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("labels", "words"),
-    [
-        ([0, -1, 1], "labels of the split `train` run from -1 to 1; expected 0 to 1"),
-        ([-1, -1], "run from -1 to -1"),
-        ([0, None, 1], "labels of the split `train` run from -1 to 1"),
-    ],
-)
-def test_labels_must_not_be_missing(tmp_path, labels, words):
+@pytest.mark.parametrize("labels", [[0, -1, 1], [-1, -1], [0, None, 1]])
+def test_labels_must_not_be_missing(tmp_path, labels):
     write_split(tmp_path, {"image": [encode(picture(0))] * len(labels), "label": labels})
-    with pytest.raises(OptionError, match=words):
+    with pytest.raises(OptionError, match="`train` has images without a label"):
         open_sources(str(tmp_path))
 
 
 def test_held_out_labels_must_be_known(tmp_path):
     write_split(tmp_path, rows([0, 1]))
     write_split(tmp_path, rows([0, 2]), split="validation")
-    with pytest.raises(OptionError, match="labels of the split `validation` run from 0 to 2; expected 0 to 1"):
+    with pytest.raises(OptionError, match="the split `validation` has the label 2"):
         open_sources(str(tmp_path))
 
 
@@ -643,8 +636,7 @@ def test_held_out_labels_must_be_known(tmp_path):
         ({"image_column": "img"}, "--image_column img: the data set has the columns image, label, text"),
         ({"label_column": "class"}, "--label_column class: the data set has the columns image, label, text"),
         ({"image_column": "text"}, "--image_column text holds .*; expected an Image feature"),
-        ({"label_column": "text"}, "--label_column text holds .*; expected ClassLabel or integers"),
-        ({"label_column": "image"}, "--label_column image holds .*; expected ClassLabel or integers"),
+        ({"label_column": "image"}, "--label_column image holds .*; expected ClassLabel, whole numbers"),
         ({"train_split": "training"}, "--train_split training: .* has the splits train, test"),
         ({"validation_split": "val"}, "--validation_split val: .* has the splits train, test"),
         ({"validation_split": "train"}, "--validation_split train is the training split"),
@@ -678,8 +670,7 @@ def test_a_folder_without_data_is_refused(tmp_path):
             open_sources(str(tmp_path / name))
 
 
-def test_an_image_folder_without_classes_is_refused(tmp_path):
+def test_images_without_class_folders_are_one_class(tmp_path):
     for red in (10, 20):
         solid("RGB", (red, 0, 0)).save(tmp_path / f"{red}.png")
-    with pytest.raises(OptionError, match=r"--label_column is missing: none of the data set's columns \(image\)"):
-        open_sources(str(tmp_path))
+    assert open_sources(str(tmp_path)).id2label == {0: tmp_path.name}

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+from datasets import ClassLabel, Dataset, Features, Image
 
 from tests.conftest import read_metrics
-from tests.test_data import NUMBERED, encode, picture, write_split
+from tests.test_data import encode, picture, write_split
 from vaerepa.data import classes_in_batch, take_at_random
 from vaerepa.data.classes import expected_classes
 from vaerepa.data.order import KeyedPermutation, open_reader, stream_sizes
@@ -34,9 +34,8 @@ def parquet(labels, rows_per_group: int, image_bytes: int) -> Source:
     """Row groups of images with such labels, and nothing behind them."""
     sizes = [len(part) for part in np.array_split(labels, len(labels) // rows_per_group)]
     groups = [RowGroup("nowhere", i, size, size * image_bytes) for i, size in enumerate(sizes)]
-    empty = IterableDataset.from_generator(lambda: iter(()), features=NUMBERED)
     columns = Columns("label", image="image")
-    return Source(ParquetRows(empty, groups, columns, (0, 999), "", lambda: conditions(labels)))
+    return Source(ParquetRows(groups, pa.schema([]), columns, "", lambda: conditions(labels)))
 
 
 def tar_shards(classes_of_shard: list[np.ndarray], rows_per_shard: int) -> Source:
@@ -44,8 +43,8 @@ def tar_shards(classes_of_shard: list[np.ndarray], rows_per_shard: int) -> Sourc
     random = np.random.default_rng(0)
     labels = np.concatenate([random.choice(classes, rows_per_shard) for classes in classes_of_shard])
     sizes, columns = [rows_per_shard] * len(classes_of_shard), Columns("cls", image="jpg")
-    empty = IterableDataset.from_generator(lambda: iter(()))
-    return Source(StreamedRows(empty, sizes, IMAGE * len(labels), columns, (0, 999), "", lambda: conditions(labels)))
+    nothing = (iter, [()] * len(sizes), pa.schema([]))
+    return Source(StreamedRows(*nothing, sizes, IMAGE * len(labels), columns, "", lambda: conditions(labels)))
 
 
 def shares_of_classes(source: Source, num_streams=None, buffer_size=None, batch_size=BATCH) -> float:

@@ -1,7 +1,7 @@
 """Data: from files to latents on the device, one room after the other.
 
-source (rows, in blocks) and opening (which data set, columns and splits) -> order (permutation, or streams) and classes (how
-many a batch holds) -> images
+folders, shards and tars (what lies where), columns and labels (what it means), source (rows, in blocks) and opening (which
+data set and splits, what is held out) -> order (permutation, or streams) and classes (how many a batch holds) -> images
 (decoding, crop) and buckets (their sizes) -> loader (batches of all processes and workers) -> latents_cache, prompts -> feed
 (what a step receives).
 """

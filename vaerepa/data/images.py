@@ -2,12 +2,14 @@
 
 import logging
 import warnings
+from contextlib import suppress
+from importlib import import_module
 from io import BytesIO
 
 import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 MAX_ENLARGED_PIXELS = 2**26  # an image that would be enlarged beyond this is cropped before
 UPRIGHT = {
@@ -27,6 +29,21 @@ def quiet_pillow() -> None:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
+def _known_extensions() -> frozenset[str]:
+    """File name extensions, in lower case, of the kinds of images that are decoded here."""
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+    with suppress(ImportError):
+        import_module("pillow_jxl")  # registers itself
+    Image.init()
+    needs_more = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # which Pillow only knows by name
+    kinds = set(Image.OPEN) - needs_more - ({"AVIF"} if not features.check("avif") else set())
+    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in kinds)
+
+
+EXTENSIONS = _known_extensions()
+
+
 def read_image(image: dict | None) -> Image.Image:
     """Decodes what an HF Image column holds: the encoded bytes, or the path of a file of its own.
 
@@ -39,7 +56,8 @@ def read_image(image: dict | None) -> Image.Image:
         return decode_image(content)
     if path is None:
         raise ValueError("the row holds no image")
-    with fsspec.open(path, "rb") as file:
+    is_url = "://" in path  # fsspec would take other characters of a local path for its own
+    with fsspec.open(path, "rb") if is_url else open(path, "rb") as file:
         return decode_image(file.read())
 
 

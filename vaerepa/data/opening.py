@@ -1,37 +1,39 @@
-"""Opens a data set, of whatever kind: its splits, its columns, its classes, what is held out."""
+"""Opens a data set, of whatever kind: its splits, what is trained on, what is held out."""
 
 import json
 import logging
-import tarfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from glob import has_magic
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset_builder
-from datasets.exceptions import DatasetsError
-from datasets.features.features import Array2D, Array3D, LargeList, List
+from datasets import DatasetBuilder, DatasetDict, Features, Value, load_dataset_builder
+from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.features.features import Array3D
+from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from huggingface_hub import RepoCard
 
-from vaerepa.data.source import Columns, MomentFiles, Source, Storage, StreamedRows, TableRows
-from vaerepa.data.survey import stream_files, stream_parquet
+from vaerepa.data.columns import find_columns, find_image_column
+from vaerepa.data.files import UNREADABLE
+from vaerepa.data.folders import Folder, look_into, open_image_folder, split_shards
+from vaerepa.data.labels import Classes, classes_of, distinct_labels, lacks_labels
+from vaerepa.data.shards import Collection, Split, open_parquet, open_streamed, open_tabled
+from vaerepa.data.source import Columns, MomentFiles, Source, TableRows
+from vaerepa.data.survey import temporary_folder, writable_cache
+from vaerepa.data.tars import open_tars
 from vaerepa.errors import OptionError
 from vaerepa.randomness import draw_permutation, draw_uniform
 
 logger = logging.getLogger(__name__)
 datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 720  # an hour of 5 s
 
-UNREADABLE = (OSError, ValueError, tarfile.TarError, DatasetsError)
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # for a file by itself
 HELD_OUT_NAMES = ("validation", "valid", "val", "test")
-# by these names columns are found when they are not given
-IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
-LABEL_NAMES = ("label", "labels", "cls", "class", "class_label", "fine_label")
-MOMENTS_NAMES = ("moments", "latents")
-CAPTION_NAMES = ("caption", "captions", "text", "txt", "prompt")
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,6 @@ class Sources:
     train: Source
     validation: Source | None
     id2label: dict[int, str]
-
-
-@dataclass(frozen=True)
-class Collection:
-    """An opened data set: its features, and its splits, each of which is read when it is asked for."""
-
-    features: Features
-    splits: list[str]
-    open_split: Callable[[str, Columns], Storage]
 
 
 def open_sources(
@@ -79,9 +72,11 @@ def open_sources(
         OptionError: no such data set, split or column; columns of the wrong kind; no rows; labels out of range.
     """
     collection = open_collection(name_or_path, config_name, revision, cache_dir)
-    splits, features = collection.splits, collection.features
-    validation_split = validation_split or next((name for name in HELD_OUT_NAMES if name in splits), None)
+    splits = list(collection.features)
     fraction = _as_fraction(validation_split)
+    is_asked_for = validation_split is not None
+    if not is_asked_for:
+        validation_split = next((name for name in HELD_OUT_NAMES if name in splits and name != train_split), None)
     for flag, name in (("train_split", train_split), ("validation_split", None if fraction else validation_split)):
         if name is not None and name not in splits:
             raise OptionError(f"--{flag} {name}: {name_or_path} has the splits {', '.join(splits)}.")
@@ -90,19 +85,46 @@ def open_sources(
             f"--validation_split {train_split} is the training split; give another, or a fraction such as 0.02."
         )
 
+    features = collection.features[train_split]
     columns = find_columns(features, image_column, label_column, caption_column, by_caption)
     train = _open_split(collection, train_split, columns)
-    id2label = {} if by_caption else _class_names(features[columns.label], train.storage.labels)
+    classes = Classes({})
     if not by_caption:
-        _check_labels(train, id2label, train_split)
-    validation = None
+        classes = classes_of(features[columns.label], train.labels, train_split)
+        classes.check(train.labels, train_split)
+    columns = replace(columns, class_names=classes.names)
+    source, validation = _source(train, columns, train_split), None
     if fraction is not None:
-        train, validation = _hold_out(train, fraction)
+        source, validation = _hold_out(source, fraction)
     elif validation_split is not None:
-        validation = _open_split(collection, validation_split, columns)
-        if not by_caption:
-            _check_labels(validation, id2label, validation_split)
-    return Sources(take_at_random(train, max_train_samples, seed), validation, id2label)
+        validation = _open_held_out(collection, validation_split, columns, classes, by_caption, is_asked_for)
+    return Sources(take_at_random(source, max_train_samples, seed), validation, classes.id2label)
+
+
+def _open_held_out(
+    collection: Collection, name: str, columns: Columns, classes: Classes, by_caption: bool, is_asked_for: bool
+) -> Source | None:
+    """A split that is held out; None for one without labels, or captions, that was not asked for."""
+    features = collection.features[name]
+    if not by_caption and columns.caption not in features:
+        columns = replace(columns, caption=None)
+    lacking = [f"column `{column}`" for column in columns.names() if column not in features]
+    if not lacking:
+        split = _open_split(collection, name, columns)
+        if by_caption or not lacks_labels(split.labels):
+            if not by_caption:
+                classes.check(split.labels, name)
+            return _source(split, columns, name)
+        lacking = ["label for some or all of its images (none, or -1)"]
+    if is_asked_for:
+        raise OptionError(
+            f"--validation_split {name}: this split has no {lacking[0]}; give another, or a fraction such as 0.02."
+        )
+    logger.warning(
+        f"the split `{name}` has no {lacking[0]}, and is left out: nothing is held out. --validation_split takes another "
+        "split, or a fraction of the training split such as 0.02."
+    )
+    return None
 
 
 def open_images(
@@ -122,16 +144,13 @@ def open_images(
         OptionError: no such data set, split or column, or no images in it.
     """
     collection = open_collection(name_or_path, config_name, revision, cache_dir)
-    if split not in collection.splits:
-        raise OptionError(f"{name_or_path} has no split `{split}`; it has {', '.join(collection.splits)}.")
-    features = collection.features
-    image = image_column or _find(features, "image_column", IMAGE_NAMES, _is_image, Image)
-    if not _is_image(features.get(image)):
-        raise OptionError(f"--image_column {image}: expected a column of images; there are {', '.join(features)}.")
-    columns = Columns(label=None, image=image)
+    if split not in collection.features:
+        raise OptionError(f"{name_or_path} has no split `{split}`; it has {', '.join(collection.features)}.")
+    features = collection.features[split]
+    columns = Columns(label=None, image=find_image_column(features, image_column))
     if with_captions:
-        columns = find_columns(features, image, None, caption_column, by_caption=True)
-    return take_at_random(_open_split(collection, split, columns), max_images)
+        columns = find_columns(features, columns.image, None, caption_column, by_caption=True)
+    return take_at_random(_source(_open_split(collection, split, columns), columns, split), max_images)
 
 
 # ---- kinds of data sets
@@ -151,32 +170,113 @@ def open_collection(
             return _open_saved(path)
         if (path / "vae-sd").is_dir() or (path / "dataset.json").is_file():
             return _open_moment_files(path)
-        if path.is_file() and path.suffix in BUILDERS:
-            builder = load_dataset_builder(BUILDERS[path.suffix], data_files={"train": str(path)}, cache_dir=cache_dir)
-        else:
-            builder = load_dataset_builder(name_or_path, config_name, revision=revision, cache_dir=cache_dir)
-        splits = builder.as_streaming_dataset()
+        if path.is_file():
+            return _open_shards(Folder(str(path.parent)), {"train": [path.name]}, cache_dir)
+        if path.is_dir() and config_name is None and not _describes_itself(path):
+            return _open_folder(look_into(str(path)), cache_dir)
+        cache = str(writable_cache(cache_dir))
+        builder = load_dataset_builder(
+            _without_patterns(path) if path.is_dir() else name_or_path, config_name, revision=revision, cache_dir=cache
+        )
+        return _open_built(builder, cache_dir)
     except UNREADABLE as error:  # missing and empty data sets, missing configs, damaged files
         raise OptionError(f"the data set {name_or_path} cannot be opened: {' '.join(str(error).split())}") from error
-    features = next(iter(splits.values())).features
 
-    def open_split(name: str, columns: Columns) -> Storage:
-        if isinstance(builder, ImageFolder) and _lies_in_files(splits[name]):
-            return _tabulate(splits[name], columns)
-        return _stream(builder, name, splits[name], columns, cache_dir)
 
-    return Collection(features, list(splits), open_split)
+def _describes_itself(path: Path) -> bool:
+    """Whether a README.md says, as on the Hub, which files and features make the data set."""
+    try:
+        card = RepoCard.load(path / "README.md", ignore_metadata_errors=True)
+    except (OSError, ValueError):
+        return False
+    return any(name in card.data.to_dict() for name in ("configs", "dataset_info"))
+
+
+def _without_patterns(path: Path) -> str:
+    """A path to the same folder in which `datasets` finds no pattern."""
+    if not has_magic(str(path)) and "::" not in str(path):
+        return str(path)
+    link = Path(temporary_folder()) / "data"
+    link.symlink_to(path.resolve(), target_is_directory=True)
+    return str(link)
+
+
+def _open_folder(folder: Folder, cache_dir: str | None) -> Collection:
+    """A local folder of images, or of shards, of which the kind with most files counts."""
+    kinds = Counter(_kind_of(path) for path in folder.shards)
+    if folder.images and len(folder.images) >= max(kinds.values(), default=1):
+        for path in folder.shards:
+            folder.leave_out(path, "shards beside images")
+        collection = open_image_folder(folder)
+    elif folder.shards:
+        kind = max(sorted(kinds), key=kinds.get)
+        for path in folder.shards:
+            if _kind_of(path) != kind:
+                folder.leave_out(path, f"shards of another kind than {kind}")
+        for path in folder.images:
+            folder.leave_out(path, f"images beside {kind} shards")
+        splits = split_shards(folder, [path for path in folder.shards if _kind_of(path) == kind])
+        collection = _open_shards(folder, splits, cache_dir)
+    else:
+        others = [*folder.captions, *folder.metadata]
+        count = len(others) + sum(count for count, _ in folder.left_out.values())
+        kinds_left = "; ".join(f"{count} {reason}" for reason, (count, _) in folder.left_out.items())
+        what = f"{count} files, but none of these" if count else "nothing"
+        raise OSError(
+            f"there are images, parquet, arrow or tar files expected, and it holds {what}"
+            + (f" ({kinds_left})" if kinds_left else "")
+        )
+    folder.tell()
+    return collection
+
+
+def _kind_of(path: str) -> str:
+    name = path.lower()
+    return ".tar" if name.endswith((".tar.gz", ".tgz")) else os.path.splitext(name)[1]
+
+
+def _open_shards(folder: Folder, splits: dict[str, list[str]], cache_dir: str | None) -> Collection:
+    """Local files of one kind, by split."""
+    files = {split: [folder.path(path) for path in paths] for split, paths in splits.items()}
+    kind = _kind_of(next(iter(files.values()))[0])
+    if kind == ".parquet":
+        return open_parquet(files, cache_dir)
+    if kind == ".tar":
+        return open_tars(files, cache_dir)
+    if kind not in (".arrow", ".zip"):
+        raise OSError(f"{folder.root} holds no parquet, arrow, tar or zip file")
+    lists = DataFilesDict({split: DataFilesList(paths, [()] * len(paths)) for split, paths in files.items()})
+    builder = (Arrow if kind == ".arrow" else ImageFolder)(cache_dir=str(writable_cache(cache_dir)), data_files=lists)
+    return _open_built(builder, cache_dir)
+
+
+def _open_built(builder: DatasetBuilder, cache_dir: str | None) -> Collection:
+    """What a builder of `datasets` knows."""
+    files = builder.config.data_files
+    if isinstance(builder, Parquet):
+        return open_parquet(files, cache_dir, builder.info.features)
+    if isinstance(builder, WebDataset):
+        return open_tars(files, cache_dir)
+    splits = builder.as_streaming_dataset()
+    is_packed = any(path.lower().endswith(".zip") for paths in files.values() for path in paths)
+    if isinstance(builder, ImageFolder) and not is_packed:
+        return open_tabled(splits)
+    return open_streamed(splits, files, cache_dir)
 
 
 def _open_saved(path: Path) -> Collection:
     """What Dataset.save_to_disk wrote."""
     saved = datasets.load_from_disk(path)
     splits = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-    return Collection(
-        next(iter(splits.values())).features,
-        list(splits),
-        lambda name, columns: TableRows(splits[name], columns),
-    )
+
+    def open_split(name: str, columns: Columns) -> Split:
+        split = splits[name]
+        labels = []
+        if columns.label:
+            labels = distinct_labels(split.select_columns([columns.label]).with_format("arrow")[:][columns.label])
+        return Split(labels, lambda columns: TableRows(split, columns))
+
+    return Collection({name: split.features for name, split in splits.items()}, open_split)
 
 
 def _open_moment_files(path: Path) -> Collection:
@@ -191,125 +291,24 @@ def _open_moment_files(path: Path) -> Collection:
     names, numbers = zip(*sorted((str(name), int(label)) for name, label in labels), strict=True)
     files = MomentFiles(folder, list(names), list(numbers))
     features = Features({"moments": Array3D((1, 1, 1), "float32"), "label": Value("int64")})
-    return Collection(features, ["train"], lambda name, columns: files)
+    return Collection({"train": features}, lambda name, columns: Split(sorted(set(numbers)), lambda columns: files))
 
 
-def _lies_in_files(images: IterableDataset) -> bool:
-    """Whether each image has a file of its own; in an archive they are read one after the other."""
-    column = next(name for name, feature in images.features.items() if isinstance(feature, Image))
-    first = next(iter(images.select_columns([column]).decode(False)), {column: {"bytes": None}})
-    return first[column]["bytes"] is None
+# ---- splits
 
 
-def _tabulate(dataset: IterableDataset, columns: Columns) -> TableRows:
-    """An image folder: a table of paths and labels, and no image in memory."""
-    tables = list(dataset.select_columns(columns.names()).decode(False).with_format("arrow").iter(batch_size=1000))
-    table = Dataset(pa.concat_tables(tables)) if tables else Dataset.from_dict({name: [] for name in columns.names()})
-    return TableRows(table, columns)
-
-
-def _stream(builder, split: str, dataset: IterableDataset, columns: Columns, cache_dir: str | None) -> StreamedRows:
-    dataset, files = dataset.select_columns(columns.names()).decode(False), builder.config.data_files[split]
-    if isinstance(builder, Parquet):
-        return stream_parquet(list(files), dataset, columns, cache_dir)
-    return stream_files(list(files), files.origin_metadata, dataset.reshard(), columns, cache_dir)
-
-
-# ---- columns, classes, splits
-
-
-def find_columns(
-    features: Features,
-    image_column: str | None,
-    label_column: str | None,
-    caption_column: str | None,
-    by_caption: bool = False,
-) -> Columns:
-    """The columns to read: those given, or else those that features and names point to.
-
-    A column of moments or latents is taken before one of images, unless an image column is given.
-
-    Raises:
-        OptionError: there is no such column, or none that can be found, or it holds something else.
-    """
-    given = {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
-    for flag, name in given.items():
-        if name is not None and name not in features:
-            raise OptionError(f"--{flag} {name}: the data set has the columns {', '.join(features)}.")
-    label = label_column
-    if not by_caption:
-        label = label_column or _find(features, "label_column", LABEL_NAMES, _is_label, ClassLabel)
-    if label is not None and not _is_label(features[label]):
-        raise OptionError(f"--label_column {label} holds {features[label]}; expected ClassLabel or integers.")
-    if caption_column is not None and not _is_caption(features[caption_column]):
-        raise OptionError(f"--caption_column {caption_column} holds {features[caption_column]}; expected text.")
-    caption = caption_column or next((n for n in CAPTION_NAMES if n in features and _is_caption(features[n])), None)
-    if by_caption and caption is None:
-        raise OptionError(
-            f"--caption_column is missing: none of the data set's columns ({', '.join(features)}) is clearly it. Name it; images "
-            "in folders take their captions from a metadata.csv or metadata.jsonl with file_name and text."
-        )
-    moments = next((name for name in MOMENTS_NAMES if name in features and _is_array(features[name])), None)
-    if moments is not None and image_column is None:
-        return Columns(label, moments=moments, caption=caption)
-    image = image_column or _find(features, "image_column", IMAGE_NAMES, _is_image, Image)
-    if not isinstance(features[image], Image):
-        raise OptionError(f"--image_column {image} holds {features[image]}; expected an Image feature.")
-    return Columns(label, image=image, caption=caption)
-
-
-def _find(features: Features, flag: str, names: tuple[str, ...], fits: Callable[[object], bool], kind: type) -> str:
-    """A column with one of the names that fits, or else the only column of the kind."""
-    named = [name for name in names if name in features and fits(features[name])]
-    of_kind = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if named or len(of_kind) == 1:
-        return (named or of_kind)[0]
-    raise OptionError(
-        f"--{flag} is missing: none of the data set's columns ({', '.join(features)}) is clearly it. Name it"
-        + ("." if flag == "image_column" else "; images in folders take their labels from the folders' names.")
-    )
-
-
-def _is_image(feature: object) -> bool:
-    return isinstance(feature, Image)
-
-
-def _is_label(feature: object) -> bool:
-    return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "int" in feature.dtype)
-
-
-def _is_caption(feature: object) -> bool:
-    feature = feature.feature if isinstance(feature, List) else feature
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-
-
-def _is_array(feature: object) -> bool:
-    return isinstance(feature, Array2D | Array3D | List | LargeList)
-
-
-def _open_split(collection: Collection, name: str, columns: Columns) -> Source:
+def _open_split(collection: Collection, name: str, columns: Columns) -> Split:
     try:
-        source = Source(collection.open_split(name, columns))
+        return collection.open_split(name, columns)
     except UNREADABLE as error:
         raise OptionError(f"the split `{name}` cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _source(split: Split, columns: Columns, name: str) -> Source:
+    source = Source(split.build(columns))
     if len(source) == 0:
         raise OptionError(f"the split `{name}` has no rows.")
     return source
-
-
-def _class_names(label_feature: ClassLabel | Value, labels: tuple[int, int]) -> dict[int, str]:
-    if isinstance(label_feature, ClassLabel):
-        return dict(enumerate(label_feature.names))
-    return {label: str(label) for label in range(labels[1] + 1)}
-
-
-def _check_labels(source: Source, id2label: dict[int, str], split: str) -> None:
-    smallest, largest = source.storage.labels
-    if smallest < 0 or largest >= len(id2label):
-        raise OptionError(
-            f"the labels of the split `{split}` run from {smallest} to {largest}; expected 0 to {len(id2label) - 1}. "
-            "Unlabelled images (-1) must be taken out, and labels be counted from 0."
-        )
 
 
 def _hold_out(source: Source, fraction: float) -> tuple[Source, Source]:

@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, IterableDataset
-from datasets.table import table_cast
-from datasets.utils.file_utils import xopen
+from datasets import Dataset
 
 from vaerepa.data.digests import Digests, digest_column, digest_images, digest_of, read_file, samples
+from vaerepa.data.files import named, open_file
 
 NUM_BLOCKS = 1024  # of rows that can be read from anywhere
 READ_BATCH = 32
+MISSING_LABEL = -1
 READ_BYTES = 2**20  # of a row group at once
 SMALL_PAGES = 2**23  # what a row group takes in memory whose pages are of 1 MiB, as was measured
 
@@ -38,12 +39,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that a row is made of, None where the data set has no such."""
+    """The columns that a row is made of, None where the data set has no such.
+
+    Args:
+        class_names: those of the classes in their order, where labels are text.
+    """
 
     label: str | None
     image: str | None = None
     moments: str | None = None
     caption: str | None = None
+    class_names: tuple[str, ...] | None = None
 
     def names(self) -> list[str]:
         return [name for name in (self.label, self.image, self.moments, self.caption) if name is not None]
@@ -53,11 +59,12 @@ class Conditions:
     """Label and captions of all rows of a split, without their images.
 
     Args:
-        table: `label`, an integer for each row, and `caption`, where there are captions: text, or lists of it.
+        table: `label` as stored, and `caption`, where there are captions: text, or lists of it.
+        class_names: those of the classes in their order, where labels are text.
     """
 
-    def __init__(self, table: pa.Table):
-        self.labels = table.column("label").to_numpy()
+    def __init__(self, table: pa.Table, class_names: tuple[str, ...] | None = None):
+        self.labels = class_numbers(table.column("label"), class_names)
         self.captions = table.column("caption") if "caption" in table.column_names else None
 
     def row(self, index: int) -> Row:
@@ -65,21 +72,15 @@ class Conditions:
         caption = None if self.captions is None else self.captions[index].as_py()
         return Row(index, int(self.labels[index]), caption=caption)
 
-    @property
-    def label_range(self) -> tuple[int, int]:
-        """The smallest and the largest label."""
-        return (int(self.labels.min()), int(self.labels.max())) if len(self.labels) else (0, 0)
-
     def digests(self, images: str) -> Digests:
         """Digests of labels and captions, beside that of the `images`."""
-        return Digests(images, digest_of(self.labels.astype(np.int64).tobytes()), digest_column(self.captions))
+        return Digests(images, digest_of(self.labels.tobytes()), digest_column(self.captions))
 
 
 class Storage(Protocol):
     """Where rows lie."""
 
     block_rows: list[int]
-    labels: tuple[int, int]  # the smallest and the largest
     holds_latents: bool
     images: str  # digest of them, or of the moments
     digests: Digests
@@ -155,12 +156,14 @@ class Source:
 
 
 class StreamedRows:
-    """Rows of a streamed data set; a block is one of its shards, as a tar file.
+    """Rows of files that are read from their beginning, as tars; a block is one of them.
 
     Args:
-        shard_rows: number of rows of each shard.
+        read_part: gives the tables of a part, in a schema.
+        parts: what it reads, one for each block.
+        schema: of the columns that are read.
+        part_rows: number of rows of each part.
         num_bytes: of all rows.
-        labels: the smallest and the largest.
         images: digest of the images, and of the moments.
         read_conditions: opens the labels and captions.
         digests: of files that are far away, whose digests are known without reading labels and captions.
@@ -170,21 +173,21 @@ class StreamedRows:
 
     def __init__(
         self,
-        dataset: IterableDataset,
-        shard_rows: list[int],
+        read_part: Callable[[Any, pa.Schema], Iterator[pa.Table]],
+        parts: list,
+        schema: pa.Schema,
+        part_rows: list[int],
         num_bytes: int,
         columns: Columns,
-        labels: tuple[int, int],
         images: str,
         read_conditions: Callable[[], Conditions],
         digests: Digests | None = None,
     ):
-        self.dataset = dataset.with_format("arrow")
+        self.read_part, self.parts, self.schema = read_part, parts, schema
         self.columns = columns
-        self.labels = labels
         self.images, self._read_conditions, self._known_digests = images, read_conditions, digests
         self.holds_latents = columns.moments is not None
-        self.block_rows = shard_rows
+        self.block_rows = part_rows
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
         self.row_bytes = num_bytes / max(1, self._block_starts[-1])
         self.open_bytes = READ_BATCH * self.row_bytes
@@ -202,8 +205,7 @@ class StreamedRows:
 
     def read(self, block: int, start: int) -> Iterator[Row]:
         index = self._block_starts[block]
-        # iter(batch_size) and not iter(): the latter hands other shards to each data worker, here every worker asks by block
-        for table in self.dataset.shard(len(self.block_rows), block).iter(batch_size=READ_BATCH):
+        for table in self.read_part(self.parts[block], self.schema):
             if start < table.num_rows:
                 yield from rows_of(table.slice(start), index + start, self.columns)
             start = max(0, start - table.num_rows)
@@ -224,30 +226,26 @@ class ParquetRows(StreamedRows):
     """Rows of parquet files; a block is a row group, read page by page, for many are open at once.
 
     Args:
-        dataset: of the same columns, for their features.
         further: as above.
     """
 
-    def __init__(self, dataset: IterableDataset, groups: list[RowGroup], columns: Columns, *further):
+    def __init__(self, groups: list[RowGroup], schema: pa.Schema, columns: Columns, *further):
         num_bytes = sum(group.num_bytes for group in groups)
-        super().__init__(dataset, [group.num_rows for group in groups], num_bytes, columns, *further)
-        self.groups = groups
-        self.schema = dataset.features.arrow_schema
-        pages = [
-            SMALL_PAGES if group.has_small_pages else 2 * group.num_bytes for group in groups
-        ]  # as stored, and open
+        super().__init__(read_row_group, groups, schema, [g.num_rows for g in groups], num_bytes, columns, *further)
+        pages = [SMALL_PAGES if group.has_small_pages else 2 * group.num_bytes for group in groups]  # stored, and open
         self.open_bytes += sum(pages) / max(1, len(groups))
 
-    def read(self, block: int, start: int) -> Iterator[Row]:
-        group, index = self.groups[block], self._block_starts[block]
-        with xopen(group.path, "rb") as file:
-            parquet = pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
-            for batch in parquet.iter_batches(READ_BATCH, [group.number], self.schema.names, use_threads=False):
-                if start < batch.num_rows:
-                    table = pa.Table.from_batches([batch.slice(start)]).select(self.schema.names)
-                    yield from rows_of(table_cast(table, self.schema), index + start, self.columns)
-                start = max(0, start - batch.num_rows)
-                index += batch.num_rows
+
+def read_row_group(group: RowGroup, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yields the columns of the schema, some rows at a time.
+
+    Raises:
+        UnreadableFileError: the file is damaged.
+    """
+    with named(group.path), open_file(group.path) as file:
+        parquet = pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
+        for batch in parquet.iter_batches(READ_BATCH, [group.number], schema.names, use_threads=False):
+            yield pa.Table.from_batches([batch]).select(schema.names).cast(schema)
 
 
 class TarRows(StreamedRows):
@@ -284,14 +282,13 @@ class TableRows:
     def __init__(self, dataset: Dataset, columns: Columns):
         self.dataset = dataset.select_columns(columns.names()).with_format("arrow")
         self.columns = columns
-        self.labels = self.conditions.label_range
         self.holds_latents = columns.moments is not None
         self.block_rows = even_blocks(len(dataset))
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
 
     @cached_property
     def conditions(self) -> Conditions:
-        return Conditions(conditions_of(self.dataset[:], self.columns))
+        return Conditions(conditions_of(self.dataset[:], self.columns), self.columns.class_names)
 
     @cached_property
     def images(self) -> str:
@@ -325,7 +322,6 @@ class MomentFiles:
         self.folder = folder
         self.names = pa.array(names, pa.large_string())  # Python's own strings would be copied into each data worker
         self.conditions = Conditions(pa.table({"label": pa.array(labels, pa.int64())}))
-        self.labels = self.conditions.label_range
         self.block_rows = even_blocks(len(names))
         self._block_starts = np.cumsum([0, *self.block_rows]).tolist()
 
@@ -356,7 +352,6 @@ class ConditionRows:
     def __init__(self, storage: Storage):
         self.conditions = storage.conditions
         self.columns = storage.columns
-        self.labels = storage.labels
         self.block_rows = storage.block_rows
         self.random_access = storage.random_access
         if not self.random_access:
@@ -376,14 +371,20 @@ def even_blocks(num_rows: int) -> list[int]:
 
 
 def conditions_of(table: pa.Table, columns: Columns) -> pa.Table:
-    """`label` and `caption` of each row of a table; a label that is missing is -1, and 0 where there are none."""
-    if columns.label is None:
-        content = {"label": np.zeros(table.num_rows, dtype=np.int64)}
-    else:
-        content = {"label": table.column(columns.label).cast(pa.int64()).fill_null(-1)}
+    """`label` and `caption` of each row of a table, as stored; the label is 0 where there are none."""
+    content = {"label": table.column(columns.label) if columns.label else np.zeros(table.num_rows, dtype=np.int64)}
     if columns.caption is not None:
         content["caption"] = table.column(columns.caption)
     return pa.table(content)
+
+
+def class_numbers(labels: pa.ChunkedArray, names: tuple[str, ...] | None) -> np.ndarray:
+    """The class of each label as stored, int64: its place among the `names`, or the number that it is; -1 where it is missing."""
+    if names is not None:
+        labels = pc.index_in(labels.cast(pa.string()), value_set=pa.array(names, pa.string()))
+    elif pa.types.is_floating(labels.type):
+        labels = pc.if_else(pc.is_nan(labels), None, labels)
+    return labels.cast(pa.int64()).fill_null(MISSING_LABEL).to_numpy()
 
 
 def rows_of(table: pa.Table, first: int, columns: Columns) -> Iterator[Row]:
@@ -393,9 +394,16 @@ def rows_of(table: pa.Table, first: int, columns: Columns) -> Iterator[Row]:
         table.column(name).to_pylist() if name else nothing for name in (columns.image, columns.caption)
     )
     moments = arrays_of(table.column(columns.moments)) if columns.moments else nothing
-    labels = table.column(columns.label).to_pylist() if columns.label else [0] * table.num_rows
+    labels = class_numbers(conditions_of(table, columns).column("label"), columns.class_names).tolist()
     for place, (label, image, array, caption) in enumerate(zip(labels, images, moments, captions, strict=True)):
-        yield Row(first + place, -1 if label is None else label, image, array, caption)
+        yield Row(first + place, label, stored_image(image), array, caption)
+
+
+def stored_image(image: bytes | dict | None) -> dict | None:
+    """An image of a column of plain bytes, or of structs that may lack `bytes` or `path`, as an Image feature has it."""
+    if isinstance(image, bytes):
+        return {"bytes": image, "path": None}
+    return image and {"bytes": image.get("bytes"), "path": image.get("path")}
 
 
 def all_captions(caption: str | list[str] | None) -> list[str]:
@@ -422,9 +430,3 @@ def _flat(values: pa.Array) -> np.ndarray:
     while pa.types.is_nested(values.type):
         values = values.flatten()
     return values.to_numpy(zero_copy_only=False)
-
-
-def label_range(labels: list[int | None]) -> tuple[int, int]:
-    """The smallest and the largest label; one that is missing counts as -1."""
-    labels = [-1 if label is None else label for label in labels]
-    return min(labels, default=0), max(labels, default=0)

@@ -1,0 +1,47 @@
+"""Files of data, here or far away: opened whatever their names, read many at once, named when they cannot be read."""
+
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import pyarrow as pa
+from datasets.exceptions import DatasetsError
+from datasets.utils.file_utils import xopen
+
+UNREADABLE = (OSError, ValueError, EOFError, tarfile.TarError, pa.ArrowException, DatasetsError)
+NUM_THREADS = 16
+
+
+class UnreadableFileError(OSError):
+    """A file of the data cannot be read; the message names it."""
+
+
+@contextmanager
+def named(path: str) -> Iterator[None]:
+    """Puts the name of a file before what reading it raises.
+
+    Raises:
+        UnreadableFileError: in place of what was raised.
+    """
+    try:
+        yield
+    except UNREADABLE as error:
+        raise UnreadableFileError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def is_local(path: str) -> bool:
+    """Whether a path is no URL."""
+    return "://" not in path
+
+
+def open_file(path: str) -> BinaryIO:
+    """Opens a local file of any name, or a URL."""
+    return open(path, "rb") if is_local(path) else xopen(path, "rb")
+
+
+def in_threads(function: Callable, values: list) -> list:
+    """What a function gives for each value; for many small files, each of which is waited for."""
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(function, values))
