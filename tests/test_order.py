@@ -105,6 +105,13 @@ def test_a_reader_gives_the_same_row_from_wherever_it_starts():
         assert indices(source, first, 800) == whole[first:]
 
 
+def test_rows_that_cannot_be_read_are_replaced_by_the_next_of_the_permutation():
+    source = sorted_table(4, 10)
+    order, reader = indices(source, 0, 40), open_reader(source, 0, None, None)
+    for place in (0, 17, 39):
+        assert [row.index for row in reader.rows_from(place)] == order[place:] + order[:place]
+
+
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
 def test_members_are_permuted_whole_too(kept):
     source = sorted_table(10, 400)

@@ -141,6 +141,8 @@ class Source:
 
     def row(self, place: int) -> Row:
         """The member at a place among all; where the storage has random access."""
+        if self._length == len(self.members):
+            return self.storage.row(place)
         block = int(np.searchsorted(self._block_ends, place, side="right"))
         first, end = self.block_starts[block : block + 2]
         within = place - (self._block_ends[block] - self.block_sizes[block])
