@@ -63,7 +63,7 @@ from vaerepa.data import (
     micro_batch,
 )
 from vaerepa.data.order import ORDER
-from vaerepa.ema import EMA, share_of_start
+from vaerepa.ema import EMA, relative_distance, share_of_start
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import TrainingEvaluation, held_out_loss, newest_report, open_evaluation
 from vaerepa.families import Family, dit
@@ -122,6 +122,9 @@ class Run:
     skipped_in_a_row: torch.Tensor | None = None  # steps, counted on the device
     num_skipped_before: int = 0  # by all, before the restart
     uploader: Uploader | None = None  # on the main process, with --push_to_hub
+    start: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # weights that are fine-tuned, on the main process' CPU
     validated_step: int | None = None
     evaluation: TrainingEvaluation | None = None  # with --eval_steps
     stop_reason: str | None = None
@@ -212,6 +215,7 @@ def train(options: Options) -> None:
         checkpoint = on_main_process(accelerator, lambda: checks.find_checkpoint(options, warn=logger.warning))
         position = checkpoints.load_position(checkpoint) if checkpoint else {"step": 0}
         if checkpoint:
+            options = past.keep_lengths(position, options)
             past.check_options(position, options, checkpoint)
         with uploading(options, accelerator) as uploader, logging_redirect_tqdm():
             run = build_run(options, accelerator, position)
@@ -280,6 +284,8 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         components = open_components(options)
         content = past.content_of(options, components)
     past.check_content(position, content, len(components.sources.train))
+    max_train_steps = checks.steps_in(options, len(components.sources.train))
+    options = checks.fit_to_run(options, max_train_steps)
     family, vae = components.family, components.vae.to(accelerator.device)
     transformer = build_transformer(options, components).to(accelerator.device)
     pipeline = prompts = None
@@ -297,13 +303,15 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         objective=components.objective,
         transformer=transformer,
         ema=EMA(transformer, options.ema_decay, options.offload_ema) if options.use_ema else None,
-        max_train_steps=checks.steps_in(options, len(components.sources.train)),
+        max_train_steps=max_train_steps,
         step=position["step"],
         metrics=MetricsFile(Path(options.output_dir, "metrics.jsonl")),
         content=content,
         pipeline=pipeline,
         prompts=prompts,
     )
+    if components.pretrained and not options.rank and accelerator.is_main_process:
+        run.start = {name: p.detach().to("cpu", copy=True) for name, p in run.trained_weights.items()}
     if "latent_statistics" in position:
         run.latent_statistics, run.feed.encode_in_bf16 = position["latent_statistics"], position["encode_in_bf16"]
     else:
@@ -831,6 +839,7 @@ def save(run: Run, must_succeed: bool) -> None:
         "content": run.content,
         "environment": past.environment_of(run.options, accelerator),
         "order": ORDER,
+        "density": objectives.DENSITY,
         "latent_statistics": run.latent_statistics,
         "encode_in_bf16": run.feed.encode_in_bf16,
         "window": run.window.reduce(accelerator),
@@ -892,9 +901,19 @@ def finish(run: Run) -> None:
                 shutil.copyfile(part, run.output_dir / part.name)
             elif part.name != STATE:
                 checkpoints.link_tree(part, run.output_dir / part.name)
+        if run.start:
+            say_distance(run)
         publish(run)
         how = "is a LoRA; its README.md shows how to load it" if run.options.rank else "loads with from_pretrained"
         logger.info(f"done: {run.output_dir} {how}")
+
+
+def say_distance(run: Run) -> None:
+    """Logs how far the weights have moved from those that were fine-tuned, in training and in the export."""
+    trained = relative_distance(run.trained_weights.items(), run.start)
+    exported = relative_distance(run.exported_transformer.named_parameters(), run.start) if run.ema else trained
+    way = f", {exported / trained:.0%} of the way that training went" if trained else ""
+    logger.info(f"the exported weights have moved by {exported:.2%} of the base's norm{way}")
 
 
 def publish(run: Run) -> None:

@@ -255,7 +255,9 @@ def read_record(options: Options) -> dict[str, Any] | None:
 
 def read_run(options: Options) -> Run:
     """What a finished run has measured."""
-    average = f"validation/ema_{options.ema_decay[0]}/loss" if options.use_ema and len(options.ema_decay) > 1 else None
+    average = (
+        f"validation/ema_{options.ema_decay[0]}/loss" if options.use_ema and len(options.ema_decay or ()) > 1 else None
+    )
     metrics: dict[str, dict[int, float]] = {}
     windows: dict[int, float] = {}
     images = options.logging_steps * checks.resolve_batch_sizes(options, 1).global_batch_size

@@ -175,6 +175,7 @@ def finetune(train, captioned, pipelines):
                 "num_attention_heads": None,
                 "patch_size": None,
                 "max_sequence_length": 24,
+                "alignment_stop_step": 500,
                 "validation_guidance_scale": 2.0,
             }
             | options

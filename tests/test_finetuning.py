@@ -10,7 +10,9 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from safetensors.torch import load_file
 
 from tests.conftest import read_metrics
@@ -213,6 +215,48 @@ def test_the_mode_density_is_that_of_stable_diffusion_3():
     for u in (0.2, 0.5, 0.8):
         t = 1 - u - 1.29 * (torch.cos(torch.pi * torch.tensor(u) / 2) ** 2 - 1 + u)
         assert (draws < t).float().mean().item() == pytest.approx(1 - u, abs=0.03)
+
+
+def sorted_times(sampling: str, logit_mean: float, logit_std: float, mode_scale: float, shift: float) -> torch.Tensor:
+    density = (sampling, logit_mean, logit_std, mode_scale, shift)
+    return torch.tensor([draw_timestep(0, index, *density) for index in range(4000)]).sort().values
+
+
+@pytest.mark.parametrize(
+    ("sampling", "mean", "std", "scale"),
+    [
+        ("logit_normal", 0.8, 1.0, 1.29),
+        ("logit_normal", -1.0, 0.5, 1.29),
+        ("logit_normal", 0.0, 2.0, 1.29),
+        ("mode", 0.0, 1.0, 1.29),
+        ("mode", 0.0, 1.0, -0.7),
+        ("uniform", 0.0, 1.0, 1.29),
+    ],
+)
+def test_densities_of_the_same_name_are_those_of_diffusers_scripts(sampling, mean, std, scale):
+    """There u chooses among the scheduler's sigmas, which fall."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheme = {"uniform": "none"}.get(sampling, sampling)
+    u = compute_density_for_timestep_sampling(scheme, 4000, mean, std, scale, generator=torch.manual_seed(0))
+    theirs = scheduler.sigmas[(u * 1000).long().clamp(max=999)].sort().values
+    assert (sorted_times(sampling, mean, std, scale, 3.0) - theirs).abs().mean() < 0.015
+
+
+def test_a_checkpoint_from_before_keeps_its_density(train, tmp_path, capsys):
+    """Once --logit_mean was that of t, so a checkpoint from then goes on with its negative."""
+    density = {"timestep_sampling": "logit_normal", "logit_mean": -0.8}
+    whole = train(output_dir=tmp_path / "whole", **density)
+    old = train(output_dir=tmp_path / "old", max_train_steps=2, **density)
+    state = old / "checkpoint-2/state"
+    position = json.loads((state / "position.json").read_text())
+    del position["density"]
+    position["options"]["logit_mean"] = 0.8
+    (state / "position.json").write_text(json.dumps(position))
+    (state / "manifest.json").write_text("{}")  # or the change would be damage
+    train(output_dir=old, code=2, resume_from_checkpoint="latest", **density | {"logit_mean": 0.8})
+    assert "--logit_mean was -0.8 and is 0.8" in capsys.readouterr().err
+    train(output_dir=old, resume_from_checkpoint="latest", **density)
+    assert read_metrics(whole, "train/loss") == read_metrics(old, "train/loss")
 
 
 def test_a_vae_of_other_channels_is_refused(train, pipeline, vae, tmp_path, capfd):

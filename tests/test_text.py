@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -212,11 +213,51 @@ def test_alignment_reaches_the_blocks_up_to_the_tap_and_what_trains_alone(family
         assert dtype == (torch.bfloat16 if rank and name not in seen["trained"] else torch.float32)
 
 
-def test_fine_tuning_aligns_weakly_and_says_so(finetune, caplog):
+def test_fine_tuning_aligns_weakly_in_the_first_third_of_the_run_and_says_so(finetune, caplog):
     caplog.set_level(logging.INFO)
-    finetune("sd3", max_train_steps=1)
-    assert "weight 0.2, cosine to 0 at step 500" in caplog.text
+    run = finetune("sd3", max_train_steps=6, alignment_stop_step=None, checkpointing_steps=1)
+    assert "weight 0.2, cosine to 0 at step 2" in caplog.text
     assert "normalised per channel" not in caplog.text
+    assert [(run / f"checkpoint-{step}/heads").exists() for step in (1, 2, 3)] == [True, False, False]
+
+
+def test_what_follows_from_the_length_of_a_run_stays_when_it_goes_on_for_longer(finetune, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    defaults = {"alignment_stop_step": None, "ema_decay": None}
+    short, longer = tmp_path / "short", tmp_path / "longer"
+    finetune("sd3", output_dir=short, max_train_steps=12, **defaults)
+    finetune("sd3", output_dir=longer, max_train_steps=12, checkpointing_steps=3, **defaults)
+    shutil.rmtree(longer / "checkpoint-12")
+    finetune("sd3", output_dir=longer, max_train_steps=12, resume_from_checkpoint="latest", **defaults)
+    assert "the length of the run is another" not in caplog.text
+    finetune("sd3", output_dir=longer, max_train_steps=30, resume_from_checkpoint="latest", **defaults)
+    assert "the length of the run is another" in caplog.text
+    assert "restart is not exact" not in caplog.text
+    for run, step in ((short, 12), (longer, 12), (longer, 30)):
+        options = json.loads((run / f"checkpoint-{step}/state/position.json").read_text())["options"]
+        assert options["ema_decay"] == [pytest.approx(1 - 10 / 12, abs=1e-6)]
+        assert options["alignment_stop_step"] == [4]
+    for name in ("transformer", "optimizer", f"ema_{options['ema_decay'][0]}"):
+        one, other = (load_file(run / f"checkpoint-12/state/{name}.safetensors") for run in (short, longer))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(("steps", "ema"), [(40, True), (4, True), (4, False)])
+def test_a_fine_tuning_exports_what_it_has_trained_and_says_how_far_it_moved(steps, ema, finetune, pipelines, caplog):
+    caplog.set_level(logging.INFO)
+    run = finetune("sd3", max_train_steps=steps, ema_decay=None, **({} if ema else {"no_use_ema": True}))
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    base, exported, trained = (
+        load_file(path)
+        for path in (pipelines("sd3") / file, run / file, run / f"checkpoint-{steps}/state/transformer.safetensors")
+    )
+
+    def distance(weights: dict[str, torch.Tensor]) -> float:
+        return sum((weights[name] - base[name]).double().square().sum().item() for name in trained) ** 0.5
+
+    assert distance(exported) > 0.8 * distance(trained)
+    share = distance(exported) / sum(base[name].double().square().sum().item() for name in trained) ** 0.5
+    assert f"the exported weights have moved by {share:.2%} of the base's norm" in caplog.text
 
 
 def test_latents_far_from_unit_scale_are_normalised_for_the_target(finetune, tmp_path, caplog):

@@ -17,6 +17,7 @@ from torch import nn
 from vaerepa import checkpoints, cli, evaluation, families
 from vaerepa.alignment import settings
 from vaerepa.data import parse_buckets
+from vaerepa.ema import DECAY, fitting_decay
 from vaerepa.errors import OptionError
 from vaerepa.families import Family, TextFamily, dit
 from vaerepa.hub import access, download
@@ -48,7 +49,7 @@ def check_options(options: Options) -> None:
         OptionError: a value outside its range, or two that contradict each other.
     """
     cli.check(options)
-    if len(set(options.ema_decay)) < len(options.ema_decay):
+    if len(set(options.ema_decay or ())) < len(options.ema_decay or ()):
         raise OptionError(f"--ema_decay {' '.join(map(str, options.ema_decay))}: expected different numbers.")
     settings.check_alignment(options)
     if options.report_to != "none":
@@ -68,7 +69,16 @@ def fill_in_defaults(options: Options) -> Options:
     """Gives a value to the options whose default depends on others."""
     if options.rank:
         options = replace(options, use_ema=False)
+    if options.ema_decay is None and options.pretrained_model_name_or_path is None:
+        options = replace(options, ema_decay=(DECAY,))
     return settings.fill_in_defaults(options)
+
+
+def fit_to_run(options: Options, max_train_steps: int) -> Options:
+    """Gives a value to the options whose default depends on the length of the run."""
+    if options.ema_decay is None:
+        options = replace(options, ema_decay=(fitting_decay(max_train_steps),))
+    return settings.end_with_run(options, max_train_steps)
 
 
 def check_text(options: Options) -> None:

@@ -43,13 +43,14 @@ def describe(options: Options) -> str:
         OptionError: the run would not start.
     """
     parts = components.open_components(options)
+    num_images = len(parts.sources.train)
+    num_steps = checks.steps_in(options, num_images)
+    options = checks.fit_to_run(options, num_steps)
     with nullcontext() if parts.pretrained else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
     alignments = components.build_alignments(options, parts, transformer, no_statistics)
     shape = latents.latent_shape(parts.vae, options.resolution)
-    num_images = len(parts.sources.train)
-    num_steps = checks.steps_in(options, num_images)
     sizes = estimate(options, parts.family, transformer, shape, alignments, num_images)
     learning_rate = optimization.learning_rate_schedule(options, num_steps)
     classes = classes_in_batch(

@@ -1,11 +1,14 @@
 """Exponential moving averages of the transformer's weights, each a transformer of its own."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+DECAY = 0.9999  # of SiT, REPA and SRA, which train for 400 000 steps and more
+SHARE_OF_RUN = 0.1  # that the EMA of a fine-tuning reaches back over: little of the base is left in it, and little lag
 
 
 class EMA:
@@ -56,3 +59,19 @@ class EMA:
 def share_of_start(decay: float, steps: int) -> float:
     """How much of the initial weights an average still holds after so many steps."""
     return decay**steps
+
+
+def fitting_decay(num_steps: int) -> float:
+    """The decay whose average reaches back over the last tenth of so many steps, at most 0.9999; 0 keeps no average."""
+    return min(DECAY, max(0.0, round(1.0 - 1.0 / (SHARE_OF_RUN * num_steps), 6)))
+
+
+@torch.no_grad()
+def relative_distance(weights: Iterable[tuple[str, torch.Tensor]], start: dict[str, torch.Tensor]) -> float:
+    """How far weights are from those of the same names in `start`, on the CPU, as a share of the norm of these."""
+    moved, norm = 0.0, 0.0
+    for name, weight in weights:
+        before = start[name].double()
+        moved += (weight.detach().cpu().double() - before).square().sum().item()
+        norm += before.square().sum().item()
+    return (moved / norm) ** 0.5

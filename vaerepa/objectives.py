@@ -14,6 +14,7 @@ from diffusers import (
 from vaerepa.randomness import draw_normal, draw_uniform
 
 NUM_TIMESTEPS = 1000  # stock schedulers count timesteps from 0 to 999
+DENSITY = 2  # kept with a run: in 1, --logit_mean was that of t and not of 1 - t
 
 
 class Objective(Protocol):
@@ -124,10 +125,12 @@ def draw_timestep(
 ) -> float:
     """A training time t in (0, 1): uniform (SiT), logit-normal or mode (Stable Diffusion 3, arXiv 2403.03206, section 3.1).
 
-    Then shifted to s t / (1 + (s - 1) t), as schedulers of high resolutions shift their sigmas (same paper, equation 23).
+    As in diffusers' scripts, the density is that of u = 1 - t, the place in a schedule that runs from noise to data: a
+    `logit_mean` above 0 prefers little noise. (The mode density is the same in t and u.) Then shifted to
+    s t / (1 + (s - 1) t), as schedulers of high resolutions shift their sigmas (same paper, equation 23).
     """
     if sampling == "logit_normal":
-        t = 1.0 / (1.0 + math.exp(-(logit_mean + logit_std * draw_normal(seed, "timestep", ordinal))))
+        t = 1.0 / (1.0 + math.exp(logit_mean - logit_std * draw_normal(seed, "timestep", ordinal)))
     else:
         t = draw_uniform(seed, "timestep", ordinal)
         if sampling == "mode":

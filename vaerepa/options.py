@@ -201,7 +201,9 @@ class Options:
     timestep_sampling: Literal["uniform", "logit_normal", "mode"] = option(
         "uniform", "Density of the training timesteps t in [0, 1].", resume="fixed"
     )
-    logit_mean: float = option(0.0, "Mean of the logit-normal density.", resume="fixed")
+    logit_mean: float = option(
+        0.0, "Mean of the logit-normal density, as in diffusers: above 0 prefers little noise.", resume="fixed"
+    )
     logit_std: float = option(1.0, "Standard deviation of the logit-normal density.", resume="fixed", above=0)
     mode_scale: float = option(1.29, "Scale of the mode density (Stable Diffusion 3).", resume="fixed")
     timestep_shift: float | None = option(
@@ -236,7 +238,7 @@ class Options:
     alignment_weight: tuple[float | None, ...] | None = option(
         None,
         "Weight of the alignment loss (lambda). Default of vae: 1.0; of repa: 0.5; of sra: 0.5 with cosine, else 0.2. Where a "
-        "text-to-image model is fine-tuned 0.2, falling to 0 by cosine until step 500.",
+        "text-to-image model is fine-tuned 0.2, falling to 0 by cosine over the first third of the run.",
         resume="schedule",
         at_least=0,
     )
@@ -348,9 +350,10 @@ class Options:
         20, "Stop after this many steps in a row whose gradients are not finite (each is skipped).", above=0
     )
     use_ema: bool = option(True, "Keep an exponential moving average of the weights, and export it.", resume="fixed")
-    ema_decay: tuple[float, ...] = option(
-        (0.9999,),
-        "Decay of the average; with several values the first is exported, all are kept and validated.",
+    ema_decay: tuple[float, ...] | None = option(
+        None,
+        "Decay of the average; with several values the first is exported, all are kept and validated. Default: 0.9999; in "
+        "fine-tuning 1 - 10 / steps, up to 0.9999, which averages over the last tenth of the run.",
         resume="fixed",
         at_least=0,
         below=1,

@@ -1,6 +1,7 @@
 """The past of a run that goes on: what it trained on and how, as its checkpoint remembers, compared with now."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
 
+from vaerepa import objectives
+from vaerepa.alignment import settings
 from vaerepa.components import Components
 from vaerepa.data import Source
 from vaerepa.data.latents_cache import checksum
@@ -29,14 +32,43 @@ def check_options(position: dict[str, Any], options: Options, checkpoint: Path) 
     Raises:
         OptionError: names every such option.
     """
-    changed = changed_options(position["options"], options, "fixed")
+    before = options_of(position)
+    changed = changed_options(before, options, "fixed")
     if "content" not in position:
-        changed += changed_options(position["options"], options, "content")
+        changed += changed_options(before, options, "content")
     if changed:
         raise OptionError(
             f"{checkpoint} cannot be continued with other data, model, batch or seed: {'; '.join(changed)}. "
             "Give the same, or start a new run in another --output_dir."
         )
+
+
+def keep_lengths(position: dict[str, Any], options: Options) -> Options:
+    """The options with those of the checkpoint's steps whose default follows from the length of the run.
+
+    The steps taken had them; a run that is to be longer or shorter now keeps them, and says so.
+    """
+    before, kept = options_of(position), options
+    decays, ends = before["ema_decay"], before.get("alignment_stop_step")
+    if options.ema_decay is None:
+        kept = replace(kept, ema_decay=tuple(decays) if isinstance(decays, list) else (decays,))
+    if isinstance(ends, list) and len(ends) == len(options.alignment):
+        kept = settings.end_at(kept, ends)
+    same_length = all(before.get(n) == getattr(options, n) for n in ("max_train_steps", "num_train_epochs"))
+    if kept != options and not same_length:
+        logger.info(
+            "the length of the run is another than before: what its defaults had followed from stays, "
+            f"--ema_decay {' '.join(map(str, kept.ema_decay))} and --alignment_stop_step {kept.alignment_stop_step}"
+        )
+    return kept
+
+
+def options_of(position: dict[str, Any]) -> dict[str, Any]:
+    """The public options of a checkpoint's steps, as they would be given now."""
+    options = position["options"]
+    if position.get("density", 1) < objectives.DENSITY and "logit_mean" in options:
+        options = options | {"logit_mean": -options["logit_mean"]}
+    return options
 
 
 def content_of(options: Options, components: Components) -> Digests:

@@ -1,5 +1,6 @@
 """The alignment options, method by method: how many values there are, their defaults, the blocks, what must be at hand."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,8 @@ PER_METHOD = (
     "alignment_stop_step",
 )
 # what survived in other trainers that fine-tune text-to-image models: weight 1.0 was too strong
-TEXT_FINE_TUNING = {"weight": 0.2, "weight_schedule": "cosine", "stop_step": 500}
+TEXT_FINE_TUNING = {"weight": 0.2, "weight_schedule": "cosine"}
+SHARE_OF_RUN = 1 / 3  # after which their alignment ends
 
 
 def methods_of(options: Options) -> tuple[str, ...]:
@@ -102,17 +104,33 @@ def fill_in_defaults(options: Options) -> Options:
         own = {"loss": values["loss"][place] or method.default_loss, "layers": method.default_layers}
         own["weight"] = method.default_weight(own["loss"])
         if options.text_conditioning and options.pretrained_model_name_or_path and values["weight"][place] is None:
-            own |= TEXT_FINE_TUNING
-            if values["stop_step"][place] is None:
-                values["weight_schedule"][place] = own["weight_schedule"]
-            else:  # then the weight falls as is asked for
-                del own["stop_step"]
+            own["weight"] = TEXT_FINE_TUNING["weight"]
+            if values["stop_step"][place] is None:  # else the weight falls as is asked for
+                values["weight_schedule"][place] = TEXT_FINE_TUNING["weight_schedule"]
         for key, default in own.items():
             if values[key][place] is None:
                 values[key][place] = default
     filled = {f"alignment_{key}": None if set(v) == {None} else tuple(v) for key, v in values.items()}
     t_range = tuple(bound for pair in t_ranges_of(options) for bound in pair)
     return replace(options, **filled, alignment_t_range=t_range)
+
+
+def end_with_run(options: Options, max_train_steps: int) -> Options:
+    """Lets a weight that falls, but for which no end is known yet, end after a share of the run."""
+    end = max(1, round(SHARE_OF_RUN * max_train_steps))
+    return end_at(options, (end,) * len(options.alignment))
+
+
+def end_at(options: Options, steps: Sequence[int | None]) -> Options:
+    """Lets weights that fall, but for which no end is known yet, end at these steps, one for each method."""
+    if not methods_of(options):
+        return options
+    schedules, stops = (values_of(options, f"alignment_{name}") for name in ("weight_schedule", "stop_step"))
+    ends = tuple(
+        step if stop is None and schedule != "constant" else stop
+        for schedule, stop, step in zip(schedules, stops, steps, strict=True)
+    )
+    return replace(options, alignment_stop_step=None if set(ends) == {None} else ends)
 
 
 def blocks_of(options: Options, num_layers: int) -> dict[str, int]:
