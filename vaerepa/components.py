@@ -17,7 +17,8 @@ from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data import Sources, open_sources
 from vaerepa.errors import OptionError
 from vaerepa.families import Family, TextFamily, TextModel, TextPipeline, dit
-from vaerepa.families.pretrained import is_missing_part, load_index
+from vaerepa.families.pretrained import EXPECTED, is_missing_part, load_index
+from vaerepa.hub.reasons import UNREADABLE, lacks_file, why_unreadable
 from vaerepa.options import Options
 from vaerepa.randomness import seeded_weights
 
@@ -100,13 +101,19 @@ def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
     name, wanted = getattr(options, flag), checks.transformer_size(options)[0] if from_scratch else None
     where = hub_location(options)
     if from_scratch and Path(name, "config.json").is_file():
-        return wanted, _open_text_encoder(name, wanted)
-    index = load_index(flag, name, where["revision"], where["cache_dir"])
+        return wanted, _open_text_encoder(name, wanted, options.cache_dir)
+    try:
+        index = load_index(flag, name, where["revision"], where["cache_dir"])
+    except OptionError as error:
+        if from_scratch and lacks_file(error):
+            return wanted, _open_text_encoder(name, wanted, options.cache_dir)
+        raise
     kind = index.get("_class_name")
     family = families.text_family_of(kind)
     if family is None or (wanted is not None and family is not wanted):
         supported = ", ".join(wanted.pipelines) if wanted else families.SUPPORTED
-        raise OptionError(f"--{flag} {name} holds a {kind}; expected one of {supported}.")
+        classes = "; to fine-tune it on classes leave out --text_conditioning" if kind == "DiTPipeline" else ""
+        raise OptionError(f"--{flag} {name} holds a {kind}; expected one of {supported}{classes}.")
     missing = [part for part in family.text_components if is_missing_part(index, part)]
     if missing:
         raise OptionError(
@@ -118,9 +125,9 @@ def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
     unwanted = {"vae", "transformer"} if from_scratch else {"vae"}
     left_out = dict.fromkeys(part for part in parts if part in unwanted or is_missing_part(index, part))
     try:
-        loaded = pipeline_class.from_pretrained(name, **left_out, torch_dtype=torch.get_default_dtype(), **where)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"--{flag} {name} cannot be loaded: {' '.join(str(error).split())}") from error
+        loaded = pipeline_class.from_pretrained(name, **left_out, dtype=torch.get_default_dtype(), **where)
+    except UNREADABLE as error:
+        raise OptionError(f"--{flag} {name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
     text = {part: getattr(loaded, part) for part in family.text_components}
     for encoder in text.values():
         if isinstance(encoder, nn.Module):
@@ -130,20 +137,19 @@ def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
     return family, TextPipeline(pipeline_class, text, family.to_training_form(loaded.transformer), loaded.scheduler)
 
 
-def _open_text_encoder(folder: str, family: TextFamily) -> TextPipeline:
+def _open_text_encoder(name: str, family: TextFamily, cache_dir: str | None) -> TextPipeline:
     """A text encoder of transformers by itself, for families that need one only."""
     if family.text_components != ("tokenizer", "text_encoder"):
         raise OptionError(
-            f"--pretrained_text_encoder_model_name_or_path {folder} is one text encoder; this model needs those of a "
+            f"--pretrained_text_encoder_model_name_or_path {name} is one text encoder; this model needs those of a "
             f"{family.pipelines[0]}."
         )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        encoder = transformers.AutoModel.from_pretrained(folder, dtype=torch.get_default_dtype())
-    except (OSError, ValueError) as error:
-        raise OptionError(
-            f"--pretrained_text_encoder_model_name_or_path {folder} cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+        encoder = transformers.AutoModel.from_pretrained(name, cache_dir=cache_dir, dtype=torch.get_default_dtype())
+    except UNREADABLE as error:
+        reason = why_unreadable(name, error, "a text encoder of transformers with its tokenizer")
+        raise OptionError(f"--pretrained_text_encoder_model_name_or_path {name} cannot be loaded: {reason}") from error
     encoder = encoder.get_encoder() if getattr(encoder.config, "is_encoder_decoder", False) else encoder
     parts = {"tokenizer": tokenizer, "text_encoder": encoder.eval().requires_grad_(False)}
     return TextPipeline(family.pipeline_class(), parts)

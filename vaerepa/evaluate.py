@@ -41,7 +41,8 @@ from vaerepa.evaluation.samples import (
     write_npz,
 )
 from vaerepa.families import TextFamily
-from vaerepa.families.pretrained import load_index
+from vaerepa.families.pretrained import EXPECTED, load_index
+from vaerepa.hub.reasons import UNREADABLE, why_unreadable
 from vaerepa.layout import POSITION, STATE, all_checkpoints, step_of
 from vaerepa.privacy import public_name, redact
 from vaerepa.system import num_cores
@@ -234,8 +235,8 @@ def load_pipeline(args: argparse.Namespace) -> tuple[DiffusionPipeline, TextFami
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, variant=args.variant, **where)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+    except UNREADABLE as error:
+        raise OptionError(f"{name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
     return pipeline, family
 
 

@@ -1,12 +1,14 @@
 """The frozen VAE: from pixels to the latents that a transformer trains on."""
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from vaerepa.errors import OptionError
-from vaerepa.hub.reasons import why_unreadable
+from vaerepa.hub.reasons import UNREADABLE, lacks_file, why_unreadable
 
 EXPECTED = "a Hub id, or a folder with the VAE's config.json and weights, itself or in `vae`"
 CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -35,9 +37,13 @@ def load_vae(
         raise OptionError(
             f"--pretrained_vae_model_name_or_path {name_or_path} holds a {kind}; expected one of {', '.join(CLASSES)}."
         )
-    vae = CLASSES[kind].from_pretrained(
-        name_or_path, subfolder=subfolder, variant=variant, torch_dtype=torch.get_default_dtype(), **where
-    )
+    try:
+        vae = CLASSES[kind].from_pretrained(
+            name_or_path, subfolder=subfolder, variant=variant, dtype=torch.get_default_dtype(), **where
+        )
+    except UNREADABLE as error:
+        reason = why_unreadable(name_or_path, error, EXPECTED)
+        raise OptionError(f"the VAE of {name_or_path} cannot be loaded: {reason}") from error
     folded = ("latents_mean", "latents_std") if keep_shift else ("shift_factor", "latents_mean", "latents_std")
     if has_posterior(vae) and any(config.get(key) for key in folded):
         vae = fold_normalization(vae)
@@ -162,6 +168,8 @@ def _find_config(name_or_path: str, where: dict) -> tuple[str | None, dict]:
     for subfolder in (None, "vae"):
         try:
             return subfolder, AutoencoderKL.load_config(name_or_path, subfolder=subfolder, **where)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             reason = why_unreadable(name_or_path, error, EXPECTED)
+            if not lacks_file(error) and not Path(name_or_path).is_dir():
+                break  # the Hub would not answer otherwise
     raise OptionError(f"--pretrained_vae_model_name_or_path {name_or_path}: no VAE there: {reason}")

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vaerepa.alignment.method import Alignment
+from vaerepa.errors import OptionError
+from vaerepa.hub.reasons import UNREADABLE, why_unreadable
 
 FOLDER = "heads"
 WEIGHTS = "heads.safetensors"
@@ -56,8 +58,11 @@ def load_heads(
         where = {"repo_id": str(name_or_path), "subfolder": FOLDER, "revision": revision, "cache_dir": cache_dir}
         try:
             config, weights = (hf_hub_download(filename=name, **where) for name in (CONFIG, WEIGHTS))
-        except (EntryNotFoundError, LocalEntryNotFoundError):
+        except EntryNotFoundError:  # not on the Hub, or not in the cache
             return None
+        except UNREADABLE as error:
+            reason = why_unreadable(str(name_or_path), error, f"{FOLDER}/{CONFIG}")
+            raise OptionError(f"the alignment heads of {name_or_path} cannot be loaded: {reason}") from error
     values = json.loads(Path(config).read_text(encoding="utf-8"))
     block_of = {name: of["block"] for name, of in values.items()}
     target_of = {name: of.get("aim", FIRST_TARGET) for name, of in values.items()}

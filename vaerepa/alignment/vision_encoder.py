@@ -9,7 +9,7 @@ from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
 from vaerepa.errors import OptionError
-from vaerepa.hub.reasons import why_unreadable
+from vaerepa.hub.reasons import UNREADABLE, why_unreadable
 from vaerepa.randomness import seeded_weights
 
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # as Pillow numbers them
@@ -77,7 +77,7 @@ def load_encoder(name: str, cache_dir: str | None = None) -> VisionEncoder:
         with seeded_weights(0, "vision encoder"):  # some checkpoints lack a pooler, which is not looked at
             model = transformers.AutoModel.from_pretrained(name, cache_dir=cache_dir, dtype=torch.get_default_dtype())
         return VisionEncoder(name, getattr(model, "vision_model", model), processor)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever other kinds of model lack
+    except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:  # whatever other kinds of model lack
         reason = why_unreadable(name, error, "a vision transformer of transformers with its image processor")
         raise OptionError(f"--alignment_encoder {name} cannot be used: {reason}") from error
 

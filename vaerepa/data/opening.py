@@ -28,6 +28,7 @@ from vaerepa.data.source import Columns, MomentFiles, Source, TableRows
 from vaerepa.data.survey import temporary_folder, writable_cache
 from vaerepa.data.tars import open_tars
 from vaerepa.errors import OptionError
+from vaerepa.hub.reasons import why_no_data_set
 from vaerepa.randomness import draw_permutation, draw_uniform
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,8 @@ def open_collection(
         )
         return _open_built(builder, cache_dir)
     except UNREADABLE as error:  # missing and empty data sets, missing configs, damaged files
-        raise OptionError(f"the data set {name_or_path} cannot be opened: {' '.join(str(error).split())}") from error
+        reason = why_no_data_set(name_or_path, revision, error)
+        raise OptionError(f"the data set {name_or_path} cannot be opened: {reason}") from error
 
 
 def _describes_itself(path: Path) -> bool:

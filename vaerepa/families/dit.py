@@ -14,7 +14,8 @@ from diffusers.models.embeddings import PatchEmbed
 from torch import nn
 
 from vaerepa.errors import OptionError
-from vaerepa.families.pretrained import load_index
+from vaerepa.families.pretrained import EXPECTED, load_index
+from vaerepa.hub.reasons import UNREADABLE, why_unreadable
 from vaerepa.randomness import generator, seeded_weights
 
 is_text, knows_shift = False, False
@@ -201,10 +202,11 @@ def load_pipeline(name_or_path: str, **where: str | None) -> PretrainedPipeline:
         raise OptionError(f"{flag} holds a {index.get('_class_name')}; expected a DiTPipeline.")
     try:  # weights in safetensors, or in files that torch opens with weights_only
         transformer = DiTTransformer2DModel.from_pretrained(
-            name_or_path, subfolder="transformer", variant=variant, torch_dtype=torch.get_default_dtype(), **where
+            name_or_path, subfolder="transformer", variant=variant, dtype=torch.get_default_dtype(), **where
         )
-    except OSError as error:
-        raise OptionError(f"{flag}: its transformer cannot be loaded: {' '.join(str(error).split())}") from error
+    except UNREADABLE as error:
+        reason = why_unreadable(name_or_path, error, EXPECTED)
+        raise OptionError(f"{flag}: its transformer cannot be loaded: {reason}") from error
     scheduler_class = getattr(diffusers, index["scheduler"][1])
     shares_embedder = _share_equal_embedders(transformer)
     if has_learned_sigma(transformer):

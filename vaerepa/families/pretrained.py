@@ -5,7 +5,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from vaerepa.errors import OptionError
-from vaerepa.hub.reasons import PIPELINE_INDEX, why_unreadable
+from vaerepa.hub.reasons import PIPELINE_INDEX, UNREADABLE, why_unreadable
 
 EXPECTED = f"a Hub id of a diffusers pipeline, or a folder with {PIPELINE_INDEX}"
 
@@ -18,7 +18,7 @@ def load_index(flag: str, name: str, revision: str | None = None, cache_dir: str
     """
     try:
         return DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise OptionError(f"--{flag} {name}: {why_unreadable(name, error, EXPECTED)}") from error
 
 

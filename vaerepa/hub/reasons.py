@@ -1,23 +1,33 @@
 """Why a repository of the Hub, or a local folder in its place, cannot be read: one reason each, with what to do."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import constants
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from vaerepa.privacy import redact
+from vaerepa.privacy import is_local, redact
 
 PIPELINE_INDEX = "model_index.json"
+REFUSALS = {
+    401: "the Hub does not know your token. Log in with `hf auth login`, or set HF_TOKEN.",
+    403: "your token has no right to read the repository.",
+    429: "the Hub has had too many requests from here. Wait some minutes, or log in, which allows more.",
+}
+UNREADABLE = (OSError, ValueError, *HfHubHTTPError.__bases__)  # with the HTTP client's own errors, whichever it is
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 
@@ -37,21 +47,31 @@ def why_unreadable(name: str, error: BaseException, expected: str) -> str:
         return _why_not_the_folder(path, error, expected)
     causes = list(_causes(error))
     if _has(causes, GatedRepoError):
-        return "the repository is gated. Accept its terms on its page on the Hub, and log in with `hf auth login`."
+        return "the repository is gated. Accept its terms on its page on the Hub, and log in with `hf auth login`" + (
+            ", with a token that may read gated repositories." if get_token() else ", or set HF_TOKEN."
+        )
     if _has(causes, RevisionNotFoundError):
         return "the repository has no such revision."
     if _has(causes, RepositoryNotFoundError):
         return (
-            "the Hub has no such repository, or it is a private one (log in with `hf auth login`), and no local folder has "
-            "this name."
+            "the Hub has no such repository, or it is a private one "
+            + ("(which your token may not see)" if get_token() else "(log in with `hf auth login`)")
+            + ", and no local folder has this name."
         )
     if _has(causes, HFValidationError) or _looks_local(name):
-        return f"there is no such folder, and it is no Hub id (user/name). Expected {expected}."
+        within = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)/.+", name)
+        whole = f" If {within[1]} is meant, give it without a folder in it." if within else ""
+        return f"there is no such folder, and it is no Hub id (user/name). Expected {expected}.{whole}"
+    status = next((cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if status in REFUSALS:
+        return REFUSALS[status]
     if _has(causes, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return (
             "HF_HUB_OFFLINE is set, and it was not downloaded before. Unset it, or give a local folder (`hf download` makes "
             "one where there is a network)."
         )
+    if status is not None and status >= 500:
+        return f"the Hub at {constants.ENDPOINT} answers with status {status}. Try again later, or give a local folder."
     if _has(causes, LocalEntryNotFoundError, ConnectionError, TimeoutError) or "Connect" in type(causes[-1]).__name__:
         return (
             f"the Hub at {constants.ENDPOINT} cannot be reached, and it was not downloaded before. Look at the network or at "
@@ -62,9 +82,27 @@ def why_unreadable(name: str, error: BaseException, expected: str) -> str:
     return f"{redact(' '.join(str(error).split()))} Expected {expected}."
 
 
+def why_no_data_set(name: str, revision: str | None, error: Exception) -> str:
+    """As `why_unreadable`, of a data set. `datasets` drops the Hub's answer, which is therefore asked for again."""
+    if is_local(name) or not isinstance(error, DatasetNotFoundError | ConnectionError):
+        return redact(" ".join(str(error).split()))
+    try:
+        HfApi().dataset_info(name, revision=revision)
+    except UNREADABLE as answer:
+        error = answer
+    return why_unreadable(name, error, "a data set")
+
+
+def lacks_file(error: BaseException) -> bool:
+    """Whether the repository is there, and the file that was asked for is not in it."""
+    return _has(list(_causes(error)), RemoteEntryNotFoundError)
+
+
 def _why_not_the_folder(path: Path, error: BaseException, expected: str) -> str:
     if (path.parent / PIPELINE_INDEX).is_file() and not (path / PIPELINE_INDEX).is_file():
         return f"this is a part of the pipeline in {path.parent}. Expected {expected}."
+    if (path / "pytorch_lora_weights.safetensors").is_file():
+        return f"the folder holds a LoRA. Expected {expected}."
     nested = sorted(path.glob(f"*/{PIPELINE_INDEX}"))
     if nested:
         return f"the folder holds others with pipelines, such as {nested[-1].parent.name}. Expected {expected}."
