@@ -378,14 +378,15 @@ def _path_of(file_name: object, below: str) -> str:
 
 
 def _read_csv(path: str) -> pa.Table:
-    """An empty number is missing, an empty text is empty; dates are text."""
+    """An empty number is missing, an empty text is empty; dates, and columns without a value, are text."""
     whole = min(os.path.getsize(path) + 1, 2**31 - 1)  # so that types are those of all rows, not of the first ones
     reading = pyarrow.csv.ReadOptions(block_size=whole)
     parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
     table = pyarrow.csv.read_csv(path, reading, parsing)
-    dates = {field.name: pa.string() for field in table.schema if pa.types.is_temporal(field.type)}
-    if dates:
-        table = pyarrow.csv.read_csv(path, reading, parsing, pyarrow.csv.ConvertOptions(column_types=dates))
+    is_text = lambda kind: pa.types.is_temporal(kind) or pa.types.is_null(kind)  # noqa: E731
+    texts = {field.name: pa.string() for field in table.schema if is_text(field.type)}
+    if texts:
+        table = pyarrow.csv.read_csv(path, reading, parsing, pyarrow.csv.ConvertOptions(column_types=texts))
     return table
 
 

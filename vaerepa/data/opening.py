@@ -195,12 +195,16 @@ def _describes_itself(path: Path) -> bool:
 
 
 def _without_patterns(path: Path) -> str:
-    """A path to the same folder in which `datasets` finds no pattern."""
+    """The folder, or a folder of links to its files where `datasets` would take its path for a pattern."""
     if not has_magic(str(path)) and "::" not in str(path):
         return str(path)
-    link = Path(temporary_folder()) / "data"
-    link.symlink_to(path.resolve(), target_is_directory=True)
-    return str(link)
+    copy = temporary_folder()
+    for folder, _, names in os.walk(path):
+        inner = os.path.join(copy, os.path.relpath(folder, path))
+        os.makedirs(inner, exist_ok=True)
+        for name in names:
+            os.symlink(os.path.abspath(os.path.join(folder, name)), os.path.join(inner, name))
+    return copy
 
 
 def _open_folder(folder: Folder, cache_dir: str | None) -> Collection:

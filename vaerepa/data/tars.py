@@ -5,7 +5,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from itertools import islice
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 from datasets import Features, Image, Value
@@ -76,8 +76,11 @@ class TarImage(NamedTuple):
     start: int
 
 
-def _tar_samples(path: str) -> Iterator[dict[str, TarImage | str | int | float | list[str]]]:
-    """Yields samples: images, labels and captions; those of a .json too, by its keys."""
+Sample = dict[str, Any]  # of images, and of labels and captions as text, numbers or lists of text
+
+
+def _tar_samples(path: str) -> Iterator[Sample]:
+    """Yields samples: images, labels and captions, also those in a .json."""
     sample, current = {}, None
     with open_file(path) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
         for member in tar:
@@ -86,14 +89,24 @@ def _tar_samples(path: str) -> Iterator[dict[str, TarImage | str | int | float |
                 continue
             if name[1] != current:
                 if current is not None:
-                    yield sample
+                    yield _with_json(sample)
                 sample, current = {}, name[1]
             sample = _decoded(name[2].lower(), tar.extractfile(member), member.offset_data) | sample
     if current is not None:
-        yield sample
+        yield _with_json(sample)
 
 
-def _decoded(column: str, file: BinaryIO, start: int) -> dict[str, TarImage | str | int | float | list[str]]:
+def _with_json(sample: dict) -> Sample:
+    """A sample whose .json stands in for a label or a caption that has no file of its own."""
+    fields = sample.pop("json", None)
+    for column, names in (("cls", LABEL_NAMES), ("txt", CAPTION_NAMES)):
+        if isinstance(fields, dict) and not any(name in sample for name in names):
+            value = next((fields[name] for name in names if name in fields), None)
+            sample |= {} if value is None else {column: value}
+    return sample
+
+
+def _decoded(column: str, file: BinaryIO, start: int) -> Sample:
     """What a member of a tar adds to its sample."""
     if _is_image_name(column):
         return {column: TarImage(file.read(), start)}
@@ -103,9 +116,7 @@ def _decoded(column: str, file: BinaryIO, start: int) -> dict[str, TarImage | st
     if column in CAPTION_NAMES:
         return {column: file.read().decode("utf-8-sig").strip()}
     if column == "json":
-        fields = json.loads(file.read())
-        names = (*LABEL_NAMES, *CAPTION_NAMES)
-        return {name: fields[name] for name in names if name in fields} if isinstance(fields, dict) else {}
+        return {column: json.loads(file.read())}
     return {}
 
 
