@@ -130,7 +130,8 @@ class Options:
     )
     label_column: str | None = option(
         None,
-        "Column with the class labels (ClassLabel or integers). Default: found from the features.",
+        "Column with the class labels: ClassLabel, whole numbers from 0 on, or the classes' names. Default: found from the "
+        "features.",
         resume="content",
     )
     caption_column: str | None = option(
