@@ -675,8 +675,8 @@ def log(run: Run, stopwatch: throughput.Stopwatch, progress: tqdm) -> None:
     values |= {"epoch": run.step * options.global_batch_size / len(run.sources.train)}
     values |= stopwatch.read(options.logging_steps * options.global_batch_size)
     peak = throughput.peak_flops(accelerator.device, accelerator.mixed_precision)
-    if peak:  # the backward pass costs two forward passes
-        flops_per_second = 3 * flops_per_image(run) * values["images_per_second"]
+    if peak:  # the backward pass costs two forward passes, or one where the weights are frozen
+        flops_per_second = (2 if options.rank else 3) * flops_per_image(run) * values["images_per_second"]
         values |= {"mfu": flops_per_second / (peak * accelerator.num_processes)}
     values |= {"skipped_images": count_skipped_images(run)}
     write_metrics(run, {f"train/{name}": value for name, value in values.items()})

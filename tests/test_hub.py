@@ -332,7 +332,7 @@ def test_offline_nothing_is_pushed(train, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hub_model_id": "ann/model"}, "--hub_model_id does nothing without --push_to_hub"),
+        ({"hub_model_id": "ann/model"}, "--hub_model_id goes with --push_to_hub"),
         ({"push_to_hub": True, "hub_model_id": "../../etc/passwd"}, "--hub_model_id ../../etc/passwd: expected"),
         ({"push_to_hub": True, "hub_model_id": "ann/mo del"}, "--hub_model_id ann/mo del: expected"),
         ({"push_to_hub": True, "hub_revision": "../main"}, "--hub_revision ../main: this is no name"),

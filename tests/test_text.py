@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_vaerepa
@@ -110,6 +111,7 @@ def test_a_lora_restarts_to_the_bit_and_draws_in_stock_as_in_training(family, fi
     assert_same_run(whole, tmp_path / "parts", 4)
     (file,) = whole.glob("*.safetensors")
     layers = load_file(file)
+    assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
     assert all("lora" in name for name in layers)
     assert all(tensor.dtype == torch.float32 for tensor in layers.values())
     assert sum(tensor.numel() for tensor in layers.values()) == sum(
@@ -326,6 +328,32 @@ def test_a_lora_lies_over_the_layers_asked_for(layers, finetune):
     run = finetune("sd3", rank=2, lora_layers=layers, max_train_steps=1)
     names = load_file(run / "pytorch_lora_weights.safetensors")
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names} == {"to_q", "to_v"}
+    with safe_open(run / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["transformer.target_modules"] == ["to_q", "to_v"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (["to_q", "to_kk"], ["--lora_layers to_kk", "to_k"]),
+        (["to_q,attn.to_vv"], ["--lora_layers attn.to_vv", "attn.to_v"]),
+        (["to_q", "to_out"], ["--lora_layers to_out is a ModuleList", "to_out.0"]),
+        (["to_q", "o_k"], ["--lora_layers o_k"]),
+    ],
+)
+def test_a_layer_that_a_lora_would_pass_over_is_refused(layers, words, finetune, capsys):
+    finetune("sd3", code=2, rank=2, lora_layers=layers)
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+
+
+def test_a_dry_run_of_a_lora_counts_the_lora(finetune, capsys):
+    finetune("sd3", rank=2, dry_run=True)
+    lora = capsys.readouterr().out
+    run = finetune("sd3", rank=2, max_train_steps=1)
+    size = sum(tensor.numel() for tensor in load_file(run / "pytorch_lora_weights.safetensors").values())
+    assert f"| of them the LoRA of rank 2, which trains | {size / 1e6:.3g} M |" in lora
+    assert f"| exported LoRA | {4 * size / 2**20:.2f} MiB |" in lora
 
 
 # ---- the card

@@ -23,6 +23,7 @@ class Estimate:
     """Sizes in numbers of parameters, FLOPs of one image's forward pass (of frozen models by method), bytes."""
 
     parameters: int
+    trained_parameters: int
     stock_parameters: int
     head_parameters: dict[str, int]
     flops: int
@@ -87,23 +88,29 @@ def estimate(
         name: throughput.forward_flops(forward.through({name: heads[name]}, block_of)) - plain for name in heads
     }
     size, stock_size, head_sizes = count(transformer), count(stock), {name: count(head) for name, head in heads.items()}
-    trained = size + sum(head_sizes.values())
+    own = count(transformer, trained=True)  # all of it, or its LoRA
+    trained = own + sum(head_sizes.values())
+    frozen_memory = (size - own) * (FLOAT16 if options.mixed_precision in ("bf16", "fp16") else FLOAT32)
+    exported = own if options.rank else stock_size
     averages = len(options.ema_decay) if options.use_ema else 0
     moments = 2 if options.use_8bit_adam else 2 * FLOAT32
     encoders = [a.method.encoder for a in alignments if "vision_features" in a.method.needs]
     kept = 2 * math.prod(latent_shape) + sum(encoder.width * encoder.grid**2 for encoder in encoders)
     return Estimate(
         parameters=size,
+        trained_parameters=own,
         stock_parameters=stock_size,
         head_parameters=head_sizes,
         flops=plain,
         head_flops=head_flops,
         frozen_flops=frozen_flops(forward, alignments, options.resolution),
-        state_memory=trained * (2 * FLOAT32 + moments) + (0 if options.offload_ema else averages * size * FLOAT32),
+        state_memory=trained * (2 * FLOAT32 + moments)
+        + frozen_memory
+        + (0 if options.offload_ema else averages * size * FLOAT32),
         encoder_memory=sum(count(encoder.model) * FLOAT16 for encoder in encoders),
         activation_memory=saved_bytes(options, forward, heads, block_of),
-        pipeline_bytes=stock_size * FLOAT32,
-        checkpoint_bytes=stock_size * FLOAT32 + trained * (FLOAT32 + moments) + averages * size * FLOAT32,
+        pipeline_bytes=exported * FLOAT32,
+        checkpoint_bytes=exported * FLOAT32 + trained * (FLOAT32 + moments) + averages * size * FLOAT32,
         latents_cache_bytes=kept * FLOAT16 * num_images * variants_of(options),
     )
 
@@ -123,7 +130,8 @@ def frozen_flops(forward: "OneForward", alignments: list[Alignment], resolution:
 def training_flops(options: Options, sizes: Estimate, num_images: int, num_steps: int) -> int:
     """FLOPs of a whole run, forward and backward; of frozen models forward, once per image where a cache keeps their output."""
     num_seen = num_steps * options.global_batch_size
-    flops = 3 * (sizes.flops + sum(sizes.head_flops.values())) * num_seen
+    passes = 2 if options.rank else 3  # backward: gradients of what flows through, and of the weights that train
+    flops = passes * (sizes.flops + sum(sizes.head_flops.values())) * num_seen
     for name, frozen in sizes.frozen_flops.items():
         is_kept = "vision_features" in METHODS[name].needs and options.latents_cache
         flops += frozen * (num_images * variants_of(options) if is_kept else num_seen)
@@ -135,9 +143,14 @@ def variants_of(options: Options) -> int:
     return 2 if options.random_flip else 1
 
 
-def count(module: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def count(module: nn.Module, trained: bool = False) -> int:
+    """Number of parameters, or of those alone that train."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
+
+
+def size_of(num_bytes: int) -> str:
+    """Bytes in GiB, or in MiB where that would be next to none."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def saved_bytes(
@@ -202,10 +215,13 @@ def report(
     classes: ClassesInBatch | None,
 ) -> str:
     """The table that --dry_run prints, in Markdown."""
+    frozen = "VAE and text encoders" if options.text_conditioning else "the VAE"
     points = (0, num_steps // 2, num_steps - 1)
     rows = [
         ("parameters of the transformer", f"{sizes.parameters / 1e6:.1f} M"),
-        ("in the stock file, an embedder per block", f"{sizes.stock_parameters / 1e6:.1f} M"),
+        (f"of them the LoRA of rank {options.rank}, which trains", f"{sizes.trained_parameters / 1e6:.3g} M")
+        if options.rank
+        else ("in the stock file, an embedder per block", f"{sizes.stock_parameters / 1e6:.1f} M"),
         ("forward pass, one image", f"{sizes.flops / 1e9:.1f} GFLOP"),
     ]
     for name, parameters in sizes.head_parameters.items():
@@ -217,14 +233,14 @@ def report(
             rows.append((f"frozen models of `{name}`, one image", f"{frozen:.1f} GFLOP, forward only"))
     activations = 0 if options.gradient_checkpointing else options.train_batch_size * sizes.activation_memory
     memory = (sizes.state_memory + sizes.encoder_memory + activations) / GIB
-    rows.append(("weights, gradients, optimizer and averages, per device", f"{sizes.state_memory / GIB:.2f} GiB"))
+    rows.append(("weights, gradients, optimizer and averages, per device", size_of(sizes.state_memory)))
     if sizes.encoder_memory:
         rows.append(("vision encoder, in half precision, per device", f"{sizes.encoder_memory / GIB:.2f} GiB"))
     rows += [
         ("activations, one image", f"{sizes.activation_memory / GIB:.3f} GiB"),
-        (f"memory per device at batch {options.train_batch_size}, without the VAE, about", f"{memory:.1f} GiB"),
-        ("exported pipeline, without the VAE", f"{sizes.pipeline_bytes / GIB:.2f} GiB"),
-        ("a checkpoint, without the VAE", f"{sizes.checkpoint_bytes / GIB:.2f} GiB"),
+        (f"memory per device at batch {options.train_batch_size}, without {frozen}, about", f"{memory:.1f} GiB"),
+        (f"exported {'LoRA' if options.rank else f'pipeline, without {frozen}'}", size_of(sizes.pipeline_bytes)),
+        (f"a checkpoint{'' if options.rank else f', without {frozen}'}", size_of(sizes.checkpoint_bytes)),
         ("a latents cache of all images", f"{sizes.latents_cache_bytes / GIB:.2f} GiB"),
         ("images", f"{num_images}"),
         *([("classes in a batch", str(classes))] if classes else []),

@@ -1,5 +1,7 @@
 """LoRA through peft: what trains instead of the whole transformer, and the file that stock pipelines load."""
 
+import difflib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from vaerepa.families import TextFamily
 from vaerepa.options import Options
 from vaerepa.randomness import seeded_weights
 
+LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that peft knows
 PEFT_PREFIX = "base_model.model."
 
 
@@ -24,10 +27,11 @@ def add_lora(transformer: nn.Module, family: TextFamily, options: Options) -> No
     """Freezes the transformer and lays LoRA layers of --rank over it, in place; these stay in float32.
 
     Raises:
-        OptionError: --lora_layers names none of its layers.
+        OptionError: --lora_layers names something that is none of its layers.
     """
     transformer.requires_grad_(False)
     layers = [layer for names in options.lora_layers for layer in names.replace(",", " ").split()]
+    check_layers(transformer, layers, family)
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.lora_alpha or options.rank,
@@ -40,10 +44,30 @@ def add_lora(transformer: nn.Module, family: TextFamily, options: Options) -> No
             peft.inject_adapter_in_model(config, transformer)
     except ValueError as error:
         raise OptionError(
-            f"--lora_layers {' '.join(options.lora_layers)}: the transformer has no such layers; by default "
-            f"{' '.join(family.lora_layers)} are taken."
+            f"--lora_layers {' '.join(layers)}: no LoRA can be laid over all of these: {' '.join(str(error).split())}"
         ) from error
     cast_training_params(transformer, torch.float32)
+
+
+def check_layers(transformer: nn.Module, layers: list[str], family: TextFamily) -> None:
+    """Checks that each name is the end of a layer's name; peft passes over one that is not, as long as another is.
+
+    Raises:
+        OptionError: names the first that is not, and those near it.
+    """
+    modules = {name: module for name, module in transformer.named_modules() if name}
+    paths = [name.split(".") for name, module in modules.items() if isinstance(module, LAYERS)]
+    ends = {".".join(path[-length:]) for path in paths for length in (1, 2, 3)}
+    for layer in layers:
+        found = [module for name, module in modules.items() if f".{name}".endswith(f".{layer}")]
+        if any(isinstance(module, LAYERS) for module in found):
+            continue
+        what = f"is a {type(found[0]).__name__}, no single layer" if found else "is no layer of the transformer"
+        near = difflib.get_close_matches(layer, sorted(ends), n=3)
+        proposal = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise OptionError(
+            f"--lora_layers {layer} {what}. {proposal}By default {' '.join(family.lora_layers)} are taken."
+        )
 
 
 def has_loader(pipeline_class: type[DiffusionPipeline]) -> bool:
@@ -55,10 +79,23 @@ def save_lora(folder: Path, transformer: nn.Module, pipeline_class: type[Diffusi
     """Writes the LoRA layers alone: for load_lora_weights, or as a peft adapter where the stock pipeline has no loader."""
     layers = {name: tensor.contiguous().cpu() for name, tensor in get_peft_model_state_dict(transformer).items()}
     config = replace(transformer.peft_config["default"], lora_dropout=0.0)  # load_lora_weights would leave it at work
+    config.target_modules = sorted(config.target_modules)  # a set's order is the process' own
     if has_loader(pipeline_class):
         pipeline_class.save_lora_weights(
             folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()
         )
+        _sort_metadata(folder / "pytorch_lora_weights.safetensors")
     else:
         save_file({PEFT_PREFIX + name: tensor for name, tensor in layers.items()}, folder / "adapter_model.safetensors")
         config.save_pretrained(folder)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Writes the metadata of a safetensors file in the order of their names; safetensors writes several in any order."""
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
