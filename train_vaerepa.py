@@ -36,7 +36,6 @@ from vaerepa import (
     checkpoints,
     checks,
     dry_run,
-    latents,
     lora,
     model_card,
     objectives,
@@ -79,6 +78,7 @@ from vaerepa.privacy import public_values, redact, take_token
 from vaerepa.randomness import draw_seed
 from vaerepa.stopping import StopRequest
 from vaerepa.system import is_out_of_space, num_cores, unbroken_output
+from vaerepa.vae import downsampling_factor, shape_of_latents
 
 logger = get_logger(__name__)
 
@@ -157,7 +157,7 @@ class Run:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
-        factor = latents.downsampling_factor(self.vae)
+        factor = downsampling_factor(self.vae)
         return tuple(factor * side for side in self.feed.latent_shape[1:])
 
     @property
@@ -291,7 +291,7 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     pipeline = prompts = None
     if options.text_conditioning:
         pipeline, prompts = build_prompts(options, accelerator, components, transformer)
-    latent_shape = latents.latent_shape(vae, options.resolution)
+    latent_shape = shape_of_latents(vae, options.resolution)
     run = Run(
         options=options,
         accelerator=accelerator,

@@ -28,13 +28,14 @@ import numpy as np
 import torch
 import yaml
 
-from vaerepa import checks, components, dry_run, latents
+from vaerepa import checks, components, dry_run
 from vaerepa.cli import as_plain, read_rows
 from vaerepa.errors import OptionError
 from vaerepa.layout import folder_of
 from vaerepa.logs import MetricsFile
 from vaerepa.options import Options, parse_options
 from vaerepa.system import num_cores
+from vaerepa.vae import shape_of_latents
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -184,7 +185,7 @@ def estimate(options: Options) -> Cost:
     with nullcontext() if parts.pretrained else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
     alignments = components.build_alignments(options, parts, transformer, NO_STATISTICS)
-    shape = latents.latent_shape(parts.vae, options.resolution)
+    shape = shape_of_latents(parts.vae, options.resolution)
     num_images, num_steps = len(parts.sources.train), options.max_train_steps
     sizes = dry_run.estimate(options, parts.family, transformer, shape, alignments, num_images)
     flops = dry_run.training_flops(options, sizes, num_images, num_steps) // (num_steps * options.global_batch_size)

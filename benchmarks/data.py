@@ -34,7 +34,6 @@ from PIL import Image as PILImage
 from PIL import ImageFilter
 from torch.utils.data import DataLoader
 
-from vaerepa import latents
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, classes_in_batch, open_sources, read_batches
 from vaerepa.data.images import cut, to_pixels
 from vaerepa.data.latents_cache import CacheKey, LatentsCache
@@ -51,6 +50,7 @@ from vaerepa.data.source import (
     TableRows,
     TarRows,
 )
+from vaerepa.vae import encode_moments, load_vae
 
 LATENTS = (4, 32, 32)
 BATCH = 256
@@ -92,9 +92,9 @@ def main() -> None:
         args.train_data_dir = args.train_data_dir or str(make_images(folder / "images", args.num_images))
         cache, npy = write_latents(folder, args.num_cached)
         if args.pretrained_vae_model_name_or_path:
-            vae = latents.load_vae(args.pretrained_vae_model_name_or_path)
+            vae = load_vae(args.pretrained_vae_model_name_or_path)
             pixels = torch.randint(0, 256, (args.num_encoded, 3, args.resolution, args.resolution), dtype=torch.uint8)
-            ways["encode"] = lambda: (latents.encode_moments(vae, part) for part in pixels.split(8))
+            ways["encode"] = lambda: (encode_moments(vae, part) for part in pixels.split(8))
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(args.rounds):
             for name, way in ways.items():

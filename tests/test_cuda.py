@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import read_metrics
-from vaerepa import latents
+from vaerepa.vae import sample_latents
 
 pytestmark = [
     pytest.mark.cuda,
@@ -30,13 +30,13 @@ def test_half_precision_follows_full_precision(train, tmp_path, precision):
 
 
 def test_a_step_with_nan_is_skipped_on_the_device(train, monkeypatch):
-    draw, calls = latents.draw, []
+    sample, calls = sample_latents, []
 
     def sometimes_nan(*args):
         calls.append(0)
-        return draw(*args) * (float("nan") if len(calls) == 5 else 1.0)
+        return sample(*args) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(latents, "draw", sometimes_nan)
+    monkeypatch.setattr("vaerepa.data.feed.sample_latents", sometimes_nan)
     run = train(mixed_precision="bf16", checkpointing_steps=1)
     one, two = (load_file(run / f"checkpoint-{step}/state/transformer.safetensors") for step in (1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -17,11 +17,11 @@ from diffusers import AutoencoderKL
 
 from tests.conftest import read_metrics
 from tests.test_restart import EXACT, assert_same_end
-from vaerepa import latents
 from vaerepa.data import Preprocessing, latents_cache
 from vaerepa.data.latents_cache import CacheKey, LatentsCache, checksum
 from vaerepa.data.opening import open_sources
 from vaerepa.errors import OptionError
+from vaerepa.vae import agrees_in_bf16, encode_moments, load_vae, sample_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 STEPS = 12  # of 8 images each: two epochs of 40 images and two steps
@@ -188,7 +188,7 @@ def test_it_does_not_matter_where_data_and_cache_lie(train, options, data, tmp_p
 
 
 def test_a_stopped_precomputation_goes_on(train, options, tmp_path, monkeypatch, caplog):
-    encode, calls = latents.encode_moments, []
+    encode, calls = encode_moments, []
 
     def encode_until_asked_to_stop(*arguments):
         calls.append(0)
@@ -196,7 +196,7 @@ def test_a_stopped_precomputation_goes_on(train, options, tmp_path, monkeypatch,
             os.kill(os.getpid(), signal.SIGTERM)
         return encode(*arguments)
 
-    monkeypatch.setattr(latents, "encode_moments", encode_until_asked_to_stop)
+    monkeypatch.setattr("vaerepa.data.feed.encode_moments", encode_until_asked_to_stop)
     options = options | {"precompute_latents_only": True}
     train(**options)
     assert "stopped by SIGTERM. Go on with" in caplog.text
@@ -227,12 +227,12 @@ def test_too_many_bad_images_end_the_precomputation(train, options, tmp_path, ca
 @torch.no_grad()
 def write_moments(data, vae, path) -> None:
     """The training images' moments as a data set of its own, in the shards of the images."""
-    model, source = latents.load_vae(str(vae)), open_sources(str(data)).train
+    model, source = load_vae(str(vae)), open_sources(str(data)).train
     features = Features({"moments": Array3D((8, 8, 8), "float16"), "label": Value("int64")})
     for block in range(3):
         rows = list(source.read_block(block))
         pixels = [Preprocessing(16)(row, 0)[None] for row in rows]
-        moments = [latents.encode_moments(model, p)[0].half().numpy() for p in pixels]
+        moments = [encode_moments(model, p)[0].half().numpy() for p in pixels]
         columns = {"moments": moments, "label": [row.label for row in rows]}
         (path / "data").mkdir(parents=True, exist_ok=True)
         file = path / f"data/train-{block:05d}-of-00003.parquet"
@@ -359,11 +359,11 @@ def test_a_folder_with_another_key_is_refused(tmp_path):
 
 @torch.no_grad()
 def test_moments_and_draws_are_those_of_the_posterior(vae):
-    model = latents.load_vae(str(vae))
+    model = load_vae(str(vae))
     pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     posterior = model.encode(pixels / 127.5 - 1).latent_dist
-    drawn = latents.draw(model, latents.encode_moments(model, pixels), noise)
+    drawn = sample_latents(model, encode_moments(model, pixels), noise)
     torch.testing.assert_close(drawn, (posterior.mean + posterior.std * noise) * model.config.scaling_factor)
-    assert latents.agrees_in_bf16(model, pixels, tolerance=0.05)
-    assert not latents.agrees_in_bf16(model, pixels, tolerance=1e-6)
+    assert agrees_in_bf16(model, pixels, tolerance=0.05)
+    assert not agrees_in_bf16(model, pixels, tolerance=1e-6)

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tests.hub_server import HubServer, Repo
-from vaerepa import components, latents
+from vaerepa import components
 from vaerepa.alignment import vision_encoder
 from vaerepa.data import open_sources
 from vaerepa.errors import OptionError
@@ -17,6 +17,7 @@ from vaerepa.families.pretrained import load_index
 from vaerepa.hub import download
 from vaerepa.hub.reasons import why_unreadable
 from vaerepa.options import Options
+from vaerepa.vae import load_vae
 
 TOKEN = "hf_TokenOfAnnWhoReads"
 
@@ -79,7 +80,7 @@ def test_all_that_is_asked_of_the_hub_says_why(hub, tmp_path):
     cache = str(tmp_path)
     text = {"pretrained_text_encoder_model_name_or_path": "ann/model", "model": "PixArt-S/2", "text_conditioning": True}
     asked = [
-        lambda: latents.load_vae("ann/model", cache_dir=cache),
+        lambda: load_vae("ann/model", cache_dir=cache),
         lambda: vision_encoder.load_encoder("ann/model", cache),
         lambda: components.open_text(Options(cache_dir=cache, **text)),
         lambda: components.open_class_conditional(Options(cache_dir=cache, pretrained_model_name_or_path="ann/model")),

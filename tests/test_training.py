@@ -11,10 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_vaerepa
 from tests.conftest import read_metrics
-from vaerepa import latents
 from vaerepa.alignment import VAEAlignment
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
 from vaerepa.families import dit
+from vaerepa.vae import sample_latents
 
 
 def test_the_first_step_computes_the_papers_loss(train, data, vae):
@@ -93,13 +93,13 @@ def test_a_restart_after_alignment_stopped_is_exact(train, tmp_path):
 
 
 def test_a_step_with_nan_is_skipped(train, monkeypatch):
-    draw, calls = latents.draw, []
+    sample, calls = sample_latents, []
 
     def sometimes_nan(*args):
         calls.append(0)
-        return draw(*args) * (float("nan") if len(calls) == 5 else 1.0)  # three calls measure, so the second step
+        return sample(*args) * (float("nan") if len(calls) == 5 else 1.0)  # three calls measure, so the second step
 
-    monkeypatch.setattr(latents, "draw", sometimes_nan)
+    monkeypatch.setattr("vaerepa.data.feed.sample_latents", sometimes_nan)
     run = train(max_train_steps=4, checkpointing_steps=1, num_validation_samples=0)
     weights = [load_file(run / f"checkpoint-{step}/state/transformer.safetensors") for step in (1, 2, 3, 4)]
     same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(weights)]
@@ -109,13 +109,13 @@ def test_a_step_with_nan_is_skipped(train, monkeypatch):
 
 
 def test_many_bad_steps_in_a_row_stop_the_run(train, monkeypatch, capfd):
-    draw, calls = latents.draw, []
+    sample, calls = sample_latents, []
 
     def nan_from_the_fifth(*args):
         calls.append(0)
-        return draw(*args) * (float("nan") if len(calls) > 5 else 1.0)
+        return sample(*args) * (float("nan") if len(calls) > 5 else 1.0)
 
-    monkeypatch.setattr(latents, "draw", nan_from_the_fifth)
+    monkeypatch.setattr("vaerepa.data.feed.sample_latents", nan_from_the_fifth)
     run = train(code=1, max_train_steps=50, max_skipped_steps=3, checkpointing_steps=2)
     assert "the gradients were not finite in the last 3 steps" in capfd.readouterr().err
     newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from diffusers import SchedulerMixin
 from torch import nn
 
-from vaerepa import checks, families, latents, lora, objectives
+from vaerepa import checks, families, lora, objectives
 from vaerepa.alignment import METHODS, Alignment, MethodParts, settings
 from vaerepa.alignment.stored_heads import StoredHeads, load_heads
 from vaerepa.alignment.vision_encoder import VisionEncoder
@@ -21,10 +21,9 @@ from vaerepa.families.pretrained import EXPECTED, is_missing_part, load_index
 from vaerepa.hub.reasons import UNREADABLE, lacks_file, why_unreadable
 from vaerepa.options import Options
 from vaerepa.randomness import seeded_weights
+from vaerepa.vae import are_near_unit_scale, downsampling_factor, is_folded, latent_channels, open_vae
 
 logger = get_logger(__name__)
-
-DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # the paper's
 
 
 @dataclass(frozen=True)
@@ -161,10 +160,10 @@ def open_vae_and_data(options: Options, family: Family = dit) -> tuple[nn.Module
     Raises:
         OptionError: one of them is not there, or does not fit the options.
     """
-    vae, sources = load_vae(options, family), open_data(options)
+    vae, sources = open_vae(options, family.knows_shift), open_data(options)
     for method in settings.classes_of(options):
         method.check_vae(options, vae)
-    if sources.train.holds_latents and latents.is_folded(vae):
+    if sources.train.holds_latents and is_folded(vae):
         raise OptionError(
             "the data set holds latents, and this VAE shifts or normalises its own, which is not known of those in a data set. "
             "Train on images (--image_column names them), with --latents_cache."
@@ -211,15 +210,6 @@ def open_data(options: Options) -> Sources:
     return sources
 
 
-def load_vae(options: Options, family: Family) -> nn.Module:
-    """The VAE that is asked for, the fine-tuned pipeline's own, or the paper's."""
-    name = options.pretrained_vae_model_name_or_path or options.pretrained_model_name_or_path or DEFAULT_VAE
-    where = hub_location(options)
-    if options.pretrained_vae_model_name_or_path and options.pretrained_model_name_or_path:
-        where = {"cache_dir": options.cache_dir}  # revision and variant are the pipeline's
-    return latents.load_vae(name, **where, keep_shift=family.knows_shift)
-
-
 def build_objective(options: Options, scheduler: SchedulerMixin | None, num_classes: int) -> objectives.Objective:
     """The objective that is asked for, or that of the fine-tuned pipeline's scheduler."""
     own = objectives.name_of(scheduler) if scheduler else "flow_matching"
@@ -252,8 +242,8 @@ def build_transformer(options: Options, components: Components) -> nn.Module:
     if components.pretrained:
         return adopt_transformer(options, components.pretrained, vae, id2label)
     _, size, patch_size = checks.transformer_size(options)
-    side = checks.check_geometry(options, latents.downsampling_factor(vae), patch_size)
-    transformer = dit.build_transformer(size, patch_size, latents.latent_channels(vae), side, len(id2label))
+    side = checks.check_geometry(options, downsampling_factor(vae), patch_size)
+    transformer = dit.build_transformer(size, patch_size, latent_channels(vae), side, len(id2label))
     dit.initialize(transformer, options.seed)
     return transformer
 
@@ -264,10 +254,10 @@ def adopt_transformer(
     """Fits a pretrained transformer to VAE and classes, and says what becomes of its parts."""
     transformer = pretrained.transformer
     config = transformer.config
-    checks.check_geometry(options, latents.downsampling_factor(vae), config.patch_size, config.sample_size)
-    if latents.latent_channels(vae) != config.in_channels:
+    checks.check_geometry(options, downsampling_factor(vae), config.patch_size, config.sample_size)
+    if latent_channels(vae) != config.in_channels:
         raise OptionError(
-            f"the VAE has {latents.latent_channels(vae)} latent channels, the pretrained transformer {config.in_channels}."
+            f"the VAE has {latent_channels(vae)} latent channels, the pretrained transformer {config.in_channels}."
         )
     settings.blocks_of(options, config.num_layers)
     if not pretrained.shares_embedder:
@@ -288,13 +278,13 @@ def build_text_transformer(options: Options, components: Components) -> nn.Modul
     Raises:
         OptionError: it does not fit the VAE, or has no room for the images.
     """
-    family, downsampling = components.family, latents.downsampling_factor(components.vae)
+    family, downsampling = components.family, downsampling_factor(components.vae)
     if components.pretrained:
         transformer = adopt_text_transformer(options, components)
     else:
         _, size, patch_size = checks.transformer_size(options)
         side = checks.check_geometry(options, downsampling, patch_size)
-        given = TextModel(latents.latent_channels(components.vae), side, components.text.text_components)
+        given = TextModel(latent_channels(components.vae), side, components.text.text_components)
         with seeded_weights(options.seed, "transformer"):
             transformer = family.build_transformer(size, patch_size, given)
     checks.check_room(options, family, transformer, downsampling)
@@ -310,10 +300,10 @@ def adopt_text_transformer(options: Options, components: Components) -> nn.Modul
         OptionError: it does not fit.
     """
     family, transformer, vae = components.family, components.pretrained.transformer, components.vae
-    checks.check_geometry(options, latents.downsampling_factor(vae), family.patch_size(transformer))
-    if latents.latent_channels(vae) != family.latent_channels(transformer):
+    checks.check_geometry(options, downsampling_factor(vae), family.patch_size(transformer))
+    if latent_channels(vae) != family.latent_channels(transformer):
         raise OptionError(
-            f"the VAE has {latents.latent_channels(vae)} latent channels, the pretrained transformer "
+            f"the VAE has {latent_channels(vae)} latent channels, the pretrained transformer "
             f"{family.latent_channels(transformer)}."
         )
     settings.blocks_of(options, len(family.blocks(transformer)))
@@ -333,7 +323,7 @@ def build_alignments(
 ) -> list[Alignment]:
     """The alignment methods that are asked for, with their blocks, weights and ranges; `options` are filled in."""
     family, ranges = components.family, settings.t_ranges_of(options)
-    if options.text_conditioning and not latents.are_near_unit_scale(latent_statistics):
+    if options.text_conditioning and not are_near_unit_scale(latent_statistics):
         logger.info("the latents are not near unit scale: the target of alignment `vae` is normalised per channel")
         options = replace(options, alignment_normalize=True)
     parts = MethodParts(

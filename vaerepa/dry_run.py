@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vaerepa import checks, components, latents, optimization, throughput
+from vaerepa import checks, components, optimization, throughput
 from vaerepa.alignment import METHODS, AlignedTransformer, Alignment
 from vaerepa.data import ClassesInBatch, classes_in_batch
 from vaerepa.families import Family
 from vaerepa.options import Options
+from vaerepa.vae import shape_of_latents
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 GIB = 2.0**30
@@ -51,7 +52,7 @@ def describe(options: Options) -> str:
         transformer = components.build_transformer(options, parts)
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
     alignments = components.build_alignments(options, parts, transformer, no_statistics)
-    shape = latents.latent_shape(parts.vae, options.resolution)
+    shape = shape_of_latents(parts.vae, options.resolution)
     sizes = estimate(options, parts.family, transformer, shape, alignments, num_images)
     learning_rate = optimization.learning_rate_schedule(options, num_steps)
     classes = classes_in_batch(

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, DiTPipeline
 
 from pipeline_vaerepa import DEFAULT_STEPS, VAEREPAPipeline
-from vaerepa import checkpoints, checks, evaluation, families, latents, objectives
+from vaerepa import checkpoints, checks, evaluation, families, objectives
 from vaerepa.data import Prompts, Source, open_images
 from vaerepa.data.latents_cache import checksum
 from vaerepa.data.prompts import choose_caption
@@ -46,6 +46,7 @@ from vaerepa.hub.reasons import UNREADABLE, why_unreadable
 from vaerepa.layout import POSITION, STATE, all_checkpoints, step_of
 from vaerepa.privacy import public_name, redact
 from vaerepa.system import num_cores
+from vaerepa.vae import downsampling_factor
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +284,7 @@ def open_classes(args: argparse.Namespace, pipeline: DiTPipeline) -> Subject:
     }
     labels = choose_labels(args.num_samples, num_classes, args.seed, settings["label_sampling"])
     draw = draw_classes(pipeline, labels, args.seed, **call)
-    return Subject(draw, transformer.config.sample_size * latents.downsampling_factor(pipeline.vae), settings)
+    return Subject(draw, transformer.config.sample_size * downsampling_factor(pipeline.vae), settings)
 
 
 def open_texts(
@@ -300,7 +301,7 @@ def open_texts(
     if args.label_sampling:
         raise OptionError("--label_sampling goes with class-conditional pipelines; this one draws prompts.")
     size = pipeline.transformer.config.get("sample_size")
-    resolution = args.resolution or (size and size * latents.downsampling_factor(pipeline.vae))
+    resolution = args.resolution or (size and size * downsampling_factor(pipeline.vae))
     if resolution is None:
         raise OptionError("--resolution is missing: this transformer was made for no particular one.")
     texts = read_prompts(args, reference)

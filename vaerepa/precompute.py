@@ -8,12 +8,13 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vaerepa import checks, components, latents
+from vaerepa import checks, components
 from vaerepa.command import command_again
 from vaerepa.data import DataError, Feed, TrainingDraws, micro_batch
 from vaerepa.families import dit
 from vaerepa.options import Options
 from vaerepa.stopping import StopRequest
+from vaerepa.vae import downsampling_factor, shape_of_latents
 
 logger = get_logger(__name__)
 
@@ -31,8 +32,8 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
         family = components.open_text(options)[0] if options.text_conditioning else dit
         vae, sources = components.open_vae_and_data(options, family)
         encoder = components.open_encoder(options)
-    checks.check_geometry(options, latents.downsampling_factor(vae), patch_size=1)
-    shape, count = latents.latent_shape(vae, options.resolution), len(sources.train)
+    checks.check_geometry(options, downsampling_factor(vae), patch_size=1)
+    shape, count = shape_of_latents(vae, options.resolution), len(sources.train)
     with accelerator.main_process_first():
         feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape, encoder=encoder)
     checks.check_shared(feed.cache.folder, accelerator)

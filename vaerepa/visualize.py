@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline_vaerepa import VAEREPAPipeline, ode_times
-from vaerepa import latents, objectives
+from vaerepa import objectives
 from vaerepa.alignment.taps import output_of
 from vaerepa.data import Source, open_images
 from vaerepa.data.images import cut, read_image, to_pixels
@@ -32,6 +32,7 @@ from vaerepa.families import dit
 from vaerepa.privacy import redact
 from vaerepa.randomness import draw_noise
 from vaerepa.sampling import grid_labels, labelled_grid
+from vaerepa.vae import downsampling_factor, encode_moments, latent_channels, load_vae, sample_latents
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def visualize(args: argparse.Namespace) -> None:
         cache_dir=args.cache_dir,
         max_images=args.num_images,
     )
-    vae = latents.load_vae(args.pretrained_model_name_or_path, **where)
+    vae = load_vae(args.pretrained_model_name_or_path, **where)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformer, vae = pretrained.transformer.eval().to(device), vae.to(device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def draw_features(
     args: argparse.Namespace, transformer: nn.Module, vae: nn.Module, scheduler: object, source: Source
 ) -> Image.Image:
     """A row per image: the image, its latents, and its hidden states at each block and t."""
-    side = transformer.config.sample_size * latents.downsampling_factor(vae)
+    side = transformer.config.sample_size * downsampling_factor(vae)
     images = list(read_images(source, side))
     if not images:
         raise OptionError(f"{args.dataset_name}: none of its images can be read.")
@@ -171,8 +172,8 @@ def read_images(source: Source, side: int) -> Iterator[Image.Image]:
 
 def encode(vae: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """Scaled latents (B, C, h, w) of uint8 images (B, 3, H, W): the means of their posteriors."""
-    moments = latents.encode_moments(vae, pixel_values.to(vae.device))
-    return latents.draw(vae, moments, torch.zeros_like(moments[:, : latents.latent_channels(vae)]))
+    moments = encode_moments(vae, pixel_values.to(vae.device))
+    return sample_latents(vae, moments, torch.zeros_like(moments[:, : latent_channels(vae)]))
 
 
 def hidden_states(

@@ -11,7 +11,6 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.operations import recursively_apply
 from torch import nn
 
-from vaerepa import latents
 from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data.buckets import parse_buckets
 from vaerepa.data.latents_cache import FEATURES, FLIPPED, MOMENTS, CacheKey, LatentsCache, checksum, rounded
@@ -21,6 +20,7 @@ from vaerepa.data.prompts import Prompts, choose_caption
 from vaerepa.data.source import Source, all_captions
 from vaerepa.options import Options
 from vaerepa.randomness import draw_uniform
+from vaerepa.vae import agrees_in_bf16, downsampling_factor, encode_moments, has_posterior, sample_latents
 
 logger = get_logger(__name__)
 
@@ -59,7 +59,7 @@ class Feed:
         self.vae = vae
         self.source = source
         self.latent_shape = latent_shape
-        self.buckets = parse_buckets(options, latents.downsampling_factor(vae))
+        self.buckets = parse_buckets(options, downsampling_factor(vae))
         self.num_skipped = 0  # images that this process could not read
         self.cache = self._open_cache() if options.latents_cache else None
         if encoder is not None:
@@ -82,7 +82,7 @@ class Feed:
         count = min(NUM_COMPARED_IMAGES, len(self.source))
         batch = next(self.read(self.source, draws, count, 0, count, share=False))
         if "pixel_values" in batch:
-            agrees = latents.agrees_in_bf16(self.vae, batch["pixel_values"])
+            agrees = agrees_in_bf16(self.vae, batch["pixel_values"])
             self.encode_in_bf16 = broadcast_object_list([agrees])[0]
             logger.info(f"the VAE encodes in {'bfloat16' if self.encode_in_bf16 else 'float32'}")
 
@@ -176,7 +176,7 @@ class Feed:
             if trains:
                 self._count_skipped(batch, cache)
             batch |= self._encodings(batch, cache, with_features=trains)
-            batch["latents"] = latents.draw(self.vae, batch["moments"], batch["draws"]["posterior"])
+            batch["latents"] = sample_latents(self.vae, batch["moments"], batch["draws"]["posterior"])
             if self.prompts is not None:
                 batch["text"] = self.prompts.condition(self._choose_captions(batch, held_out))
             yield batch
@@ -206,7 +206,7 @@ class Feed:
 
     def _encode(self, pixels: torch.Tensor, one_by_one: bool, with_features: bool) -> dict[str, torch.Tensor]:
         """What the VAE makes of images and, where it is wanted, the vision encoder."""
-        encoders = {MOMENTS: lambda part: latents.encode_moments(self.vae, part, self.encode_in_bf16)}
+        encoders = {MOMENTS: lambda part: encode_moments(self.vae, part, self.encode_in_bf16)}
         if with_features and self.encoder is not None:
             encoders[FEATURES] = self.encoder
         # the images beside it in a batch must not change a bit of what a cache holds; on a GPU they may, by a rounding
@@ -273,7 +273,7 @@ class Feed:
             resolution=options.resolution,
             crop="centre",
             flips=options.random_flip,
-            shape=(channels * (2 if latents.has_posterior(self.vae) else 1), height, width),
+            shape=(channels * (2 if has_posterior(self.vae) else 1), height, width),
             buckets=self.buckets,
             **features,
         )

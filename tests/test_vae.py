@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from vaerepa import latents
+from vaerepa.vae import load_vae
 
 MEAN, STD = [0.3, -0.2, 0.1, 0.0], [0.5, 2.0, 1.5, 0.8]
 NORMALIZATIONS = {
@@ -47,7 +47,7 @@ def normalizing(request, vae, tmp_path) -> tuple[AutoencoderKL, dict]:
 @torch.no_grad()
 def test_encode_and_decode_are_equal(normalizing, tmp_path):
     original, config = normalizing
-    folded = latents.load_vae(str(tmp_path / "vae"))
+    folded = load_vae(str(tmp_path / "vae"))
     assert folded.config.scaling_factor == 1.0
     assert all(folded.config.get(key) is None for key in ("shift_factor", "latents_mean", "latents_std"))
     random = torch.Generator().manual_seed(0)
@@ -74,7 +74,7 @@ def test_what_is_exported_is_a_stock_pipeline(train, normalizing, tmp_path):
 
 
 def test_others_are_left_alone(vae):
-    loaded, original = latents.load_vae(str(vae)), AutoencoderKL.from_pretrained(str(vae))
+    loaded, original = load_vae(str(vae)), AutoencoderKL.from_pretrained(str(vae))
     weights = original.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in loaded.state_dict().items())
     assert dict(loaded.config) == dict(original.config)

@@ -9,9 +9,20 @@ from torch import nn
 
 from vaerepa.errors import OptionError
 from vaerepa.hub.reasons import UNREADABLE, lacks_file, why_unreadable
+from vaerepa.options import Options
 
 EXPECTED = "a Hub id, or a folder with the VAE's config.json and weights, itself or in `vae`"
+DEFAULT = "stabilityai/sd-vae-ft-mse"  # the paper's
 CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+
+
+def open_vae(options: Options, keep_shift: bool) -> ModelMixin:
+    """The VAE that the options name, the fine-tuned pipeline's own, or the paper's; see `load_vae`."""
+    own, pretrained = options.pretrained_vae_model_name_or_path, options.pretrained_model_name_or_path
+    where = {"cache_dir": options.cache_dir}
+    if not (own and pretrained):  # else these are the pipeline's
+        where |= {"revision": options.revision, "variant": options.variant}
+    return load_vae(own or pretrained or DEFAULT, **where, keep_shift=keep_shift)
 
 
 def load_vae(
@@ -104,7 +115,7 @@ def downsampling_factor(vae: ModelMixin) -> int:
     )
 
 
-def latent_shape(vae: ModelMixin, resolution: int) -> tuple[int, int, int]:
+def shape_of_latents(vae: ModelMixin, resolution: int) -> tuple[int, int, int]:
     """Shape (C, h, w) of the latents of a square image."""
     side = resolution // downsampling_factor(vae)
     return latent_channels(vae), side, side
@@ -131,8 +142,8 @@ def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor, in_bf16: bool = 
         return torch.cat([posterior.mean, posterior.std], 1).to(vae.dtype).contiguous()
 
 
-def draw(vae: ModelMixin, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
-    """Draws scaled latents, (mean + std * noise - shift_factor) * scaling_factor.
+def sample_latents(vae: ModelMixin, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
+    """Samples scaled latents of posteriors, (mean + std * noise - shift_factor) * scaling_factor.
 
     Args:
         moments: as from `encode_moments`, in any dtype; latents (B, C, h, w) are taken as they are.
@@ -142,8 +153,8 @@ def draw(vae: ModelMixin, moments: torch.Tensor, posterior_noise: torch.Tensor) 
         Latents of shape (B, C, h, w) in the VAE's dtype.
     """
     mean, *std = moments.to(vae.dtype).split(latent_channels(vae), dim=1)
-    drawn = mean + std[0] * posterior_noise.to(vae.dtype) if std else mean
-    return (drawn - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    sampled = mean + std[0] * posterior_noise.to(vae.dtype) if std else mean
+    return (sampled - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 def agrees_in_bf16(vae: ModelMixin, pixel_values: torch.Tensor, tolerance: float = 0.01) -> bool:
