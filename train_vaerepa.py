@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -76,8 +76,8 @@ from vaerepa.options import Options, changed_options, parse_options
 from vaerepa.precompute import precompute_latents
 from vaerepa.privacy import public_values, redact, take_token
 from vaerepa.randomness import draw_seed
-from vaerepa.stopping import StopRequest
-from vaerepa.system import is_out_of_space, num_cores, unbroken_output
+from vaerepa.stopping import StopRequest, is_lost_process
+from vaerepa.system import is_out_of_space, num_cores, unbroken_output, unless_out_of_space
 from vaerepa.vae import downsampling_factor, shape_of_latents
 
 logger = get_logger(__name__)
@@ -188,6 +188,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"\nerror: {error.strerror}: {error.filename or options.output_dir}. Make room there.", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        print(
+            "\nerror: another process of this run has ended, or cannot be reached; see what it said.", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(f"\ninterrupted. Go on with\n    {command_to_go_on(Path(options.output_dir))}", file=sys.stderr)
@@ -229,7 +236,10 @@ def train(options: Options) -> None:
             loop(run)
             if run.stop_reason is None:
                 finish(run)
-            accelerator.end_training()
+            try:
+                accelerator.end_training()
+            except Exception as error:  # it closes trackers
+                drop_trackers(accelerator, error)
         if accelerator.is_main_process:  # what an upload had kept
             checkpoints.purge(output_dir, options.checkpoints_total_limit)
 
@@ -520,12 +530,16 @@ def loop(run: Run) -> None:
     )
     batch_size = options.global_batch_size
     first, last = run.step * batch_size, run.max_train_steps * batch_size
-    batches = stopwatch.waiting_for(run.feed.training_batches(run.training_draws, first, last))
     profiling = speed.profiling(options, accelerator.is_main_process)
     with profiling as profile_step, StopRequest(accelerator.num_processes) as stop:
+        batches = stop.together(run.feed.training_batches(run.training_draws, first, last))
+        batches = stopwatch.waiting_for(batches)
         while run.step < run.max_train_steps:
             logs_now = (run.step + 1) % options.logging_steps == 0
-            train_step(run, batches, measure_gradients=logs_now)
+            try:
+                train_step(run, batches, measure_gradients=logs_now)
+            except DataError as error:
+                save_before_end(run, error)
             progress.update()
             profile_step()
             if not all(alignment.is_active(run.step) for alignment in run.alignments):
@@ -706,8 +720,8 @@ def check_skipped_images(run: Run) -> None:
     count, seen = count_skipped_images(run), run.step * run.options.global_batch_size
     if count >= checks.MIN_BAD_IMAGES and count > run.options.max_bad_fraction * seen:
         raise TrainingError(
-            f"{count} of {seen} images could not be read, more than --max_bad_fraction {run.options.max_bad_fraction}; the log "
-            "names the first. Mend the data, or raise it."
+            f"{count} of {seen} images could not be read, more than --max_bad_fraction {run.options.max_bad_fraction}; the "
+            f"first: {run.feed.first_skipped or 'named by another process'}. Mend the data, or raise it."
         )
 
 
@@ -729,7 +743,8 @@ def validate(run: Run) -> None:
     with run.ema.on_device() if run.ema else nullcontext():
         measure_held_out_loss(run)
         if run.accelerator.is_main_process and run.options.num_validation_images:
-            draw_samples(run) if run.pipeline is None else draw_prompts(run)
+            with unless_out_of_space("the sample grid"):
+                draw_samples(run) if run.pipeline is None else draw_prompts(run)
     run.accelerator.wait_for_everyone()
 
 
@@ -821,7 +836,18 @@ def validation_losses(run: Run, transformer: nn.Module, batch: dict) -> tuple[to
 def write_metrics(run: Run, values: dict[str, float]) -> None:
     if run.accelerator.is_main_process:
         run.metrics.write(run.step, values)
-    run.accelerator.log({name: value for name, value in values.items() if value is not None}, step=run.step)
+    try:
+        run.accelerator.log({name: value for name, value in values.items() if value is not None}, step=run.step)
+    except Exception as error:  # a tracker may be out of reach, or its disk full
+        drop_trackers(run.accelerator, error)
+
+
+def drop_trackers(accelerator: Accelerator, error: Exception) -> None:
+    """Goes on without trackers, which do not recover from an error; metrics.jsonl has what they lack."""
+    logger.error(
+        f"the tracker {', '.join(t.name for t in accelerator.trackers)} failed and is left out from now on: {error}"
+    )
+    accelerator.trackers = []
 
 
 def save(run: Run, must_succeed: bool) -> None:
@@ -887,6 +913,23 @@ def save(run: Run, must_succeed: bool) -> None:
         logger.error(f"{error} Training goes on and tries again in {run.options.checkpointing_steps} steps.")
 
 
+def save_before_end(run: Run, error: DataError) -> NoReturn:
+    """Saves what was trained until the data failed, on all processes, and ends.
+
+    Raises:
+        DataError: with the step that is saved.
+    """
+    is_saved = on_main_process(run.accelerator, lambda: folder_of(run.output_dir, run.step).is_dir())
+    if run.step and not is_saved:
+        save(run, must_succeed=True)
+    saved = (
+        f"Step {run.step} is saved; go on with {command_to_go_on(run.output_dir)}"
+        if run.step
+        else "Nothing was trained."
+    )
+    raise DataError(f"{str(error).rstrip('.')}. {saved}") from error
+
+
 def finish(run: Run) -> None:
     """Puts the last checkpoint's pipeline at the root of the output folder, with the final pictures and curves."""
     if run.validated_step != run.step:
@@ -922,11 +965,9 @@ def publish(run: Run) -> None:
     if not run.accelerator.is_main_process or not checkpoint.is_dir():  # it could not be saved
         return
     name = run.uploader.repo_id if run.uploader else run.output_dir.resolve().name
-    try:
+    with unless_out_of_space("curves and model card"):
         plot_curves(run.metrics.read(), run.output_dir / "training_curves.png")
         model_card.write_card(run.output_dir / "README.md", CARD_TEMPLATE, run.options, name, card_facts(run))
-    except OSError as error:  # a full disk must not end the run
-        logger.error(f"curves and model card could not be written: {error}")
     if run.uploader:
         run.uploader.push(checkpoint)
 

@@ -1,11 +1,15 @@
 """What ends a run without asking: kill -9 at any moment, Ctrl-C, a full disk. Nothing may be lost but the last few steps."""
 
 import contextlib
+import errno
 import io
+import json
 import os
+import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +18,20 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
+import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image
 
+import train_vaerepa
 from tests.conftest import ROOT, launcher, read_metrics
 from tests.test_restart import EXACT, assert_same_end
 from vaerepa import checkpoints
 from vaerepa.checkpoints import find_damage
+from vaerepa.data import Batches, Preprocessing, TrainingDraws, images, loader, open_sources
 from vaerepa.layout import all_checkpoints, step_of
+from vaerepa.logs import MetricsFile
 
 NUM_KILLS = int(os.environ.get("VAEREPA_TEST_KILLS", "6"))
 STEPS = 120
@@ -108,7 +118,7 @@ def test_killed_at_random_moments_it_ends_the_same(launch, arguments, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_to_one_of_two_processes_saves_both(launch, arguments, tmp_path, number):
     options = {**EXACT, "max_train_steps": STEPS, "checkpointing_steps": 1000, "dataloader_num_workers": 1}
     whole = launch(2, **options, output_dir=tmp_path / "whole")
@@ -126,6 +136,135 @@ def test_a_signal_to_one_of_two_processes_saves_both(launch, arguments, tmp_path
     assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
     launch(2, **options, output_dir=run, resume_from_checkpoint="latest")
     assert_same_end(whole, run, step=STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_data_worker_that_is_killed_costs_no_step(launch, arguments, tmp_path, processes):
+    options = {**EXACT, "max_train_steps": STEPS, "checkpointing_steps": 1000, "dataloader_num_workers": 1}
+    whole = launch(processes, **options, output_dir=tmp_path / "whole")
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start(processes, arguments(**options, output_dir=run, resume_from_checkpoint="latest"), log)
+    assert wait_for(lambda: last_step(run) >= 14, process)
+    trainer = psutil.Process(process.pid) if processes == 1 else psutil.Process(process.pid).children()[-1]
+    trainer.children()[-1].kill()
+    assert process.wait(PATIENCE) == 1
+    assert "lower --dataloader_num_workers" in log.read_text()
+    launch(processes, **options, output_dir=run, resume_from_checkpoint="latest")
+    assert_same_end(whole, run, step=STEPS)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_others(arguments, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start(2, arguments(**EXACT, max_train_steps=100_000, output_dir=run), log)
+    assert wait_for(lambda: last_step(run) >= 14, process)
+    psutil.Process(process.pid).children()[-1].kill()
+    assert process.wait(PATIENCE) != 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_behind_a_damaged_page_are_skipped_and_counted(train, data, tmp_path, workers):
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    shard = copy / "data/train-00001-of-00003.parquet"
+    content = bytearray(shard.read_bytes())
+    content[4:60] = b"\xff" * 56
+    shard.write_bytes(content)
+    run = train(dataset_name=copy, max_train_steps=5, max_bad_fraction=1.0, dataloader_num_workers=workers)  # an epoch
+    assert read_metrics(run, "train/skipped_images")[-1]["train/skipped_images"] == 9
+    other = tmp_path / "other"
+    train(dataset_name=copy, max_train_steps=5, max_bad_fraction=1.0, dataloader_num_workers=1, output_dir=other)
+    assert read_metrics(run, "train/loss") == read_metrics(other, "train/loss")
+
+
+def test_without_shared_memory_it_trains_the_same(train, monkeypatch, caplog, tmp_path):
+    whole = train(dataloader_num_workers=2)
+
+    share_memory = torch.Tensor.share_memory_
+
+    def share(tensor):
+        if torch.utils.data.get_worker_info() is not None:
+            raise RuntimeError("unable to allocate shared memory(shm)")
+        return share_memory(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
+    monkeypatch.setattr(loader, "_said_that_memory_is_full", False)
+    run = train(dataloader_num_workers=2, output_dir=tmp_path / "other")
+    assert caplog.text.count("--shm-size") == 1
+    assert read_metrics(run, "train/loss") == read_metrics(whole, "train/loss")
+
+
+def test_where_no_data_worker_starts_threads_read(train, monkeypatch, tmp_path):
+    whole = train(dataloader_num_workers=2)
+
+    def iterate(loader):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", iterate)
+    run = train(dataloader_num_workers=2, output_dir=tmp_path / "other")
+    assert read_metrics(run, "train/loss") == read_metrics(whole, "train/loss")
+
+
+def test_a_data_worker_that_hangs_ends_the_run(train, monkeypatch, capfd):
+    monkeypatch.setattr(loader, "WORKER_POLL", 1)
+    monkeypatch.setattr(loader, "WORKER_PATIENCE", 2)
+    monkeypatch.setattr(images, "decode_image", lambda content: time.sleep(600))
+    train(code=1, dataloader_num_workers=1)
+    assert "the storage of the data may hang" in capfd.readouterr().err
+
+
+def test_batches_go_to_data_workers_however_they_start(data):
+    """Windows and macOS start them anew: all that they need is pickled."""
+    source = open_sources(str(data)).train
+    batches = Batches(source, Preprocessing(16), TrainingDraws(0, (4, 8, 8), 0.1), 8, 0, 40, 4, 16, seed=0)
+    for ours, theirs in zip(batches, pickle.loads(pickle.dumps(batches)), strict=True):
+        assert torch.equal(ours[0]["pixel_values"], theirs[0]["pixel_values"])
+
+
+def test_metrics_that_a_full_disk_refuses_are_written_later(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.write(1, {"loss": 1.0})
+    with file_size_limit(metrics.path.stat().st_size + 7):
+        for step in (2, 3):
+            metrics.write(step, {"loss": 1.0})
+        assert [line["step"] for line in metrics.read()] == [1, 2, 3]
+        assert len(metrics.path.read_text().splitlines()) == 1  # and no half line
+    metrics.write(4, {"loss": 1.0})
+    assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_spares_the_training(train, monkeypatch, caplog):
+    """Grids, curves, card and a tracker cannot be written; the checkpoint can."""
+
+    def refuse(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(PIL.Image.Image, "save", refuse)
+    monkeypatch.setattr(train_vaerepa, "plot_curves", refuse)
+    monkeypatch.setattr(Accelerator, "log", refuse)
+    monkeypatch.setattr(Accelerator, "end_training", refuse)
+    run = train(max_train_steps=3, validation_steps=1, num_validation_images=2)
+    assert (run / "checkpoint-3").is_dir()
+    assert "the sample grid could not be written" in caplog.text
+
+
+def test_output_that_cannot_be_written_ends_nothing(arguments, tmp_path):
+    line = arguments(max_train_steps=2)
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "train_vaerepa.py", *line]
+        subprocess.run(command, cwd=ROOT, stdout=full, stderr=full, timeout=PATIENCE, env=launcher(1)[1])
+    assert (tmp_path / "run/checkpoint-2").is_dir()
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int):
+    """Stands in for a full disk: either fails a write."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """What a run tells: means over a window of steps, metrics.jsonl, the curves."""
 
+import errno
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 NUM_NOISE_LEVELS = 5
 
@@ -71,23 +75,42 @@ def _sum(values: Sequence[float]) -> float:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per line, each with its step."""
+    """metrics.jsonl: one JSON object per line, each with its step. Lines that a full disk refuses are kept for later."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._unwritten: list[str] = []
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends a line; numbers that are not finite become null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._unwritten.append(json.dumps({"step": step, **finite}) + "\n")
+        try:
+            self._append("".join(self._unwritten).encode())
+        except OSError as error:
+            if len(self._unwritten) == 1:  # said once
+                logger.error(f"{self.path} cannot be written ({error}): its lines are kept until there is room")
+            return
+        if len(self._unwritten) > 1:
+            logger.info(f"{self.path} is written again, with the {len(self._unwritten)} lines that were kept")
+        self._unwritten = []
+
+    def _append(self, content: bytes) -> None:
+        """Appends all of it, or nothing."""
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
 
     def read(self) -> list[dict]:
         """All lines; one that a kill cut short is left out."""
-        if not self.path.exists():
-            return []
         lines = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        written = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        for line in [*written, *self._unwritten]:
             try:
                 lines.append(json.loads(line))
             except ValueError:

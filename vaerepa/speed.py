@@ -11,6 +11,7 @@ from torch import nn
 
 from vaerepa.errors import OptionError
 from vaerepa.options import Options
+from vaerepa.system import unless_out_of_space
 
 logger = get_logger(__name__)
 
@@ -76,11 +77,12 @@ def profiling(options: Options, is_main_process: bool) -> Iterator[Callable[[], 
     folder = Path(options.output_dir, "profile")
 
     def write(profiler: torch.profiler.profile) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / "trace.json"))
-        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
-        (folder / "operators.txt").write_text(table, encoding="utf-8")
-        logger.info(f"profile of {PROFILED_STEPS} steps: {folder}")
+        with unless_out_of_space("the profile"):
+            folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(folder / "trace.json"))
+            table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
+            (folder / "operators.txt").write_text(table, encoding="utf-8")
+            logger.info(f"profile of {PROFILED_STEPS} steps: {folder}")
 
     schedule = torch.profiler.schedule(wait=3, warmup=2, active=PROFILED_STEPS, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:

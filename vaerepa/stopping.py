@@ -4,13 +4,17 @@ import atexit
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
+from datetime import timedelta
 from types import FrameType
 
 import torch
 import torch.distributed
 
 from vaerepa.command import launcher
+from vaerepa.errors import DataError
 
+PATIENCE = 3 * 3600  # seconds that a process waits for others, which may wait for storage that is far away
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGBREAK")  # the last of Windows, which lacks the two before it
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
@@ -27,7 +31,8 @@ class StopRequest:
         launcher()  # while it lives
         self._has_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
         # a group on the CPU: to agree costs no synchronisation with a GPU
-        self._group = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
+        patience = timedelta(seconds=PATIENCE)
+        self._group = torch.distributed.new_group(backend="gloo", timeout=patience) if num_processes > 1 else None
 
     def __enter__(self) -> "StopRequest":
         # nohup has SIGHUP ignored
@@ -43,18 +48,48 @@ class StopRequest:
         """Whether any process was asked to stop; every process must call it after the same step."""
         if self._has_launcher and os.getppid() != self._parent:
             self.reason = self.reason or "the death of its launcher"
-        if self._group is None:
-            return self.reason is not None
-        asked = torch.tensor(int(self.reason is not None))
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._group)
+        asked = self._any(self.reason is not None)
         if asked and self.reason is None:
             self.reason = "another process"
-        return bool(asked)
+        return asked
+
+    def together(self, groups: Iterator[dict]) -> Iterator[dict]:
+        """The same groups of micro-batches; where one process cannot read the next micro-batch, none goes on.
+
+        Raises:
+            DataError: on every process, before any of them begins the micro-batch.
+        """
+        begins, group = True, {}
+        while group is not None:
+            error: DataError | None = None
+            try:
+                group = next(groups, None)
+            except DataError as failed:
+                error = failed
+            if self._any(error is not None) if begins else error:
+                raise error or DataError("another process cannot read its data.")
+            if group is not None:
+                begins = group["is_last"]
+                yield group
+
+    def _any(self, flag: bool) -> bool:
+        """Whether the flag of any process is set."""
+        if self._group is None:
+            return flag
+        flags = torch.tensor(int(flag))
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(flags)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == "SIGINT":
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone; gloo has no class of its own for that."""
+    is_running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return is_running and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
 
 
 def ignore_signals(worker: int) -> None:

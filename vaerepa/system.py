@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+logger = logging.getLogger(__name__)
 
 OUT_OF_SPACE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 
@@ -23,6 +26,15 @@ def num_cores() -> int:
 def is_out_of_space(error: OSError) -> bool:
     """Whether a write failed because a disk, or what the user may use of it, is full."""
     return error.errno in OUT_OF_SPACE
+
+
+@contextlib.contextmanager
+def unless_out_of_space(what: str) -> Iterator[None]:
+    """Says it where `what` cannot be written, and goes on: only a checkpoint that must be saved may end a run."""
+    try:
+        yield
+    except OSError as error:
+        logger.error(f"{what} could not be written, training goes on: {error}")
 
 
 def lock_exclusively(file: IO) -> None:

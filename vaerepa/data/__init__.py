@@ -11,7 +11,6 @@ from vaerepa.data.classes import ClassesInBatch, classes_in_batch
 from vaerepa.data.feed import Feed
 from vaerepa.data.loader import (
     Batches,
-    DataError,
     Preprocessing,
     TrainingDraws,
     ValidationDraws,
@@ -21,6 +20,7 @@ from vaerepa.data.loader import (
 from vaerepa.data.opening import Sources, open_images, open_sources, take_at_random
 from vaerepa.data.prompts import Prompts
 from vaerepa.data.source import Source
+from vaerepa.errors import DataError
 
 __all__ = [
     "Batches",

@@ -61,6 +61,7 @@ class Feed:
         self.latent_shape = latent_shape
         self.buckets = parse_buckets(options, downsampling_factor(vae))
         self.num_skipped = 0  # images that this process could not read
+        self.first_skipped: str | None = None  # which, and why
         self.cache = self._open_cache() if options.latents_cache else None
         if encoder is not None:
             half = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
@@ -231,6 +232,7 @@ class Feed:
     def _count_skipped(self, batch: dict, cache: LatentsCache | None) -> None:
         for index, line in batch["skipped"]:
             self.num_skipped += 1
+            self.first_skipped = self.first_skipped or line
             if self.num_skipped <= MAX_NAMED_IMAGES:
                 logger.warning(f"skipped an image that cannot be read: {line}", main_process_only=False)
             if cache is not None:

@@ -17,6 +17,10 @@ NUM_THREADS = 16
 class UnreadableFileError(OSError):
     """A file of the data cannot be read; the message names it."""
 
+    def __init__(self, path: str, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+
 
 @contextmanager
 def named(path: str) -> Iterator[None]:
@@ -28,7 +32,7 @@ def named(path: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        raise UnreadableFileError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise UnreadableFileError(path, " ".join(str(error).split()) or type(error).__name__) from error
 
 
 def is_local(path: str) -> bool:

@@ -1,8 +1,15 @@
 """Batches: images or cached moments, labels and the named draws of each sample, from any ordinal on."""
 
+import logging
+import multiprocessing
+import signal
+import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from operator import itemgetter
@@ -18,18 +25,19 @@ from vaerepa.data import images
 from vaerepa.data.latents_cache import LatentsCache
 from vaerepa.data.order import Reader, open_reader
 from vaerepa.data.source import Row, Source
+from vaerepa.errors import DataError
 from vaerepa.objectives import draw_timestep
 from vaerepa.randomness import draw_noise, draw_uniform
 from vaerepa.stopping import ignore_signals
 
+logger = logging.getLogger(__name__)
+
 PARTS_AHEAD = 2
+WORKER_POLL = 5  # seconds between two looks at data workers that one waits for
+WORKER_PATIENCE = 5400  # seconds; longer than storage that is far away is asked again
 MAX_STAND_INS = 1000  # more damaged images in a row are no accident
 Shape = tuple[int, int, int]  # (C, h, w) of latents
 Draws = Callable[[Sequence[int], Shape], dict[str, torch.Tensor]]
-
-
-class DataError(RuntimeError):
-    """The data cannot be read; the message says where."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +263,8 @@ class Batches(IterableDataset):
         return str(path or "embedded image")
 
     def _read_content(self, row: Row, ordinal: int) -> tuple[Row, torch.Tensor | np.ndarray]:
+        if row.error is not None:
+            raise ValueError(row.error)
         if self.cache is not None and row.index in self.cache:
             cached = self.cache.read(row.index, self.preprocessing.flips(ordinal))
             if cached.error is not None:
@@ -274,9 +284,116 @@ def run_workers(batches: Batches, num_workers: int, pin_memory: bool) -> Iterabl
     """
     if num_workers and batches.are_cached:
         return run_threads(batches, num_workers, pin_memory)
-    return DataLoader(
-        batches, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=ignore_signals
+    if num_workers:
+        return run_processes(batches, num_workers, pin_memory)
+    return DataLoader(batches, batch_size=None, pin_memory=pin_memory)
+
+
+def run_processes(batches: Batches, num_workers: int, pin_memory: bool) -> Iterator[list[dict]]:
+    """Parts made by processes; by threads where the system lets none start.
+
+    Raises:
+        DataError: a worker cannot read, has died, or gives nothing for `WORKER_PATIENCE`.
+    """
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=to_share,
+        worker_init_fn=begin_worker,
+        timeout=WORKER_POLL,
     )
+    others = set(multiprocessing.active_children())
+    try:
+        with _undisturbed():
+            parts = iter(loader)
+    except OSError as error:  # no memory, or no shared memory, for one more
+        logger.warning(f"data workers cannot be started ({error}): threads read the data, slower")
+        yield from run_threads(batches, num_workers, pin_memory)
+        return
+    workers = [process for process in multiprocessing.active_children() if process not in others]
+    while (part := _next_part(parts, workers)) is not None:
+        yield from_shared(part)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keeps the handler of SIGCHLD: that of DataLoader would raise in the midst of a step, which is then half done."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
+def _next_part(parts: Iterator[list[dict]], workers: Sequence[multiprocessing.Process]) -> list[dict] | None:
+    deadline = time.monotonic() + WORKER_PATIENCE
+    while True:
+        try:
+            return next(parts, None)
+        except DataError as error:  # from a worker, after its traceback
+            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ", 1)[-1]) from None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                if any(not worker.is_alive() and worker.exitcode for worker in workers):
+                    raise DataError(_cause_of_death([worker.exitcode for worker in workers])) from error
+                raise
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"the data workers gave nothing for {WORKER_PATIENCE // 60} minutes: the storage of the data may hang."
+                ) from error
+
+
+def _cause_of_death(exit_codes: Sequence[int | None]) -> str:
+    """A sentence on data workers with these exit codes; negative are numbers of signals."""
+    if hasattr(signal, "SIGBUS") and -signal.SIGBUS in exit_codes:
+        return (
+            "a data worker died for want of shared memory: enlarge /dev/shm (docker run --shm-size=8g, or --ipc=host), or "
+            "lower --dataloader_num_workers."
+        )
+    code = next(code for code in exit_codes if code)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return (
+        f"a data worker {how}, as the system does where memory runs out: lower --dataloader_num_workers or "
+        "--shuffle_buffer_size, or give the run more memory."
+    )
+
+
+def begin_worker(worker: int) -> None:
+    """Sets up the process of a data worker."""
+    ignore_signals(worker)
+    images.quiet_pillow()
+
+
+def to_share(part: list[dict]) -> list[dict]:
+    """A part as it leaves a worker: tensors in shared memory or, where that is full, arrays that go through a pipe."""
+    if sys.platform != "linux":
+        return part
+    try:
+        return recursively_apply(torch.Tensor.share_memory_, part)
+    except RuntimeError:
+        return recursively_apply(torch.Tensor.numpy, part)
+
+
+def from_shared(part: list[dict]) -> list[dict]:
+    """A part as it was before `to_share`."""
+    global _said_that_memory_is_full
+    if not any(isinstance(group["condition"], np.ndarray) for group in part):
+        return part
+    if not _said_that_memory_is_full:
+        _said_that_memory_is_full = True
+        logger.warning(
+            "shared memory (/dev/shm) is too small for the batches, which go through a pipe, slower: enlarge it by docker "
+            "run --shm-size=8g or --ipc=host, or lower --dataloader_num_workers"
+        )
+    return recursively_apply(torch.from_numpy, part, test_type=lambda value: isinstance(value, np.ndarray))
+
+
+_said_that_memory_is_full = False
 
 
 def run_threads(batches: Batches, num_workers: int, pin_memory: bool) -> Iterator[list[dict]]:

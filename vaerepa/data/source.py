@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from vaerepa.data.digests import Digests, digest_column, digest_images, digest_of, read_file, samples
-from vaerepa.data.files import named, open_file
+from vaerepa.data.files import is_local, named, open_file
+from vaerepa.errors import DataError
 
 NUM_BLOCKS = 1024  # of rows that can be read from anywhere
 READ_BATCH = 32
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     )
     caption: str | list[str] | None = None
     vision_features: np.ndarray | None = None  # of a vision encoder, beside moments from the cache
+    error: str | None = None  # why nothing but the number is known
 
 
 @dataclass(frozen=True)
@@ -141,20 +143,39 @@ class Source:
 
     def row(self, place: int) -> Row:
         """The member at a place among all; where the storage has random access."""
-        if self._length == len(self.members):
-            return self.storage.row(place)
-        block = int(np.searchsorted(self._block_ends, place, side="right"))
-        first, end = self.block_starts[block : block + 2]
-        within = place - (self._block_ends[block] - self.block_sizes[block])
-        return self.storage.row(int(first + np.flatnonzero(self.members[first:end])[within]))
+        index = place
+        if self._length < len(self.members):
+            block = int(np.searchsorted(self._block_ends, place, side="right"))
+            first, end = self.block_starts[block : block + 2]
+            within = place - (self._block_ends[block] - self.block_sizes[block])
+            index = int(first + np.flatnonzero(self.members[first:end])[within])
+        try:
+            return self.storage.row(index)
+        except Exception as error:  # damaged; each format raises in its own way
+            return Row(index, -1, error=str(error))
 
     def read_block(self, block: int, start: int = 0) -> Iterator[Row]:
-        """Yields the members of a block in their order, from the `start`-th on."""
+        """Yields the members of a block in their order, from the `start`-th on; with an `error` those behind damage.
+
+        Raises:
+            DataError: a file that is far away cannot be read; that may pass.
+        """
         first, end = self.block_starts[block : block + 2]
         places = np.flatnonzero(self.members[first:end])[start:]
-        if len(places):
-            rows = self.storage.read(block, int(places[0]))
-            yield from islice((row for row in rows if self.members[row.index]), len(places))
+        if not len(places):
+            return
+        rows = self.storage.read(block, int(places[0]))
+        rows, num_read, reason = (row for row in rows if self.members[row.index]), 0, "there are fewer rows than before"
+        try:
+            for row in islice(rows, len(places)):
+                yield row
+                num_read += 1
+        except Exception as error:  # each format raises in its own way
+            reason = " ".join(str(error).split())
+            if not is_local(getattr(error, "path", "")):
+                raise DataError(f"the data cannot be read: {reason}") from error
+        for index in (first + places[num_read:]).tolist():
+            yield Row(index, -1, error=reason)
 
 
 class StreamedRows:
