@@ -10,6 +10,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning CPU threads stall each step while a data worker runs
 
 import logging
+
+logging.getLogger("xformers").setLevel(logging.ERROR)  # or it warns as soon as diffusers is imported, used or not
+
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -21,14 +24,12 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
     broadcast_object_list,
 )
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -37,7 +38,6 @@ from vaerepa import (
     checkpoints,
     checks,
     dry_run,
-    frozen,
     lora,
     model_card,
     objectives,
@@ -73,7 +73,7 @@ from vaerepa.hub import access
 from vaerepa.hub.push import tag_of
 from vaerepa.hub.uploader import Uploader
 from vaerepa.layout import STATE, all_checkpoints, folder_of, step_of
-from vaerepa.logs import MetricsFile, Window, by_noise_level, log_picture, plot_curves
+from vaerepa.logs import MetricsFile, Window, by_noise_level, get_logger, plot_curves, set_up_logging
 from vaerepa.options import Options, changed_options, parse_options
 from vaerepa.precompute import precompute_latents
 from vaerepa.privacy import public_values, redact, take_token
@@ -114,7 +114,6 @@ class Run:
     content: past.Digests
     pipeline: DiffusionPipeline | None = None  # the stock one, of a text-to-image model
     prompts: Prompts | None = None
-    left_out: tuple[str, ...] = ()  # text encoders and tokenizers that the pipeline came without
     window: Window = field(default_factory=Window)
     latent_statistics: list[list[float]] = field(default_factory=list)  # mean and standard deviation per channel
     alignments: list[Alignment] = field(default_factory=list)  # that have not ended
@@ -251,9 +250,7 @@ def train(options: Options) -> None:
 
 
 def build_accelerator(options: Options) -> Accelerator:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    for chatty in ("httpx", "httpx2", "datasets", "fsspec"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    set_up_logging()
     images.quiet_pillow()
     checks.check_launcher()
     try:
@@ -323,8 +320,6 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         pipeline=pipeline,
         prompts=prompts,
     )
-    if components.text:
-        run.left_out = tuple(sorted(name for name, part in components.text.text_components.items() if part is None))
     if components.pretrained and not options.rank and accelerator.is_main_process:
         run.start = {name: p.detach().to("cpu", copy=True) for name, p in run.trained_weights.items()}
     if "latent_statistics" in position:
@@ -371,7 +366,7 @@ def build_prompts(
     length = options.max_sequence_length or family.max_sequence_length
     prompts = Prompts(family, pipeline, length, accelerator.device)
     if accelerator.is_main_process and not options.rank:
-        frozen.write(Path(options.output_dir), text.text_components)
+        write_frozen_parts(Path(options.output_dir), text.text_components)
         (Path(options.output_dir) / MODEL_INDEX).write_text(pipeline.to_json_string(), encoding="utf-8")
     for encoder in prompts.encoders.values():
         encoder.to(accelerator.device, half)
@@ -475,6 +470,10 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
             f"{alignment.weight}{until}"
         )
     logger.info(
+        f"{throughput.describe_machine(accelerator)}; {run.max_train_steps} steps into {run.output_dir}, with a log line every "
+        f"{options.logging_steps} and a checkpoint every {options.checkpointing_steps}"
+    )
+    logger.info(
         f"{len(run.sources.train)} images, {len(run.sources.validation or ())} held out; batch {options.global_batch_size} = "
         f"{options.train_batch_size} x {accelerator.num_processes} processes x {options.gradient_accumulation_steps} accumulated"
     )
@@ -495,12 +494,12 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
         logger.info(f"going on from {checkpoint}, step {run.step}")
     if accelerator.is_main_process:
         checkpoints.remove_leftovers(run.output_dir)
-        run.metrics.keep_until(run.step)
+        run.metrics.keep_until(run.step, is_window_open=bool(run.window) and run.step < run.max_train_steps)
         write_config(options, run.output_dir / "run_config.yaml")
         if not run.pipeline:
             shutil.copyfile(PIPELINE_FILE, run.output_dir / PIPELINE_FILE.name)
         if not options.rank:
-            frozen.write(run.output_dir, {"vae": run.vae})
+            write_frozen_parts(run.output_dir, {"vae": run.vae})
     accelerator.init_trackers("vaerepa", {name: str(value) for name, value in as_plain(options).items()})
 
 
@@ -515,13 +514,21 @@ def say_classes_in_batch(run: Run) -> None:
             logger.warning(classes.warning)
 
 
+def write_frozen_parts(output_dir: Path, parts: dict[str, Any]) -> None:
+    """Writes what does not train once; each checkpoint links it."""
+    for name, part in parts.items():
+        if part is not None and not (output_dir / name).exists():
+            part.save_pretrained(output_dir / f".{name}.unfinished")
+            os.replace(output_dir / f".{name}.unfinished", output_dir / name)
+
+
 # --- loop -------------------------------------------------------------------------------------------------------------
 
 
 def loop(run: Run) -> None:
     """Trains to the last step; logs, saves and validates on the way."""
     options, accelerator = run.options, run.accelerator
-    stopwatch = throughput.Stopwatch()
+    stopwatch = throughput.Stopwatch(run.step)
     progress = tqdm(
         total=run.max_train_steps, initial=run.step, desc="steps", disable=not accelerator.is_local_main_process
     )
@@ -531,11 +538,8 @@ def loop(run: Run) -> None:
     with profiling as profile_step, StopRequest(accelerator.num_processes) as stop:
         batches = stop.together(run.feed.training_batches(run.training_draws, first, last))
         batches = stopwatch.waiting_for(batches)
-        if run.step == 0:  # what does not draw now would not later
-            with run.ema.on_device() if run.ema else nullcontext():
-                draw_pictures(run)
         while run.step < run.max_train_steps:
-            logs_now = (run.step + 1) % options.logging_steps == 0
+            logs_now = (run.step + 1) % options.logging_steps == 0 or run.step + 1 == run.max_train_steps
             try:
                 train_step(run, batches, measure_gradients=logs_now)
             except DataError as error:
@@ -546,7 +550,6 @@ def loop(run: Run) -> None:
                 drop_heads(run)
             if logs_now:
                 log(run, stopwatch, progress)
-            if logs_now or run.step == run.max_train_steps:
                 check_skipped_steps(run)
                 check_skipped_images(run)
             is_last = run.step == run.max_train_steps
@@ -569,7 +572,7 @@ def loop(run: Run) -> None:
                 )
                 break
             if logs_now:
-                stopwatch.restart()
+                stopwatch.restart(run.step)
     progress.close()
 
 
@@ -687,13 +690,15 @@ def log(run: Run, stopwatch: throughput.Stopwatch, progress: tqdm) -> None:
     values |= {f"alignment_gradient_ratio_{name}": ratio.item() for name, ratio in ratios.items()}
     values |= {"learning_rate": run.learning_rate(run.step - 1)}
     values |= {"epoch": run.step * options.global_batch_size / len(run.sources.train)}
-    values |= stopwatch.read(options.logging_steps * options.global_batch_size)
+    values |= stopwatch.read(run.step, options.global_batch_size)
     peak = throughput.peak_flops(accelerator.device, accelerator.mixed_precision)
     if peak:  # the backward pass costs two forward passes, or one where the weights are frozen
         flops_per_second = (2 if options.rank else 3) * flops_per_image(run) * values["images_per_second"]
         values |= {"mfu": flops_per_second / (peak * accelerator.num_processes)}
     values |= {"skipped_images": count_skipped_images(run)}
     write_metrics(run, {f"train/{name}": value for name, value in values.items()})
+    if run.step % options.logging_steps == 0:  # at the end of a run it stays, for one that goes on from there
+        run.window.clear()
     progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
 
 
@@ -742,19 +747,10 @@ def validate(run: Run) -> None:
     run.validated_step = run.step
     with run.ema.on_device() if run.ema else nullcontext():
         measure_held_out_loss(run)
-        draw_pictures(run)
+        if run.accelerator.is_main_process and run.options.num_validation_images:
+            with unless_out_of_space("the sample grid"):
+                draw_samples(run) if run.pipeline is None else draw_prompts(run)
     run.accelerator.wait_for_everyone()
-
-
-def draw_pictures(run: Run) -> None:
-    """A sample grid of the exported weights, into samples/ and to the trackers."""
-    if not run.accelerator.is_main_process or not run.options.num_validation_images:
-        return
-    if run.pipeline is not None and not run.options.validation_prompts:
-        return
-    with unless_out_of_space("the sample grid"):
-        grid = draw_samples(run) if run.pipeline is None else draw_prompts(run)
-        log_picture(run.accelerator, "samples", grid, run.step)
 
 
 def measure_held_out_loss(run: Run) -> None:
@@ -773,12 +769,11 @@ def measure_held_out_loss(run: Run) -> None:
         logger.info(f"step {run.step}: held-out loss {losses['loss']:.5f} ({name})")
 
 
-def draw_samples(run: Run) -> Image.Image:
-    """A grid of labels by the shipped pipeline."""
+def draw_samples(run: Run) -> None:
     options, id2label = run.options, run.sources.id2label
     pipeline = sampling.build_pipeline(run.exported_transformer.eval(), run.vae, run.objective.scheduler, id2label)
     with run.accelerator.autocast():
-        return sampling.draw_grid(
+        sampling.draw_grid(
             pipeline,
             sampling.grid_labels(options.num_validation_images, len(id2label)),
             options.validation_guidance_scale,
@@ -788,12 +783,14 @@ def draw_samples(run: Run) -> Image.Image:
         )
 
 
-def draw_prompts(run: Run) -> Image.Image:
+def draw_prompts(run: Run) -> None:
     """A grid of --validation_prompts by the stock pipeline."""
     options, transformer = run.options, run.exported_transformer.eval()
+    if not options.validation_prompts:
+        return
     run.pipeline.register_modules(transformer=transformer)
     with run.accelerator.autocast(), torch.no_grad():
-        grid = sampling.draw_prompt_grid(
+        sampling.draw_prompt_grid(
             run.pipeline,
             run.prompts,
             list(options.validation_prompts),
@@ -806,7 +803,6 @@ def draw_prompts(run: Run) -> Image.Image:
             run.output_dir / "samples" / f"step-{run.step:07d}.png",
         )
     run.pipeline.register_modules(transformer=run.transformer)
-    return grid
 
 
 def evaluate(run: Run) -> None:
@@ -896,8 +892,7 @@ def save(run: Run, must_succeed: bool) -> None:
             index = (run.output_dir / MODEL_INDEX).read_text(encoding="utf-8")
             write_stock_pipeline(folder, index, run.exported_transformer, run.objective.scheduler)
             for name in ("vae", *run.family.text_components):
-                if (run.output_dir / name).is_dir():  # a text encoder may have been left out from the start
-                    checkpoints.link_tree(run.output_dir / name, folder / name)
+                checkpoints.link_tree(run.output_dir / name, folder / name)
         else:
             write_class_conditional(folder)
         stored_heads.save_heads(folder, aligned.heads, run.alignments)
@@ -944,6 +939,8 @@ def finish(run: Run) -> None:
     """Puts the last checkpoint's pipeline at the root of the output folder, with the final pictures and curves."""
     if run.validated_step != run.step:
         validate(run)
+    if run.prompts and run.accelerator.is_main_process:  # but for those that a cache told of
+        run.prompts.report_cuts()
     if run.evaluation:
         evaluate(run)
     if run.accelerator.is_main_process:
@@ -952,13 +949,12 @@ def finish(run: Run) -> None:
         for part in last.iterdir():
             if part.is_file():
                 shutil.copyfile(part, run.output_dir / part.name)
-            elif part.name not in (STATE, *([stored_heads.FOLDER] if run.options.rank else [])):  # larger than a LoRA
+            elif part.name != STATE:
                 checkpoints.link_tree(part, run.output_dir / part.name)
         if run.start:
             say_distance(run)
         publish(run)
         how = "is a LoRA; its README.md shows how to load it" if run.options.rank else "loads with from_pretrained"
-        how += "".join(f", {name}=None" for name in run.left_out)
         logger.info(f"done: {run.output_dir} {how}")
 
 
@@ -988,12 +984,7 @@ def card_facts(run: Run) -> dict[str, Any]:
     grids = sorted((run.output_dir / "samples").glob("*.png"))
     transformer, id2label = run.exported_transformer, run.sources.id2label
     published = run.trained_weights.values() if run.options.rank else transformer.parameters()
-    dtypes = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
     return {
-        "dtype": dtypes.get(run.accelerator.mixed_precision, "torch.float32"),
-        "family_tags": run.family.tags if run.pipeline else (),
-        "left_out": run.left_out,
-        "pictures": card_pictures(run, grids),
         "parameters": f"{sum(parameter.numel() for parameter in published) / 1e6:.1f}",
         "classes": id2label.values(),
         "num_classes": len(id2label),
@@ -1015,15 +1006,6 @@ def card_facts(run: Run) -> dict[str, Any]:
         "machine": throughput.describe_machine(run.accelerator),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "datasets")),
     }
-
-
-def card_pictures(run: Run, grids: list[Path]) -> list[tuple[str, str]]:
-    """Caption and place of the newest samples: one of each prompt, or a grid of all classes."""
-    if run.pipeline is None:
-        return [(f"Samples at step {run.step}", f"samples/{grids[-1].name}")] if grids else []
-    pictures = sorted((run.output_dir / "samples" / sampling.LATEST).glob("*.png"))
-    places = [picture.relative_to(run.output_dir).as_posix() for picture in pictures]
-    return list(zip(run.options.validation_prompts, places, strict=False))
 
 
 def last_held_out_loss(run: Run) -> float | None:

@@ -32,8 +32,19 @@ def test_restarts_are_exact(train, tmp_path, workers, accumulation):
     pieces = tmp_path / "pieces"
     for steps in (5, 9, 12):
         train(**options, max_train_steps=steps, output_dir=pieces, resume_from_checkpoint="latest")
+        assert read_metrics(pieces, "train/loss")[-1]["step"] == steps  # a run logs its end, whatever the cadence
     # the window of two steps that ends at 6 was cut by the restart after 5
     assert_same_end(whole, pieces)
+
+
+def test_a_run_shorter_than_its_cadence_logs_its_loss(train):
+    run = train(max_train_steps=3, logging_steps=50)
+    train(max_train_steps=3, logging_steps=50, resume_from_checkpoint="latest")  # asked again: nothing is lost
+    (line,) = read_metrics(run, "train/loss", "train/images_per_second")
+    assert line["step"] == 3
+    train(max_train_steps=5, logging_steps=50, resume_from_checkpoint="latest")
+    whole = train(max_train_steps=5, logging_steps=50, output_dir=run.parent / "whole")
+    assert read_metrics(run, "train/loss") == read_metrics(whole, "train/loss")
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])

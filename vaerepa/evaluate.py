@@ -6,9 +6,13 @@
 Image i depends on the seed and i alone: any number of processes draws the same set, and a killed run goes on where it was.
 """
 
+import logging
+
+if __name__ == "__main__":
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # or it warns as soon as diffusers is imported
+
 import argparse
 import inspect
-import logging
 import os
 import sys
 from contextlib import nullcontext
@@ -44,6 +48,7 @@ from vaerepa.families import TextFamily
 from vaerepa.families.pretrained import EXPECTED, load_index
 from vaerepa.hub.reasons import UNREADABLE, why_unreadable
 from vaerepa.layout import POSITION, STATE, all_checkpoints, step_of
+from vaerepa.logs import set_up_logging
 from vaerepa.privacy import public_name, redact
 from vaerepa.system import num_cores
 from vaerepa.vae import downsampling_factor
@@ -125,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the evaluation; user errors become one sentence and an exit code."""
     args = build_parser().parse_args(arguments)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    set_up_logging()
     try:
         evaluate(args)
     except OptionError as error:

@@ -5,17 +5,49 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import diffusers
 import torch
-from accelerate import Accelerator
-from PIL import Image
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.logging import MultiProcessAdapter
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 logger = logging.getLogger(__name__)
 
 NUM_NOISE_LEVELS = 5
+CHATTY = ("httpx", "httpx2", "datasets", "fsspec")
+
+
+def set_up_logging() -> None:
+    """For scripts: one form of lines, without the progress bars and the remarks of libraries that are no news to a user."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own call of huggingface_hub
+    downloads_are_shown = not are_progress_bars_disabled()
+    for library in (diffusers, transformers):  # of files that are opened one by one
+        library.utils.logging.disable_progress_bar()
+    if downloads_are_shown:  # transformers turns them off too
+        enable_progress_bars()
+
+
+class _RankLogger(MultiProcessAdapter):
+    """accelerate's logger, which names the process where there are several."""
+
+    def process(self, msg: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        if PartialState().num_processes > 1:
+            return super().process(msg, kwargs)
+        return msg, {"stacklevel": 2} | kwargs
+
+
+def get_logger(name: str) -> MultiProcessAdapter:
+    """A logger that only the main process writes by, unless main_process_only=False is given with a message."""
+    return _RankLogger(logging.getLogger(name), {})
 
 
 class Window:
@@ -45,7 +77,7 @@ class Window:
         return self._reduced
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean of each value, then starts anew; every process must call it.
+        """Mean of each value since `clear`; every process must call it.
 
         A noise level without samples has none.
         """
@@ -60,8 +92,15 @@ class Window:
                     means[f"{name}/{level / len(sums):.1f}-{(level + 1) / len(sums):.1f}"] = _sum(values) / _sum(
                         numbers
                     )
-        self._reduced = {}
         return means
+
+    def __bool__(self) -> bool:
+        """Whether there are steps in it."""
+        return bool(self._reduced or self._pending)
+
+    def clear(self) -> None:
+        """Starts anew."""
+        self._reduced, self._pending = {}, {}
 
 
 def by_noise_level(values: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -119,20 +158,18 @@ class MetricsFile:
                 continue
         return lines
 
-    def keep_until(self, step: int) -> None:
-        """Drops what was logged after `step`: those steps will be made again."""
+    def keep_until(self, step: int, is_window_open: bool = False) -> None:
+        """Drops what was logged after `step`: those steps will be made again.
+
+        Args:
+            is_window_open: drops the losses of `step` too: they were logged because the run ended there, and it goes on.
+        """
         kept = [line for line in self.read() if line["step"] <= step]
+        if is_window_open:
+            kept = [line for line in kept if line["step"] < step or "train/loss" not in line]
         temporary = self.path.with_suffix(".new")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
-
-
-def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
-    """Hands a picture to the trackers that take some; on the main process."""
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: np.asarray(picture.convert("RGB"))[None]}, step=step, **layout)
 
 
 def plot_curves(metrics: list[dict], path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch import nn
 
 from vaerepa import objectives
@@ -17,6 +16,7 @@ from vaerepa.components import Components
 from vaerepa.data import Source
 from vaerepa.data.latents_cache import checksum
 from vaerepa.errors import OptionError
+from vaerepa.logs import get_logger
 from vaerepa.options import Options, changed_options
 
 VALIDATION = "validation split"

@@ -4,7 +4,6 @@ import sys
 from collections import deque
 
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -12,6 +11,7 @@ from vaerepa import checks, components
 from vaerepa.command import command_again
 from vaerepa.data import DataError, Feed, TrainingDraws, micro_batch
 from vaerepa.families import dit
+from vaerepa.logs import get_logger
 from vaerepa.options import Options
 from vaerepa.stopping import StopRequest
 from vaerepa.vae import downsampling_factor, shape_of_latents

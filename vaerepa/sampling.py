@@ -1,6 +1,5 @@
 """Sample grids: the pictures of a run, drawn through the pipeline that is shipped with it."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from vaerepa import objectives
 from vaerepa.data import Prompts
 from vaerepa.families import dit
 
-LATEST = "latest"  # folder of single pictures
 MAX_COLUMNS = 10
 FONT_SIZE = 11
 MARGIN = 4
@@ -57,8 +55,8 @@ def draw_grid(
     num_inference_steps: int,
     seed: int,
     path: Path,
-) -> Image.Image:
-    """Samples one picture per label, always from the same noise, writes them as one PNG and returns it."""
+) -> None:
+    """Samples one picture per label, always from the same noise, and writes them as one PNG."""
     generators = [noise_generator(seed + i) for i in range(len(labels))]
     images = pipeline(
         labels, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, generator=generators
@@ -68,9 +66,7 @@ def draw_grid(
     while len(images) % columns:
         columns -= 1
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
-    grid.save(path)
-    return grid
+    make_image_grid(images, rows=len(images) // columns, cols=columns).save(path)
 
 
 def draw_prompt_grid(
@@ -84,16 +80,11 @@ def draw_prompt_grid(
     num_inference_steps: int,
     seed: int,
     path: Path,
-) -> Image.Image:
+) -> None:
     """Samples a column of pictures per prompt, always from the same noise, with the prompt under each, as one PNG.
-
-    The first picture of each prompt lies by itself in `latest/` beside it.
 
     Args:
         size: height and width in pixels.
-
-    Returns:
-        The grid.
     """
     every = [text for _ in range(images_per_prompt) for text in texts]
     images = []
@@ -109,13 +100,8 @@ def draw_prompt_grid(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
         )
-    grid, latest = labelled_grid(images, every, columns=len(texts)), path.parent / LATEST
-    shutil.rmtree(latest, ignore_errors=True)
-    latest.mkdir(parents=True)
-    for number, image in enumerate(images[: len(texts)]):
-        image.save(latest / f"{number:02d}.png")
-    grid.save(path)
-    return grid
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid(images, every, columns=len(texts)).save(path)
 
 
 def draw_texts(

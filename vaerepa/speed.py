@@ -1,15 +1,16 @@
 """Switches that make a run faster or smaller and leave what it computes alone: compile, attention, checkpointing, profile."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 from torch import nn
 
 from vaerepa.errors import OptionError
+from vaerepa.logs import get_logger
 from vaerepa.options import Options
 from vaerepa.system import unless_out_of_space
 
@@ -35,7 +36,12 @@ def apply_switches(options: Options, transformer: nn.Module, blocks: nn.ModuleLi
     if options.enable_xformers_memory_efficient_attention:
         probe_xformers(device)
         transformer.enable_xformers_memory_efficient_attention()
-    logger.info(f"attention: {'xformers' if options.enable_xformers_memory_efficient_attention else 'torch SDPA'}")
+    if options.enable_xformers_memory_efficient_attention:
+        logger.info("attention: xformers")
+    else:
+        idle = sys.modules.get("xformers")  # diffusers imports it
+        unfit = "" if getattr(idle, "_has_cpp_library", True) else f"; xformers {_version('xformers')} does not fit it"
+        logger.info(f"attention: SDPA of torch {torch.__version__}{unfit}")
     if options.compile:
         for block in blocks:
             # the forward alone: hooks, which tap the hidden states, stay outside; names of weights do not change

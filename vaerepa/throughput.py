@@ -26,10 +26,11 @@ PEAK_FLOPS = {
 class Stopwatch:
     """Measures the steps between two log lines."""
 
-    def __init__(self):
-        self.restart()
+    def __init__(self, step: int):
+        self.restart(step)
 
-    def restart(self) -> None:
+    def restart(self, step: int) -> None:
+        self._step = step
         self._start = time.perf_counter()
         self._waited = 0.0
 
@@ -45,8 +46,9 @@ class Stopwatch:
             self._waited += time.perf_counter() - start
             yield batch
 
-    def read(self, num_images: int) -> dict[str, float]:
+    def read(self, step: int, batch_size: int) -> dict[str, float]:
         """Images per second over all processes, and the share of the time that this process waited for data."""
+        num_images = (step - self._step) * batch_size
         seconds = time.perf_counter() - self._start
         return {"images_per_second": num_images / seconds, "data_wait": self._waited / seconds}
 

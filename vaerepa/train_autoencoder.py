@@ -7,6 +7,11 @@ For small images that no public VAE suits: the whole data set is held in memory,
 perceptual or adversarial parts.
 """
 
+import logging
+
+if __name__ == "__main__":
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # or it warns as soon as diffusers is imported
+
 import argparse
 import os
 import sys

@@ -9,8 +9,12 @@ those of all pictures of a column together, so equal colours mean the same. And 
 image that the model predicts on its way from noise, decoded, and last the sample.
 """
 
-import argparse
 import logging
+
+if __name__ == "__main__":
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # or it warns as soon as diffusers is imported
+
+import argparse
 import sys
 from collections.abc import Iterator
 from itertools import chain, pairwise
@@ -29,6 +33,7 @@ from vaerepa.data import Source, open_images
 from vaerepa.data.images import cut, read_image, to_pixels
 from vaerepa.errors import OptionError
 from vaerepa.families import dit
+from vaerepa.logs import set_up_logging
 from vaerepa.privacy import redact
 from vaerepa.randomness import draw_noise
 from vaerepa.sampling import grid_labels, labelled_grid
@@ -69,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Draws the pictures; user errors become one sentence and an exit code."""
     args = build_parser().parse_args(arguments)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    set_up_logging()
     try:
         visualize(args)
     except OptionError as error:

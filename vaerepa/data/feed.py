@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.operations import recursively_apply
 from torch import nn
@@ -18,6 +17,7 @@ from vaerepa.data.loader import Batches, Draws, Preprocessing, ValidationDraws, 
 from vaerepa.data.order import stream_sizes
 from vaerepa.data.prompts import Prompts, choose_caption
 from vaerepa.data.source import Source, all_captions
+from vaerepa.logs import get_logger
 from vaerepa.options import Options
 from vaerepa.randomness import draw_uniform
 from vaerepa.vae import agrees_in_bf16, downsampling_factor, encode_moments, has_posterior, sample_latents

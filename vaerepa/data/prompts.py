@@ -4,7 +4,8 @@ import logging
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Prompts:
         self.device = device
         self.cache: EmbeddingsCache | None = None
         self._recent: OrderedDict[str, Embedding] = OrderedDict()
+        self._cuts = _CountOfCuts()
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
@@ -83,14 +85,25 @@ class Prompts:
         ):
             batch = own[start : start + PROMPTS_PER_FILE]
             cache.write({prompt: self._encode(prompt) for prompt in batch})
+        self.report_cuts()
         accelerator.wait_for_everyone()
         cache.reload()
         self.cache = cache
         self.pipeline.register_modules(**dict.fromkeys(self.encoders))
 
+    def report_cuts(self) -> None:
+        """Says once how many of the prompts encoded so far were too long, in place of a warning for each."""
+        if self._cuts.prompts:
+            logger.warning(
+                f"{self._cuts.prompts} of {self._cuts.encoded} prompts that were encoded are longer than a text encoder takes, "
+                "and were cut for it"
+            )
+        self._cuts.prompts = self._cuts.encoded = 0
+
     @torch.no_grad()
     def _encode(self, prompt: str) -> Embedding:
-        embedding = self.family.encode_prompts(self.pipeline, [prompt], self.max_sequence_length)[0]
+        with self._cuts.watch(type(self.pipeline).__module__, "transformers.tokenization_utils_base"):
+            embedding = self.family.encode_prompts(self.pipeline, [prompt], self.max_sequence_length)[0]
         return {name: tensor.detach().clone() for name, tensor in embedding.items()}
 
     def _key(self) -> str:
@@ -98,6 +111,37 @@ class Prompts:
         parts += [type(self.pipeline).__name__, str(self.max_sequence_length)]
         parts += [str(encoder.dtype) for encoder in self.encoders.values()]
         return blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
+
+
+class _CountOfCuts(logging.Filter):
+    """Holds back the warnings of stock pipelines and tokenizers that a prompt is too long, and counts the prompts."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoded = self.prompts = 0
+        self._is_cut = False
+
+    @contextmanager
+    def watch(self, *names: str) -> Iterator[None]:
+        """Listens to these loggers while one prompt is encoded."""
+        loggers = [logging.getLogger(name) for name in names]
+        self._is_cut = False
+        for one in loggers:
+            one.addFilter(self)
+        try:
+            yield
+        finally:
+            for one in loggers:
+                one.removeFilter(self)
+        self.encoded += 1
+        self.prompts += self._is_cut
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if "was truncated" not in message and "Token indices sequence length" not in message:
+            return True
+        self._is_cut = True
+        return False
 
 
 class EmbeddingsCache:

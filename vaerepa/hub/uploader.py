@@ -8,9 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from accelerate.logging import get_logger
-
 from vaerepa.layout import step_of
+from vaerepa.logs import get_logger
 from vaerepa.privacy import redact
 
 logger = get_logger(__name__)
