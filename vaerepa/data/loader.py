@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
+from multiprocessing.connection import wait
 from operator import itemgetter
 
 import numpy as np
@@ -337,9 +338,11 @@ def _next_part(parts: Iterator[list[dict]], workers: Sequence[multiprocessing.Pr
             return next(parts, None)
         except DataError as error:  # from a worker, after its traceback
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ", 1)[-1]) from None
-        except RuntimeError as error:
+        except Exception as error:
             if not str(error).startswith("DataLoader timed out"):
-                if any(not worker.is_alive() and worker.exitcode for worker in workers):
+                if isinstance(error, EOFError | ConnectionError):  # it breaks off a little before the worker is gone
+                    wait([worker.sentinel for worker in workers], timeout=WORKER_POLL)
+                if any(worker.exitcode for worker in workers):
                     raise DataError(_cause_of_death([worker.exitcode for worker in workers])) from error
                 raise
             if time.monotonic() > deadline:
