@@ -1,8 +1,9 @@
 """Every config passes a dry run offline, the Hub's names replaced by tiny stand-ins; the dry run's figures are true."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +15,21 @@ from tests import vision_models
 from tests.conftest import ROOT
 from vaerepa import checks, components, dry_run
 from vaerepa.alignment import AlignedTransformer
+from vaerepa.cli import read_rows
 from vaerepa.families import dit
 from vaerepa.options import parse_options
 
-CONFIGS = sorted(
-    path.relative_to(ROOT)
-    for path in (ROOT / "configs").glob("**/*.yaml")
-    if "accelerate" not in path.parts and path.stem not in ("ablations", "compare_digits")
-)
-ABLATIONS = yaml.safe_load((ROOT / "configs/imagenet256/ablations.yaml").read_text())
+IMAGENET = ROOT / "configs/imagenet256"
+ROWS, ABLATIONS = read_rows(IMAGENET / "rows.yaml"), read_rows(IMAGENET / "ablations.yaml")
+RUNS = {path.stem: (path, None) for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem != "compare_digits"}
+RUNS |= {row: (IMAGENET / "rows.yaml", row) for row in ROWS}
 PRESETS = dict.fromkeys(("model", "num_layers", "hidden_size", "num_attention_heads", "patch_size", "resolution"))
 NO_DEFAULTS = PRESETS | dict.fromkeys(("global_batch_size", "learning_rate", "ema_decay", "max_train_steps"))
+
+
+def values_in(config: Path, row: str | None) -> dict[str, Any]:
+    """Options of a config, or of a row of it, as YAML has them."""
+    return read_rows(config)[row] if row else yaml.safe_load(config.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +58,10 @@ def hub(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def print_dry_run(train, data, hub, capsys):
-    """Runs --dry_run on a config and returns the table as a dictionary."""
+    """Runs --dry_run on a config, or a row of one, and returns the table as a dictionary."""
 
-    def run(config=None, **options) -> dict[str, str]:
-        values = yaml.safe_load((ROOT / config).read_text()) if config else {}
+    def run(config=None, row=None, **options) -> dict[str, str]:
+        values = values_in(config, row) if config else {}
         options = {"dataset_name": data} | options
         for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
             if values.get(name) in hub:
@@ -70,19 +75,18 @@ def print_dry_run(train, data, hub, capsys):
         if values.get("text_conditioning"):  # these have captions
             for name in ("dataset_name", "pretrained_text_encoder_model_name_or_path"):
                 options[name] = ROOT / values[name]
-        config = ROOT / config if config else None
         if values.get("mixed_precision"):
             options["mixed_precision"] = "no"  # of the estimate of the activations; here is no GPU
-        train(**(NO_DEFAULTS | {"config": config, "dry_run": True} | options))
+        train(**(NO_DEFAULTS | {"config": config, "row": row, "dry_run": True} | options))
         return dict(re.findall(r"^\| (.+?) \| (.+?) \|$", capsys.readouterr().out, re.MULTILINE))
 
     return run
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_config_passes_a_dry_run(print_dry_run, tmp_path, config):
-    values = yaml.safe_load((ROOT / config).read_text())
-    table = print_dry_run(config)
+@pytest.mark.parametrize("name", RUNS)
+def test_every_config_and_row_passes_a_dry_run(print_dry_run, tmp_path, name):
+    values = values_in(*RUNS[name])
+    table = print_dry_run(*RUNS[name])
     assert table["steps"].startswith(f"{values['max_train_steps']} of ")
     methods = values.get("alignment", "vae")
     methods = set(methods if isinstance(methods, list) else [methods]) - {"none"}
@@ -95,7 +99,7 @@ def test_every_config_passes_a_dry_run(print_dry_run, tmp_path, config):
 
 
 def test_the_papers_model_has_its_published_figures(print_dry_run):
-    table = print_dry_run("configs/imagenet256/sit-xl-2-vae.yaml")
+    table = print_dry_run(*RUNS["sit-xl-2-vae"])
     assert table["parameters of the transformer"] == "674.8 M"
     assert table["in the stock file, an embedder per block"] == "749.8 M"
     assert table["forward pass, one image"] == "237.3 GFLOP"
@@ -103,15 +107,21 @@ def test_the_papers_model_has_its_published_figures(print_dry_run):
     assert table["forward pass with it, one image"].endswith("+4.02%")
 
 
-@pytest.mark.parametrize("row", ABLATIONS["rows"])
-def test_every_ablation_parses(row, tmp_path):
-    values = yaml.safe_load((ROOT / "configs/imagenet256" / ABLATIONS["base"]).read_text())
-    (tmp_path / "row.yaml").write_text(yaml.safe_dump(values | ABLATIONS["rows"][row]))
-    options = parse_options(["--config", str(tmp_path / "row.yaml")])
+def test_rows_of_imagenet_are_named_after_model_and_methods():
+    for name, values in ROWS.items():
+        methods = values["alignment"] if isinstance(values["alignment"], list) else [values["alignment"]]
+        assert name == "-".join([values["model"].lower().replace("/", "-"), *methods])
+        assert values["output_dir"] == f"outputs/imagenet256/{name}"
+        assert "published" in yaml.safe_load((IMAGENET / "rows.yaml").read_text())["rows"][name]
+
+
+@pytest.mark.parametrize("row", ABLATIONS)
+def test_every_ablation_changes_one_option_of_a_row(row):
+    options = parse_options(["--config", str(IMAGENET / "ablations.yaml"), "--row", row])
     checks.check_options(options)
-    base = parse_options(["--config", str(ROOT / "configs/imagenet256" / ABLATIONS["base"])])
-    assert (options == base) == (row == "paper")
-    assert len(ABLATIONS["rows"][row]) <= 1
+    paper = parse_options(["--config", str(IMAGENET / "rows.yaml"), "--row", "sit-b-2-vae"])
+    changed = [spec.name for spec in fields(options) if getattr(options, spec.name) != getattr(paper, spec.name)]
+    assert len(changed) == (0 if row == "paper" else 1)
 
 
 def estimate_of(arguments: list[str]):
