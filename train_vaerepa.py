@@ -30,6 +30,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -38,6 +39,7 @@ from vaerepa import (
     checkpoints,
     checks,
     dry_run,
+    frozen,
     lora,
     model_card,
     objectives,
@@ -73,7 +75,7 @@ from vaerepa.hub import access
 from vaerepa.hub.push import tag_of
 from vaerepa.hub.uploader import Uploader
 from vaerepa.layout import STATE, all_checkpoints, folder_of, step_of
-from vaerepa.logs import MetricsFile, Window, by_noise_level, get_logger, plot_curves, set_up_logging
+from vaerepa.logs import MetricsFile, Window, by_noise_level, get_logger, log_picture, plot_curves, set_up_logging
 from vaerepa.options import Options, changed_options, parse_options
 from vaerepa.precompute import precompute_latents
 from vaerepa.privacy import public_values, redact, take_token
@@ -114,6 +116,7 @@ class Run:
     content: past.Digests
     pipeline: DiffusionPipeline | None = None  # the stock one, of a text-to-image model
     prompts: Prompts | None = None
+    left_out: tuple[str, ...] = ()  # text encoders and tokenizers that the pipeline came without
     window: Window = field(default_factory=Window)
     latent_statistics: list[list[float]] = field(default_factory=list)  # mean and standard deviation per channel
     alignments: list[Alignment] = field(default_factory=list)  # that have not ended
@@ -320,6 +323,8 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         pipeline=pipeline,
         prompts=prompts,
     )
+    if components.text:
+        run.left_out = tuple(sorted(name for name, part in components.text.text_components.items() if part is None))
     if components.pretrained and not options.rank and accelerator.is_main_process:
         run.start = {name: p.detach().to("cpu", copy=True) for name, p in run.trained_weights.items()}
     if "latent_statistics" in position:
@@ -366,7 +371,7 @@ def build_prompts(
     length = options.max_sequence_length or family.max_sequence_length
     prompts = Prompts(family, pipeline, length, accelerator.device)
     if accelerator.is_main_process and not options.rank:
-        write_frozen_parts(Path(options.output_dir), text.text_components)
+        frozen.write(Path(options.output_dir), text.text_components)
         (Path(options.output_dir) / MODEL_INDEX).write_text(pipeline.to_json_string(), encoding="utf-8")
     for encoder in prompts.encoders.values():
         encoder.to(accelerator.device, half)
@@ -499,7 +504,7 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
         if not run.pipeline:
             shutil.copyfile(PIPELINE_FILE, run.output_dir / PIPELINE_FILE.name)
         if not options.rank:
-            write_frozen_parts(run.output_dir, {"vae": run.vae})
+            frozen.write(run.output_dir, {"vae": run.vae})
     accelerator.init_trackers("vaerepa", {name: str(value) for name, value in as_plain(options).items()})
 
 
@@ -512,14 +517,6 @@ def say_classes_in_batch(run: Run) -> None:
         logger.info(f"classes in a batch: {classes}")
         if classes.warning:
             logger.warning(classes.warning)
-
-
-def write_frozen_parts(output_dir: Path, parts: dict[str, Any]) -> None:
-    """Writes what does not train once; each checkpoint links it."""
-    for name, part in parts.items():
-        if part is not None and not (output_dir / name).exists():
-            part.save_pretrained(output_dir / f".{name}.unfinished")
-            os.replace(output_dir / f".{name}.unfinished", output_dir / name)
 
 
 # --- loop -------------------------------------------------------------------------------------------------------------
@@ -538,6 +535,9 @@ def loop(run: Run) -> None:
     with profiling as profile_step, StopRequest(accelerator.num_processes) as stop:
         batches = stop.together(run.feed.training_batches(run.training_draws, first, last))
         batches = stopwatch.waiting_for(batches)
+        if run.step == 0:  # what does not draw now would not later
+            with run.ema.on_device() if run.ema else nullcontext():
+                draw_pictures(run)
         while run.step < run.max_train_steps:
             logs_now = (run.step + 1) % options.logging_steps == 0 or run.step + 1 == run.max_train_steps
             try:
@@ -747,10 +747,19 @@ def validate(run: Run) -> None:
     run.validated_step = run.step
     with run.ema.on_device() if run.ema else nullcontext():
         measure_held_out_loss(run)
-        if run.accelerator.is_main_process and run.options.num_validation_images:
-            with unless_out_of_space("the sample grid"):
-                draw_samples(run) if run.pipeline is None else draw_prompts(run)
+        draw_pictures(run)
     run.accelerator.wait_for_everyone()
+
+
+def draw_pictures(run: Run) -> None:
+    """A sample grid of the exported weights, into samples/ and to the trackers."""
+    if not run.accelerator.is_main_process or not run.options.num_validation_images:
+        return
+    if run.pipeline is not None and not run.options.validation_prompts:
+        return
+    with unless_out_of_space("the sample grid"):
+        grid = draw_samples(run) if run.pipeline is None else draw_prompts(run)
+        log_picture(run.accelerator, "samples", grid, run.step)
 
 
 def measure_held_out_loss(run: Run) -> None:
@@ -769,11 +778,12 @@ def measure_held_out_loss(run: Run) -> None:
         logger.info(f"step {run.step}: held-out loss {losses['loss']:.5f} ({name})")
 
 
-def draw_samples(run: Run) -> None:
+def draw_samples(run: Run) -> Image.Image:
+    """A grid of labels by the shipped pipeline."""
     options, id2label = run.options, run.sources.id2label
     pipeline = sampling.build_pipeline(run.exported_transformer.eval(), run.vae, run.objective.scheduler, id2label)
     with run.accelerator.autocast():
-        sampling.draw_grid(
+        return sampling.draw_grid(
             pipeline,
             sampling.grid_labels(options.num_validation_images, len(id2label)),
             options.validation_guidance_scale,
@@ -783,14 +793,12 @@ def draw_samples(run: Run) -> None:
         )
 
 
-def draw_prompts(run: Run) -> None:
+def draw_prompts(run: Run) -> Image.Image:
     """A grid of --validation_prompts by the stock pipeline."""
     options, transformer = run.options, run.exported_transformer.eval()
-    if not options.validation_prompts:
-        return
     run.pipeline.register_modules(transformer=transformer)
     with run.accelerator.autocast(), torch.no_grad():
-        sampling.draw_prompt_grid(
+        grid = sampling.draw_prompt_grid(
             run.pipeline,
             run.prompts,
             list(options.validation_prompts),
@@ -803,6 +811,7 @@ def draw_prompts(run: Run) -> None:
             run.output_dir / "samples" / f"step-{run.step:07d}.png",
         )
     run.pipeline.register_modules(transformer=run.transformer)
+    return grid
 
 
 def evaluate(run: Run) -> None:
@@ -892,7 +901,8 @@ def save(run: Run, must_succeed: bool) -> None:
             index = (run.output_dir / MODEL_INDEX).read_text(encoding="utf-8")
             write_stock_pipeline(folder, index, run.exported_transformer, run.objective.scheduler)
             for name in ("vae", *run.family.text_components):
-                checkpoints.link_tree(run.output_dir / name, folder / name)
+                if (run.output_dir / name).is_dir():  # a text encoder may have been left out from the start
+                    checkpoints.link_tree(run.output_dir / name, folder / name)
         else:
             write_class_conditional(folder)
         stored_heads.save_heads(folder, aligned.heads, run.alignments)
@@ -949,12 +959,13 @@ def finish(run: Run) -> None:
         for part in last.iterdir():
             if part.is_file():
                 shutil.copyfile(part, run.output_dir / part.name)
-            elif part.name != STATE:
+            elif part.name not in (STATE, *([stored_heads.FOLDER] if run.options.rank else [])):  # larger than a LoRA
                 checkpoints.link_tree(part, run.output_dir / part.name)
         if run.start:
             say_distance(run)
         publish(run)
         how = "is a LoRA; its README.md shows how to load it" if run.options.rank else "loads with from_pretrained"
+        how += "".join(f", {name}=None" for name in run.left_out)
         logger.info(f"done: {run.output_dir} {how}")
 
 
@@ -984,7 +995,12 @@ def card_facts(run: Run) -> dict[str, Any]:
     grids = sorted((run.output_dir / "samples").glob("*.png"))
     transformer, id2label = run.exported_transformer, run.sources.id2label
     published = run.trained_weights.values() if run.options.rank else transformer.parameters()
+    dtypes = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
     return {
+        "dtype": dtypes.get(run.accelerator.mixed_precision, "torch.float32"),
+        "family_tags": run.family.tags if run.pipeline else (),
+        "left_out": run.left_out,
+        "pictures": card_pictures(run, grids),
         "parameters": f"{sum(parameter.numel() for parameter in published) / 1e6:.1f}",
         "classes": id2label.values(),
         "num_classes": len(id2label),
@@ -1006,6 +1022,15 @@ def card_facts(run: Run) -> dict[str, Any]:
         "machine": throughput.describe_machine(run.accelerator),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "accelerate", "datasets")),
     }
+
+
+def card_pictures(run: Run, grids: list[Path]) -> list[tuple[str, str]]:
+    """Caption and place of the newest samples: one of each prompt, or a grid of all classes."""
+    if run.pipeline is None:
+        return [(f"Samples at step {run.step}", f"samples/{grids[-1].name}")] if grids else []
+    pictures = sorted((run.output_dir / "samples" / sampling.LATEST).glob("*.png"))
+    places = [picture.relative_to(run.output_dir).as_posix() for picture in pictures]
+    return list(zip(run.options.validation_prompts, places, strict=False))
 
 
 def last_held_out_loss(run: Run) -> float | None:

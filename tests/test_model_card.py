@@ -1,5 +1,6 @@
 """The model card: parsed by huggingface_hub, true to the run, silent about this machine."""
 
+import ast
 import re
 
 import pytest
@@ -83,6 +84,54 @@ def test_the_metadata_are_the_hubs(train):
     assert entry["results"][0]["metrics"][0]["value"] == result.metric_value
 
 
+def test_a_loras_card_is_found_and_loads_what_was_trained(tmp_path):
+    """In the Hub's gallery, by its base and family; from the base's revision and variant, in the precision of the run."""
+    base = "stabilityai/stable-diffusion-3.5-medium"
+    options = Options(
+        text_conditioning=True,
+        rank=4,
+        use_ema=False,
+        ema_decay=(0.9,),
+        pretrained_model_name_or_path=base,
+        revision="main-2",
+        variant="fp16",
+        validation_prompts=("a cat", "two: dogs"),
+    )
+    facts = {
+        "pipeline_class": "StableDiffusion3Pipeline",
+        "has_lora_loader": True,
+        "family_tags": ("sd3",),
+        "pictures": [("a cat", "samples/latest/00.png"), ("two: dogs", "samples/latest/01.png")],
+        "left_out": ("text_encoder_3", "tokenizer_3"),
+        "dtype": "torch.bfloat16",
+    }
+    write_card(tmp_path / "README.md", ROOT / "model_card_template.md", options, "me/lora", facts)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"diffusers", "lora", "sd3", "template:sd-lora", "text-to-image"} <= set(card.data.tags)
+    assert (card.data.base_model, card.data.base_model_relation) == (base, "adapter")
+    fields = yaml.safe_load(card.content.split("---")[1])
+    assert fields["instance_prompt"] is None
+    assert [(entry["text"], entry["output"]["url"]) for entry in fields["widget"]] == facts["pictures"]
+    load = re.search(r"from_pretrained\((.*)\)", card.text)[1]
+    arguments = {keyword.arg: keyword.value.value for keyword in ast.parse(f"f({load})").body[0].value.keywords[:-1]}
+    assert arguments == {"revision": "main-2", "variant": "fp16", "text_encoder_3": None, "tokenizer_3": None}
+    assert load.endswith("dtype=torch.bfloat16")
+    assert "pipeline.to(" in card.text
+    assert "ema_decay" not in card.text
+    assert "heads/" not in card.text
+
+
+def test_a_fine_tuned_model_is_a_finetune_of_its_base_and_loads_by_itself(tmp_path):
+    options = Options(pretrained_model_name_or_path="facebook/DiT-XL-2-256", revision="v1", variant="fp16")
+    facts = {"works_in_stock": True, "num_classes": 3, "pictures": [("Samples at step 4", "samples/step-0000004.png")]}
+    write_card(tmp_path / "README.md", ROOT / "model_card_template.md", options, "me/model", facts)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model_relation == "finetune"
+    assert card.data.widget == [{"text": "Samples at step 4", "output": {"url": "samples/step-0000004.png"}}]
+    assert "revision v1" in card.text
+    assert not re.search(r"from_pretrained\([^)]*(revision|variant)", card.text)
+
+
 HOSTILE = ["a: b\n---\nlicense: mit", "'\"}{%- for -%}", "[x](javascript:alert(1))", "<script>alert(1)</script> | `x`"]
 
 
@@ -102,8 +151,9 @@ def test_no_name_breaks_the_card(tmp_path, name):
     assert prose.count("\n| ") == prose.count(" |\n")
     headings = re.findall(r"^#+ .*$", prose, flags=re.MULTILINE)
     assert headings[1:] == ["## Use", "## Training", "## Evaluation", "## Limits", "## Method"]
-    for code in re.findall(r"from_pretrained\((.*?)(?:, custom_pipeline.*)?\)\n", card.text):
-        assert yaml.safe_load(code) == name
+    loads = re.findall(r"from_pretrained\(\s*(.*), dtype=torch.float32", card.text)
+    assert loads
+    assert all(yaml.safe_load(code) == name for code in loads)
 
 
 def test_no_heading_stands_empty(train, tmp_path):

@@ -50,8 +50,8 @@ STOCK = """
 import json, sys, torch
 sys.modules["vaerepa"] = None  # nothing of ours can be imported
 from diffusers import DiffusionPipeline
-for folder, lora, target in json.loads(sys.argv[1]):
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+for folder, lora, target, given in json.loads(sys.argv[1]):
+    pipeline = DiffusionPipeline.from_pretrained(folder, **given)
     assert type(pipeline).__module__.startswith("diffusers.")
     if lora and hasattr(pipeline, "load_lora_weights"):
         pipeline.load_lora_weights(lora)
@@ -66,10 +66,13 @@ for folder, lora, target in json.loads(sys.argv[1]):
 """
 
 
-def draw_in_stock(tmp_path: Path, *jobs: tuple[Path, Path | None]) -> list[np.ndarray]:
-    """Pictures that a fresh process draws by stock pipelines, each from a folder and the folder of a LoRA."""
+def draw_in_stock(tmp_path: Path, *jobs: tuple[Path, Path | None], **given: None) -> list[np.ndarray]:
+    """Pictures that a fresh process draws by stock pipelines, each from a folder and the folder of a LoRA.
+
+    What is `given` to from_pretrained are the parts to do without.
+    """
     targets = [tmp_path / f"stock-{number}.png" for number in range(len(jobs))]
-    lines = [[str(folder), lora and str(lora), str(t)] for (folder, lora), t in zip(jobs, targets, strict=True)]
+    lines = [[str(folder), lora and str(lora), str(t), given] for (folder, lora), t in zip(jobs, targets, strict=True)]
     subprocess.run([sys.executable, "-c", STOCK, json.dumps(lines)], cwd=tmp_path, check=True, capture_output=True)
     return [np.asarray(Image.open(target)).astype(int) for target in targets]
 
@@ -387,7 +390,7 @@ def test_the_cards_code_runs_as_printed(family, finetune, pipelines, tmp_path):
     assert "*a red cat*, *tree*" in card.text
     assert "Negative prompt: *blur*" in card.text
     assert "LoRA layers of rank 2" in card.text
-    (code,) = re.findall(r"```python\n(from diffusers.*?)```", card.text, re.DOTALL)
+    (code,) = re.findall(r"```python\n(import torch.*?)```", card.text, re.DOTALL)
     base = pipelines(family)
     code = code.replace(json.dumps(base.name), json.dumps(str(base))).replace('"run"', json.dumps(str(run)))
     code = 'import sys; sys.modules["vaerepa"] = None\n' + code + "\nprint(image.size)"

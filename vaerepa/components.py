@@ -9,7 +9,7 @@ import transformers
 from diffusers import SchedulerMixin
 from torch import nn
 
-from vaerepa import checks, families, lora, objectives
+from vaerepa import checks, families, frozen, lora, objectives
 from vaerepa.alignment import METHODS, Alignment, MethodParts, settings
 from vaerepa.alignment.stored_heads import StoredHeads, load_heads
 from vaerepa.alignment.vision_encoder import VisionEncoder
@@ -114,23 +114,27 @@ def open_text(options: Options) -> tuple[TextFamily, TextPipeline]:
         classes = "; to fine-tune it on classes leave out --text_conditioning" if kind == "DiTPipeline" else ""
         raise OptionError(f"--{flag} {name} holds a {kind}; expected one of {supported}{classes}.")
     missing = [part for part in family.text_components if is_missing_part(index, part)]
-    if missing:
+    if not set(missing) <= set(family.dispensable_components):
         raise OptionError(
-            f"--{flag} {name} has no {', '.join(missing)}; stock diffusers would not load what is trained from it. Give a whole "
-            "pipeline; --cache_text_embeddings keeps its text encoders out of memory."
+            f"--{flag} {name} has no {', '.join(missing)}, which captions are encoded by. Give a whole pipeline; "
+            "--cache_text_embeddings keeps its text encoders out of memory."
         )
+    if missing:
+        logger.info(f"{name} comes without {', '.join(missing)}: it trains, and draws, without")
     pipeline_class = family.pipeline_class(kind)
     parts = inspect.signature(pipeline_class.__init__).parameters.keys() - {"self"}
-    unwanted = {"vae", "transformer"} if from_scratch else {"vae"}
+    unwanted = {"vae", *pipeline_class._optional_components} - set(family.text_components)
+    unwanted |= {"transformer"} if from_scratch else set()
     left_out = dict.fromkeys(part for part in parts if part in unwanted or is_missing_part(index, part))
     try:
         loaded = pipeline_class.from_pretrained(name, **left_out, dtype=torch.get_default_dtype(), **where)
     except UNREADABLE as error:
         raise OptionError(f"--{flag} {name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
     text = {part: getattr(loaded, part) for part in family.text_components}
-    for encoder in text.values():
+    for part, encoder in text.items():
         if isinstance(encoder, nn.Module):
             encoder.eval().requires_grad_(False)
+            frozen.remember_dtypes(encoder, name, part, **where)
     if from_scratch:
         return family, TextPipeline(pipeline_class, text)
     return family, TextPipeline(pipeline_class, text, family.to_training_form(loaded.transformer), loaded.scheduler)
@@ -150,6 +154,7 @@ def _open_text_encoder(name: str, family: TextFamily, cache_dir: str | None) -> 
         reason = why_unreadable(name, error, "a text encoder of transformers with its tokenizer")
         raise OptionError(f"--pretrained_text_encoder_model_name_or_path {name} cannot be loaded: {reason}") from error
     encoder = encoder.get_encoder() if getattr(encoder.config, "is_encoder_decoder", False) else encoder
+    frozen.remember_dtypes(encoder, name, cache_dir=cache_dir)
     parts = {"tokenizer": tokenizer, "text_encoder": encoder.eval().requires_grad_(False)}
     return TextPipeline(family.pipeline_class(), parts)
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.logging import MultiProcessAdapter
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +172,14 @@ class MetricsFile:
         temporary = self.path.with_suffix(".new")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
+
+
+def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
+    """Hands a picture to the trackers that take some; on the main process."""
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: np.asarray(picture.convert("RGB"))[None]}, step=step, **layout)
 
 
 def plot_curves(metrics: list[dict], path: Path) -> None:

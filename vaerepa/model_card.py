@@ -16,6 +16,7 @@ from vaerepa.privacy import is_local, public_name
 
 CLASS_TASK = "unconditional-image-generation"  # the Hub has no tag for generation by class
 TEXT_TASK = "text-to-image"
+LORA_TEMPLATE = "template:sd-lora"  # by which the Hub shows a gallery
 SHOWN = (
     "seed",
     "global_batch_size",
@@ -35,10 +36,12 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         name: the repository, user/name, or the name of the run.
         facts: what the template asks for beyond the options; what is missing leaves no empty heading. `classes` are the
             names of the classes, `held_out_loss` is the exported weights' loss, `report` the newest of --eval_steps,
-            `pipeline_class` is the stock pipeline's name where it draws from text.
+            `pipeline_class` is the stock pipeline's name where it draws from text, `pictures` are the captions and places of
+            samples, `left_out` the parts that the pipeline does without, `dtype` is the one to load it in.
     """
+    metadata = card_metadata(options, name, facts)
     card = ModelCard.from_template(
-        card_metadata(options, name, facts.get("held_out_loss"), facts.get("report")),
+        metadata,
         template_path=str(template),
         title=plain(name),
         name=json.dumps(name),
@@ -53,7 +56,8 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         prompts=[plain(prompt) for prompt in options.validation_prompts],
         prompt=json.dumps((*options.validation_prompts, "a prompt")[0]),
         negative_prompt=plain(options.negative_prompt),
-        base_name=json.dumps(public_name(options.pretrained_model_name_or_path or "")),
+        base_revision=plain(options.revision or "") if options.pretrained_model_name_or_path else "",
+        load=_load_arguments(options, name, facts),
         guidance_scale=options.validation_guidance_scale,
         sampling_steps=options.validation_num_inference_steps,
         metrics=_shown_metrics(facts.get("report")),
@@ -61,19 +65,31 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         options=[(option, plain(str(value))) for option, value in _shown_options(options)],
         **{fact: value for fact, value in facts.items() if fact != "classes"},
     )
+    card.data = metadata  # which the card has read back without what is empty
     unfinished = path.with_name(f".{path.name}.new")
     card.save(unfinished)
     os.replace(unfinished, path)
 
 
-def card_metadata(options: Options, name: str, held_out_loss: float | None, report: Report | None) -> ModelCardData:
+class CardData(ModelCardData):
+    """The Hub's fields, with an empty `instance_prompt` where its gallery of LoRAs asks for one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        return fields | {"instance_prompt": None} if LORA_TEMPLATE in fields["tags"] else fields
+
+
+def card_metadata(options: Options, name: str, facts: dict[str, Any]) -> ModelCardData:
     """The card's head; libraries write it as YAML, so that no name can break it."""
+    held_out_loss, report = facts.get("held_out_loss"), facts.get("report")
     methods = settings.methods_of(options)
     base, vae = options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path
     task = TEXT_TASK if options.text_conditioning else CLASS_TASK
-    plain_tag = "text-to-image" if options.text_conditioning else "sit"
-    tags = ["diffusers", *([METHODS[name].title.lower() for name in methods] if methods else [plain_tag])]
-    tags += ["class-conditional"] if not options.text_conditioning else ["lora"] if options.rank else []
+    tags = ["diffusers", "diffusers-training", *(METHODS[name].title.lower() for name in methods)]
+    if options.text_conditioning:
+        tags += [TEXT_TASK, *facts.get("family_tags", ()), *(["lora", LORA_TEMPLATE] if options.rank else [])]
+    else:
+        tags += ["class-conditional", *([] if methods else ["sit"])]
     results, dataset = [], public_name(_dataset(options))
     if held_out_loss is not None:
         results.append(
@@ -99,17 +115,30 @@ def card_metadata(options: Options, name: str, held_out_loss: float | None, repo
                 metric_value=value,
             )
         )
-    return ModelCardData(
+    return CardData(
         license=options.hub_license,
         library_name="diffusers",
         pipeline_tag=task,
         tags=tags,
         datasets=_hub_names(options.dataset_name) or None,
         base_model=next(iter(_hub_names(base)), None) or next(iter(_hub_names(None if base else vae)), None),
-        base_model_relation="adapter" if options.rank and _hub_names(base) else None,
+        base_model_relation=("adapter" if options.rank else "finetune") if _hub_names(base) else None,
+        widget=[{"text": text, "output": {"url": url}} for text, url in facts.get("pictures", ())] or None,
         model_name=name,
         eval_results=results or None,
     )
+
+
+def _load_arguments(options: Options, name: str, facts: dict[str, Any]) -> str:
+    """What the snippets give to from_pretrained: of a LoRA, where its base is."""
+    arguments = dict.fromkeys(facts.get("left_out", ()))
+    if options.rank:
+        base = options.pretrained_model_name_or_path
+        name = public_name(base)
+        where = {"revision": options.revision if _hub_names(base) else None, "variant": options.variant}
+        arguments = {key: value for key, value in where.items() if value} | arguments
+    named = [f"{key}={'None' if value is None else json.dumps(value)}" for key, value in arguments.items()]
+    return ", ".join([json.dumps(name), *named, f"dtype={facts.get('dtype', 'torch.float32')}"])
 
 
 def describe_alignment(alignment: Alignment) -> dict[str, Any]:
@@ -139,6 +168,8 @@ def _shown_options(options: Options) -> Iterable[tuple[str, object]]:
     """The options that tell most, and all that are not at their default and name no place on this machine."""
     for name, spec in FIELDS.items():
         value = getattr(options, name)
+        if name == "ema_decay" and not options.use_ema:
+            continue
         is_past = spec.metadata["resume"] != "free"
         if name in SHOWN or (is_past and value != spec.default and not isinstance(value, str)):
             yield name, " ".join(map(str, value)) if isinstance(value, tuple) else value

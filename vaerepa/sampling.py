@@ -1,5 +1,6 @@
 """Sample grids: the pictures of a run, drawn through the pipeline that is shipped with it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vaerepa import objectives
 from vaerepa.data import Prompts
 from vaerepa.families import dit
 
+LATEST = "latest"  # folder of single pictures
 MAX_COLUMNS = 10
 FONT_SIZE = 11
 MARGIN = 4
@@ -55,8 +57,8 @@ def draw_grid(
     num_inference_steps: int,
     seed: int,
     path: Path,
-) -> None:
-    """Samples one picture per label, always from the same noise, and writes them as one PNG."""
+) -> Image.Image:
+    """Samples one picture per label, always from the same noise, writes them as one PNG and returns it."""
     generators = [noise_generator(seed + i) for i in range(len(labels))]
     images = pipeline(
         labels, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, generator=generators
@@ -66,7 +68,9 @@ def draw_grid(
     while len(images) % columns:
         columns -= 1
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images, rows=len(images) // columns, cols=columns).save(path)
+    grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
+    grid.save(path)
+    return grid
 
 
 def draw_prompt_grid(
@@ -80,11 +84,16 @@ def draw_prompt_grid(
     num_inference_steps: int,
     seed: int,
     path: Path,
-) -> None:
+) -> Image.Image:
     """Samples a column of pictures per prompt, always from the same noise, with the prompt under each, as one PNG.
+
+    The first picture of each prompt lies by itself in `latest/` beside it.
 
     Args:
         size: height and width in pixels.
+
+    Returns:
+        The grid.
     """
     every = [text for _ in range(images_per_prompt) for text in texts]
     images = []
@@ -100,8 +109,13 @@ def draw_prompt_grid(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(images, every, columns=len(texts)).save(path)
+    grid, latest = labelled_grid(images, every, columns=len(texts)), path.parent / LATEST
+    shutil.rmtree(latest, ignore_errors=True)
+    latest.mkdir(parents=True)
+    for number, image in enumerate(images[: len(texts)]):
+        image.save(latest / f"{number:02d}.png")
+    grid.save(path)
+    return grid
 
 
 def draw_texts(

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from vaerepa import frozen
 from vaerepa.errors import OptionError
 from vaerepa.hub.reasons import UNREADABLE, lacks_file, why_unreadable
 from vaerepa.options import Options
@@ -58,6 +59,7 @@ def load_vae(
     folded = ("latents_mean", "latents_std") if keep_shift else ("shift_factor", "latents_mean", "latents_std")
     if has_posterior(vae) and any(config.get(key) for key in folded):
         vae = fold_normalization(vae)
+    frozen.remember_dtypes(vae, name_or_path, subfolder, variant, **where)
     if keep_shift and vae.config.shift_factor is None:
         vae.register_to_config(shift_factor=0.0)  # such pipelines add it without asking
     return vae.eval().requires_grad_(False)

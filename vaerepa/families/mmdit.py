@@ -12,6 +12,7 @@ from vaerepa.families.text_family import Condition, TextFamily, TextModel
 
 class MMDiT(TextFamily):
     name = "Stable Diffusion 3 and 3.5"
+    tags = ("sd3", "sd3-diffusers")
     pipelines = ("StableDiffusion3Pipeline",)
     text_components = (
         "tokenizer",
@@ -21,6 +22,7 @@ class MMDiT(TextFamily):
         "tokenizer_3",
         "text_encoder_3",
     )
+    dispensable_components = ("tokenizer_3", "text_encoder_3")  # the stock pipeline puts zeros in the place of T5's
     knows_shift = True
     max_sequence_length = 256  # of T5; CLIP's 77 come before
     lora_layers = (
@@ -45,6 +47,7 @@ class MMDiT(TextFamily):
 
     def build_transformer(self, size: Size, patch_size: int, given: TextModel) -> SD3Transformer2DModel:
         clips = [given.text_components[name].config for name in ("text_encoder", "text_encoder_2")]
+        t5 = given.text_components["text_encoder_3"]
         transformer = SD3Transformer2DModel(
             sample_size=given.latent_size,
             patch_size=patch_size,
@@ -53,7 +56,7 @@ class MMDiT(TextFamily):
             num_layers=size.num_layers,
             num_attention_heads=size.num_attention_heads,
             attention_head_dim=size.hidden_size // size.num_attention_heads,
-            joint_attention_dim=given.text_components["text_encoder_3"].config.d_model,
+            joint_attention_dim=t5.config.d_model if t5 else sum(config.hidden_size for config in clips),
             caption_projection_dim=size.hidden_size,
             pooled_projection_dim=sum(config.projection_dim for config in clips),
             pos_embed_max_size=2 * (given.latent_size // patch_size),  # room for rectangles

@@ -12,6 +12,7 @@ from vaerepa.families.text_family import Condition, TextFamily, TextModel
 
 class PixArt(TextFamily):
     name = "PixArt-alpha and PixArt-Sigma"
+    tags = ("pixart",)
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     text_components = ("tokenizer", "text_encoder")
     knows_shift = False

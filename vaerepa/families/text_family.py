@@ -33,8 +33,10 @@ class TextFamily(ABC):
     """
 
     name: ClassVar[str]
+    tags: ClassVar[tuple[str, ...]]  # by which the Hub's users look for it
     pipelines: ClassVar[tuple[str, ...]]  # names of stock pipelines; the first is what is trained from scratch
     text_components: ClassVar[tuple[str, ...]]
+    dispensable_components: ClassVar[tuple[str, ...]] = ()  # of these, what the stock pipeline encodes captions without
     knows_shift: ClassVar[bool]  # whether the stock pipeline undoes the VAE's shift_factor
     max_sequence_length: ClassVar[int]  # the stock pipeline's default
     lora_layers: ClassVar[tuple[str, ...]]

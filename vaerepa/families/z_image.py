@@ -17,6 +17,7 @@ from vaerepa.families.text_family import Condition, TextFamily, TextModel
 
 class ZImage(TextFamily):
     name = "Z-Image"
+    tags = ("z-image", "z-image-diffusers")
     pipelines = ("ZImagePipeline",)
     text_components = ("tokenizer", "text_encoder")
     knows_shift = True
