@@ -73,7 +73,7 @@ from vaerepa.families import Family, dit
 from vaerepa.families.text_family import write_stock_pipeline
 from vaerepa.hub import access
 from vaerepa.hub.push import tag_of
-from vaerepa.hub.uploader import Uploader
+from vaerepa.hub.uploader import EXIT_CODE, NotPushedError, Uploader
 from vaerepa.layout import STATE, all_checkpoints, folder_of, step_of
 from vaerepa.logs import MetricsFile, Window, by_noise_level, get_logger, log_picture, plot_curves, set_up_logging
 from vaerepa.options import Options, changed_options, parse_options
@@ -185,6 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, OptionError):
             print(f"\nerror: {redact(str(error)).strip().splitlines()[-1]}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
+    except NotPushedError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return EXIT_CODE
     except torch.OutOfMemoryError:
         print(f"\nerror: out of GPU memory. {speed.next_memory_lever(options)}", file=sys.stderr)
         return 1
@@ -247,6 +250,8 @@ def train(options: Options) -> None:
                 drop_trackers(accelerator, error)
         if accelerator.is_main_process:  # what an upload had kept
             checkpoints.purge(output_dir, options.checkpoints_total_limit)
+        if uploader and uploader.missing:
+            raise NotPushedError(f"{uploader.missing.name} is whole in {output_dir}, but not on the Hub.")
 
 
 # --- build ------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """The Hub, over HTTP: what is pushed, what an outage does to it, who may push, going on from it; tests/hub_server.py serves."""
 
+import getpass
 import json
 import logging
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -17,11 +19,14 @@ import torch
 import yaml
 from accelerate import PartialState
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, launcher, read_metrics
 from tests.hub_server import CUT, HubServer, Repo
+from tests.test_text import PROMPTS
 from vaerepa.checkpoints import find_damage, purge
 from vaerepa.hub import uploader as uploader_room
+from vaerepa.hub.push import published_files
 from vaerepa.hub.uploader import Uploader
 from vaerepa.layout import all_checkpoints
 
@@ -269,6 +274,31 @@ def test_an_upload_that_cannot_even_begin_hurts_nobody(run, uploader, caplog, mo
     assert "Push it by hand" in caplog.text
 
 
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_the_heads_of_a_lora_go_up_with_the_training_state_alone(strategy, finetune, tmp_path):
+    run = finetune("sd3", rank=2, max_train_steps=1, **PROMPTS)
+    files = published_files(run, run / "checkpoint-1", strategy)
+    folder = {"every_save": None, "checkpoint": "last-checkpoint/heads", "all_checkpoints": "checkpoint-1/heads"}[
+        strategy
+    ]
+    assert "pytorch_lora_weights.safetensors" in files
+    assert {str(Path(path).parent) for path in files if "heads" in path} == ({folder} if folder else set())
+    assert not (run / "heads").exists()
+    assert {"samples/latest/00.png", "samples/latest/01.png"} <= files.keys()
+
+
+def test_metrics_go_up_as_tensorboards_and_name_nothing_of_this_machine(run, tmp_path):
+    files = published_files(run, all_checkpoints(run)[-1], "every_save")
+    (name,) = [path for path in files if "tfevents" in path]
+    (tmp_path / Path(name).name).write_bytes(files[name])
+    events = EventAccumulator(str(tmp_path / Path(name).name)).Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    expected = [(line["step"], line["train/loss"]) for line in read_metrics(run, "train/loss")]
+    assert logged == [(step, pytest.approx(value)) for step, value in expected]
+    assert len(logged) == 3
+    assert not any(secret.encode() in files[name] for secret in (platform.node(), str(run), getpass.getuser(), "logs"))
+
+
 def test_what_a_newer_state_lacks_goes_and_a_tag_moves(hub, run, uploader):
     newest = all_checkpoints(run)[-1]
     uploader.push(newest)
@@ -312,6 +342,23 @@ def test_rights_are_checked_before_training(hub, push, tmp_path, token, message)
     assert f"error: --push_to_hub: {message}" in output
     assert not (tmp_path / "run" / "vae").exists()
     assert_no_secret(output.encode())
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+@pytest.mark.parametrize("path", ["/auth-check/write", "/tag/"])
+def test_a_hub_that_lacks_a_route_gets_the_model_all_the_same(hub, push, path, status):
+    hub.fail(path, status, times=100)
+    output = push(push_to_hub=True, hub_model_id="ann/model", max_train_steps=1)
+    assert "by hand with" not in output
+    assert "model_index.json" in hub.files("ann/model")
+
+
+def test_a_last_push_that_fails_has_an_exit_code_of_its_own(hub, push, tmp_path):
+    hub.fail("/commit/", 403, times=100)
+    output = push(code=3, push_to_hub=True, hub_model_id="ann/model", max_train_steps=1)
+    assert "error: checkpoint-1 is whole" in output
+    assert "by hand with" in output
+    assert (tmp_path / "run/model_index.json").is_file()
 
 
 def test_a_licence_that_the_hub_does_not_know_is_said_before_training(push):

@@ -109,7 +109,7 @@ def test_a_loras_card_is_found_and_loads_what_was_trained(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert {"diffusers", "lora", "sd3", "template:sd-lora", "text-to-image"} <= set(card.data.tags)
     assert (card.data.base_model, card.data.base_model_relation) == (base, "adapter")
-    fields = yaml.safe_load(card.content.split("---")[1])
+    fields = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
     assert fields["instance_prompt"] is None
     assert [(entry["text"], entry["output"]["url"]) for entry in fields["widget"]] == facts["pictures"]
     load = re.search(r"from_pretrained\((.*)\)", card.text)[1]

@@ -251,3 +251,20 @@ def test_tensorboard_and_metrics_tell_the_same(train):
     events = EventAccumulator(str(next(path for path in (run / "logs").rglob("events*")).parent)).Reload()
     told = [event.value for event in events.Scalars("train/loss")]
     assert told == pytest.approx([line["train/loss"] for line in read_metrics(run, "train/loss")])
+
+
+def test_sample_grids_are_drawn_before_the_first_step_and_go_to_the_tracker(train, tmp_path):
+    options = {"num_validation_images": 3, "validation_steps": 2}
+    drawn = train(output_dir=tmp_path / "drawn", report_to="tensorboard", max_train_steps=2, **options)
+    train(output_dir=tmp_path / "drawn", report_to="tensorboard", resume_from_checkpoint="latest", **options)
+    assert [path.stem for path in sorted((drawn / "samples").glob("*.png"))] == [f"step-{n:07d}" for n in (0, 2, 4)]
+    steps = set()
+    for path in (drawn / "logs").rglob("events*"):
+        events = EventAccumulator(str(path)).Reload()
+        if "samples" in events.Tags()["images"]:
+            steps |= {event.step for event in events.Images("samples")}
+    assert steps == {0, 2, 4}
+    plain = train(output_dir=tmp_path / "plain")
+    file = "checkpoint-4/state/optimizer.safetensors"
+    one, other = load_file(drawn / file), load_file(plain / file)
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,5 +1,6 @@
 """Where things lie in --output_dir: checkpoint-N/, each a stock pipeline with heads/ and state/ beside it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -22,3 +23,16 @@ def step_of(folder: Path) -> int:
 def folder_of(output_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return output_dir / f"checkpoint-{step}"
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines, none where there is no file; a line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines

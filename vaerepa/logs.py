@@ -19,6 +19,8 @@ from accelerate.logging import MultiProcessAdapter
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from PIL import Image
 
+from vaerepa.layout import read_lines
+
 logger = logging.getLogger(__name__)
 
 NUM_NOISE_LEVELS = 5
@@ -151,14 +153,7 @@ class MetricsFile:
 
     def read(self) -> list[dict]:
         """All lines; one that a kill cut short is left out."""
-        lines = []
-        written = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for line in [*written, *self._unwritten]:
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue
-        return lines
+        return [*read_lines(self.path), *map(json.loads, self._unwritten)]
 
     def keep_until(self, step: int, is_window_open: bool = False) -> None:
         """Drops what was logged after `step`: those steps will be made again.

@@ -435,7 +435,11 @@ class Options:
     )
 
     # --- Hub -----------------------------------------------------------------------------------------------------
-    push_to_hub: bool = option(False, "Push the model to the Hub, in the background.", group="Hub")
+    push_to_hub: bool = option(
+        False,
+        "Push the model to the Hub, in the background. Exit code 3: the last push failed, the run did not.",
+        group="Hub",
+    )
     hub_model_id: str | None = option(
         None,
         "Repository to push to, user/name. Default: the name of --output_dir, in your own account.",

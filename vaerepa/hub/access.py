@@ -9,7 +9,7 @@ from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HFValidation
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from vaerepa.errors import OptionError
-from vaerepa.hub.push import what_went_wrong
+from vaerepa.hub.push import NO_SUCH_ROUTE, what_went_wrong
 from vaerepa.options import Options
 
 REVISION = re.compile(r"(?!.*(\.\.|//))\w[\w./-]*")
@@ -54,7 +54,7 @@ def open_repository(options: Options) -> str:
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         api.create_repo(repo_id, private=options.hub_private_repo or None, exist_ok=True)
-        api.auth_check(repo_id, write=True)
+        _check_rights(api, repo_id)
         if options.hub_revision:
             api.create_branch(repo_id, branch=options.hub_revision, exist_ok=True)
         _check_license(options.hub_license)
@@ -67,6 +67,16 @@ def open_repository(options: Options) -> str:
             f"--push_to_hub: {os.environ.get('HF_ENDPOINT', 'the Hub')} cannot be reached: {what_went_wrong(error)}."
         ) from error
     return repo_id
+
+
+def _check_rights(api: HfApi, repo_id: str) -> None:
+    """Asks whether the repository may be written to; a Hub that cannot tell must at least have it."""
+    try:
+        api.auth_check(repo_id, write=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code not in NO_SUCH_ROUTE:
+            raise
+        api.model_info(repo_id)
 
 
 def _check_license(name: str) -> None:

@@ -6,6 +6,7 @@ The trainer runs this command in the background; by hand it pushes the newest ch
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -16,10 +17,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 
-from vaerepa.layout import STATE, all_checkpoints, folder_of, step_of
+from vaerepa.layout import STATE, all_checkpoints, folder_of, read_lines, step_of
 from vaerepa.privacy import public_values, redact
 
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+NO_SUCH_ROUTE = (404, 405, 501)  # what a Hub of one's own may answer where it lacks a part of the real one
+METRICS, EVENTS = "metrics.jsonl", "runs/events.out.tfevents.0.vaerepa"
 LAST_CHECKPOINT = "last-checkpoint"
 PIPELINE_FOLDERS = ("transformer/", "vae/", "scheduler/", "heads/")  # what a newer state may lack goes from these
 
@@ -61,12 +64,16 @@ def tag_of(step: int, revision: str | None) -> str:
 def published_files(output_dir: Path, checkpoint: Path, strategy: str) -> dict[str, bytes | Path]:
     """What goes up, by its place in the repository."""
     in_checkpoint = {str(p.relative_to(checkpoint)): p for p in sorted(checkpoint.rglob("*")) if p.is_file()}
-    files = {place: path for place, path in in_checkpoint.items() if not place.startswith(f"{STATE}/")}
+    is_lora = "model_index.json" not in in_checkpoint
+    kept_back = (f"{STATE}/", "heads/") if is_lora else (f"{STATE}/",)  # heads would be several times a LoRA
+    files = {place: path for place, path in in_checkpoint.items() if not place.startswith(kept_back)}
     # read at once: the run goes on and will write them anew
-    pictures = [*sorted((output_dir / "samples").glob("*.png")), output_dir / "training_curves.png"]
+    pictures = [*sorted((output_dir / "samples").rglob("*.png")), output_dir / "training_curves.png"]
     for path in (output_dir / "README.md", *pictures):
         if path.is_file():
             files[str(path.relative_to(output_dir))] = path.read_bytes()
+    if events := metric_events(output_dir / METRICS):
+        files[EVENTS] = events
     config = yaml.safe_load((output_dir / "run_config.yaml").read_text(encoding="utf-8"))
     files["run_config.yaml"] = yaml.safe_dump(public_values(config), sort_keys=False).encode()
     if strategy in ("checkpoint", "all_checkpoints"):
@@ -75,10 +82,37 @@ def published_files(output_dir: Path, checkpoint: Path, strategy: str) -> dict[s
     return files
 
 
+def metric_events(path: Path) -> bytes:
+    """metrics.jsonl as an event file of TensorBoard, which the Hub shows; empty where there is none, or no TensorBoard.
+
+    The trackers' own files hold the machine's name, and the options with their paths.
+    """
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+    except ImportError:
+        return b""
+    lines, file = read_lines(path), io.BytesIO()
+    if not lines:
+        return b""
+    writer = RecordWriter(file)
+    writer.write(Event(file_version="brain.Event:2").SerializeToString())
+    for line in lines:
+        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        # the step stands for the time, which metrics.jsonl does not know
+        event = Event(wall_time=line["step"], step=line["step"], summary=Summary(value=values))
+        writer.write(event.SerializeToString())
+    return file.getvalue()
+
+
 def _set_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
     try:
         api.create_tag(repo_id, tag=tag, revision=commit)
     except HfHubHTTPError as error:
+        if error.response.status_code in NO_SUCH_ROUTE:
+            return  # a Hub without tags; the commit is there
         if error.response.status_code != 409:
             raise
         api.delete_tag(repo_id, tag=tag)  # of this step before a restart

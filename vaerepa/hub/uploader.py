@@ -17,6 +17,11 @@ logger = get_logger(__name__)
 ROOT = Path(__file__).parents[2]
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between attempts; each pause is twice the one before
 LAST_ATTEMPTS = 4  # when training is over
+EXIT_CODE = 3  # of a run whose last state did not reach the Hub
+
+
+class NotPushedError(RuntimeError):
+    """Training is done, and its last state is not on the Hub."""
 
 
 class Uploader:
@@ -34,6 +39,7 @@ class Uploader:
         self.waiting: Path | None = None
         self.uploading: Path | None = None
         self.pushed: Path | None = None
+        self.missing: Path | None = None  # that the Hub does not have, in the end
         self._process: subprocess.Popen | None = None
         self._overtaken: list[int] = []
         self._failures = 0  # since the last success
@@ -81,6 +87,7 @@ class Uploader:
             self._reason = "interrupted"
         if left := self.waiting or self.uploading:
             self._abandon()
+            self.missing = left
             logger.error(
                 f"the Hub does not have step {step_of(left)}: {self._reason}. Push it by hand with\n"
                 f"    {shlex.join(['python', *self.command])}"
