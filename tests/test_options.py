@@ -315,7 +315,7 @@ def test_a_missing_config_file_is_named(tmp_path):
         parse_options(["--config", str(tmp_path / "nothing.yaml")])
 
 
-# ---- saved runs and the README
+# ---- saved runs
 
 
 def test_a_secret_is_neither_saved_nor_shown(tmp_path):

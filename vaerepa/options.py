@@ -498,3 +498,9 @@ def changed_options(before: dict[str, Any], now: Options, resume: Resume) -> lis
 def _listed(saved: Any, current: Any) -> Any:
     """A value that was saved before its option took several."""
     return [saved] if isinstance(current, list) and not isinstance(saved, list | types.NoneType) else saved
+
+
+if __name__ == "__main__":
+    print(
+        f"# Options\n\nThis page is written by `python -m vaerepa.options > docs/options.md`.\n\n{cli.table(Options)}"
+    )

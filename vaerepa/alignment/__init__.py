@@ -1,7 +1,7 @@
 """Representation alignment: teach an early block of the transformer what is already known about the image.
 
 One file per method. To align your own diffusers transformer, wrap it in `AlignedTransformer` with a method's head and add
-the method's loss to yours; the README shows it in a dozen lines.
+the method's loss to yours; docs/alignment.md shows it in a dozen lines.
 """
 
 from vaerepa.alignment.aligned_transformer import AlignedTransformer
