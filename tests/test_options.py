@@ -155,6 +155,8 @@ def test_later_files_win_over_earlier_ones_and_a_row_lies_over_its_base(tmp_path
     for line in ([], ["--row", "narrow"]):
         with pytest.raises(OptionError, match=r"--row.*choose one of wide, plain"):
             parse_options(["--config", rows, *line])
+    with pytest.raises(OptionError, match=r"--row wide: no file of --config has `rows`"):
+        parse_options(["--config", one, "--row", "wide"])
 
 
 @pytest.mark.parametrize("text", ["[0.9999, 0.5]", "0.9999 0.5", "\n- 9999e-4\n- 5e-1"])

@@ -98,9 +98,11 @@ def parse(
     if left:
         raise OptionError(_say_unknown(line, left, known, foreign))
     given = vars(parsed)
-    row = given.pop("row", None)
+    row, paths = given.pop("row", None), given.pop("config")
+    if row is not None and not any("rows" in _load(path) for path in paths):
+        raise OptionError(f"--row {row}: no file of --config has `rows`.")
     values: dict[str, Any] = {}
-    for path in given.pop("config"):
+    for path in paths:
         values |= read_config(kind, path, row, aliases, foreign)
     values |= {name: convert(known[name], value) for name, value in given.items()}
     return kind(**values)
