@@ -783,6 +783,12 @@ def measure_held_out_loss(run: Run) -> None:
         logger.info(f"step {run.step}: held-out loss {losses['loss']:.5f} ({name})")
 
 
+def num_pictures(run: Run) -> int:
+    """Pictures of a sample grid; one row before the first step, which only shows that, and from what, they are drawn."""
+    count = run.options.num_validation_images
+    return count if run.step else min(count, sampling.MAX_COLUMNS)
+
+
 def draw_samples(run: Run) -> Image.Image:
     """A grid of labels by the shipped pipeline."""
     options, id2label = run.options, run.sources.id2label
@@ -790,7 +796,7 @@ def draw_samples(run: Run) -> Image.Image:
     with run.accelerator.autocast():
         return sampling.draw_grid(
             pipeline,
-            sampling.grid_labels(options.num_validation_images, len(id2label)),
+            sampling.grid_labels(num_pictures(run), len(id2label)),
             options.validation_guidance_scale,
             options.validation_num_inference_steps,
             options.seed,
@@ -808,7 +814,7 @@ def draw_prompts(run: Run) -> Image.Image:
             run.prompts,
             list(options.validation_prompts),
             options.negative_prompt,
-            max(1, options.num_validation_images // len(options.validation_prompts)),
+            max(1, num_pictures(run) // len(options.validation_prompts)),
             run.image_size,
             options.validation_guidance_scale,
             options.validation_num_inference_steps,

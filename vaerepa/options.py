@@ -377,7 +377,9 @@ class Options:
     validation_steps: int | None = option(
         None, "Validate every so many steps. Default: at the end only.", group="Validation", above=0
     )
-    num_validation_images: int = option(16, "Pictures in a sample grid; 0 draws none.", at_least=0)
+    num_validation_images: int = option(
+        16, "Pictures in a sample grid, at most a row of 10 before the first step; 0 draws none.", at_least=0
+    )
     validation_prompts: tuple[str, ...] = option(
         (), "Prompts of the sample grids of a text-to-image model.", goes_with="text_conditioning"
     )
