@@ -69,8 +69,8 @@ from vaerepa.data.order import ORDER
 from vaerepa.ema import EMA, relative_distance, share_of_start
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import TrainingEvaluation, held_out_loss, newest_report, open_evaluation
-from vaerepa.families import Family, dit
-from vaerepa.families.text_family import write_stock_pipeline
+from vaerepa.families import Family
+from vaerepa.families.dit import has_learned_sigma
 from vaerepa.hub import access
 from vaerepa.hub.push import tag_of
 from vaerepa.hub.uploader import EXIT_CODE, NotPushedError, Uploader
@@ -328,9 +328,9 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
         pipeline=pipeline,
         prompts=prompts,
     )
-    if components.text:
-        run.left_out = tuple(sorted(name for name, part in components.text.text_components.items() if part is None))
-    if components.pretrained and not options.rank and accelerator.is_main_process:
+    if components.given:
+        run.left_out = tuple(sorted(name for name, part in components.given.text_components.items() if part is None))
+    if components.pretrained_transformer and not options.rank and accelerator.is_main_process:
         run.start = {name: p.detach().to("cpu", copy=True) for name, p in run.trained_weights.items()}
     if "latent_statistics" in position:
         run.latent_statistics, run.feed.encode_in_bf16 = position["latent_statistics"], position["encode_in_bf16"]
@@ -364,7 +364,7 @@ def build_prompts(
     options: Options, accelerator: Accelerator, components: Components, transformer: nn.Module
 ) -> tuple[DiffusionPipeline, Prompts]:
     """The stock pipeline around a text-to-image transformer, and what encodes prompts; text encoders are written once."""
-    family, text = components.family, components.text
+    family, text = components.family, components.given
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     if half and options.rank:  # what does not train needs no more
         for parameter in transformer.parameters():
@@ -496,7 +496,7 @@ def begin(run: Run, checkpoint: Path | None, position: dict) -> None:
             level,
             f"after {run.max_train_steps} steps the EMA of decay {decay} holds {share:.1%} of the initial weights",
         )
-    if not run.pipeline and not dit.works_in_stock_pipeline(len(run.sources.id2label)):
+    if not run.pipeline and not run.family.works_in_stock_pipeline(len(run.sources.id2label)):
         logger.warning(
             "DiTPipeline guides up to 1000 classes only: load this model with the pipeline_vaerepa.py beside it"
         )
@@ -637,13 +637,14 @@ def teacher_of(run: Run, batch: dict) -> Callable[[torch.Tensor, int], torch.Ten
         with run.accelerator.autocast():
             tapped = family.blocks(transformer)[block - 1]
             output = output_of(tapped, lambda: family.predict(transformer, noisy, **inputs))
-        return family.hidden_states_of(output)[:, family.image_places(transformer, noisy)]
+        hidden_states = family.hidden_states_of(output)
+        return hidden_states[:, family.image_token_slice(transformer, noisy, hidden_states)]
 
     return hidden_tokens
 
 
 def corrupt(run: Run, batch: dict, t: torch.Tensor | None = None) -> tuple:
-    """Clean latents, noise, t, noisy latents x_t, target, and what the transformer is told beside x_t; t as drawn, or given."""
+    """Clean latents, noise, t, noisy latents x_t, target, and what the transformer takes beside x_t; t as drawn, or given."""
     draws = batch["draws"]
     clean = batch["latents"]
     noise = draws["noise"].to(clean.dtype)
@@ -908,23 +909,25 @@ def save(run: Run, must_succeed: bool) -> None:
     def write_pipeline(folder: Path) -> None:
         if run.options.rank:
             lora.save_lora(folder, run.transformer, type(run.pipeline))
-        elif run.pipeline:
-            index = (run.output_dir / MODEL_INDEX).read_text(encoding="utf-8")
-            write_stock_pipeline(folder, index, run.exported_transformer, run.objective.scheduler)
-            for name in ("vae", *run.family.text_components):
-                if (run.output_dir / name).is_dir():  # a text encoder may have been left out from the start
-                    checkpoints.link_tree(run.output_dir / name, folder / name)
         else:
-            write_class_conditional(folder)
+            write_stock_pipeline(folder)
         stored_heads.save_heads(folder, aligned.heads, run.alignments)
 
-    def write_class_conditional(folder: Path) -> None:
-        pipeline = dit.build_stock_pipeline(
-            run.exported_transformer, run.vae, run.objective.scheduler, run.sources.id2label
+    def write_stock_pipeline(folder: Path) -> None:
+        family, scheduler = run.family, run.objective.scheduler
+        pipeline = run.pipeline or family.build_pipeline(
+            family.pipeline_class(), run.transformer, run.vae, scheduler, id2label=run.sources.id2label
         )
-        dit.write_stock_pipeline(folder, pipeline)
-        checkpoints.link_tree(run.output_dir / "vae", folder / "vae")
-        shutil.copyfile(PIPELINE_FILE, folder / PIPELINE_FILE.name)
+        index = run.output_dir / MODEL_INDEX  # from before the text encoders left
+        text = index.read_text(encoding="utf-8") if run.pipeline else pipeline.to_json_string()
+        (folder / "model_index.json").write_text(text, encoding="utf-8")
+        family.to_stock_form(run.exported_transformer).save_pretrained(folder / "transformer")
+        scheduler.save_pretrained(folder / "scheduler")
+        for name in ("vae", *family.text_components):
+            if (run.output_dir / name).is_dir():  # a text encoder may have been left out from the start
+                checkpoints.link_tree(run.output_dir / name, folder / name)
+        if not run.pipeline:
+            shutil.copyfile(PIPELINE_FILE, folder / PIPELINE_FILE.name)
 
     def write() -> None:
         checkpoints.save(run.output_dir, run.step, write_pipeline, tensors, position)
@@ -1009,7 +1012,7 @@ def card_facts(run: Run) -> dict[str, Any]:
     dtypes = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
     return {
         "dtype": dtypes.get(run.accelerator.mixed_precision, "torch.float32"),
-        "family_tags": run.family.tags if run.pipeline else (),
+        "family_tags": run.family.tags,
         "left_out": run.left_out,
         "pictures": card_pictures(run, grids),
         "parameters": f"{sum(parameter.numel() for parameter in published) / 1e6:.1f}",
@@ -1024,8 +1027,8 @@ def card_facts(run: Run) -> dict[str, Any]:
         "held_out_loss": last_held_out_loss(run),
         "report": newest_report(run.output_dir, run.step),
         "is_flow": objectives.name_of(run.objective.scheduler) == "flow_matching",
-        "has_learned_sigma": not run.pipeline and dit.has_learned_sigma(transformer),
-        "works_in_stock": dit.works_in_stock_pipeline(len(id2label)),
+        "has_learned_sigma": not run.pipeline and has_learned_sigma(transformer),
+        "works_in_stock": run.family.works_in_stock_pipeline(len(id2label)),
         "pipeline_class": type(run.pipeline).__name__,
         "has_lora_loader": lora.has_loader(type(run.pipeline)),
         "draws_any_size": not run.pipeline or "use_resolution_binning" not in run.family.call_options,

@@ -182,7 +182,7 @@ def estimate(options: Options) -> Cost:
     """What a run costs, from models on the meta device."""
     options = checks.resolve_batch_sizes(checks.fill_in_defaults(options), 1)
     parts = components.open_components(options)
-    with nullcontext() if parts.pretrained else torch.device("meta"):
+    with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
     alignments = components.build_alignments(options, parts, transformer, NO_STATISTICS)
     shape = shape_of_latents(parts.vae, options.resolution)

@@ -17,7 +17,8 @@ import torch
 from vaerepa import throughput
 from vaerepa.alignment import AlignedTransformer, AlignmentContext, VAEAlignment
 from vaerepa.ema import EMA
-from vaerepa.families import dit
+from vaerepa.families import parse_preset
+from vaerepa.families.dit import initialize, model_inputs, new_transformer
 from vaerepa.objectives import FlowMatching
 from vaerepa.system import num_cores
 
@@ -25,21 +26,19 @@ LATENT_SHAPE = (4, 32, 32)  # 256-pixel images through an f8 VAE
 
 
 def build(model: str, with_head: bool) -> tuple[AlignedTransformer, VAEAlignment]:
-    size, patch_size = dit.parse_model_name(model)
-    transformer = dit.build_transformer(size, patch_size, LATENT_SHAPE[0], LATENT_SHAPE[1], 1000)
+    _, size, patch_size = parse_preset(model)
+    transformer = new_transformer(size, patch_size, LATENT_SHAPE[0], LATENT_SHAPE[1], 1000)
     method = VAEAlignment(patch_size)
     heads = {"vae": method.build_head(size.hidden_size, LATENT_SHAPE[0])} if with_head else {}
     block_of = dict.fromkeys(heads, method.default_block(size.num_layers))
-    return AlignedTransformer(transformer, dit.blocks(transformer), heads, block_of), method
+    return AlignedTransformer(transformer, transformer.transformer_blocks, heads, block_of), method
 
 
 def forward_flops(model: str, with_head: bool) -> int:
     """FLOPs per image of the forward pass."""
     with torch.device("meta"):
         aligned, _ = build(model, with_head)
-        inputs = dit.model_inputs(
-            aligned.transformer, torch.rand(1), torch.zeros(1, dtype=torch.long), torch.zeros(1) > 0
-        )
+        inputs = model_inputs(aligned.transformer, torch.rand(1), torch.zeros(1, dtype=torch.long), torch.zeros(1) > 0)
         latents = torch.randn(1, *LATENT_SHAPE)
     return throughput.forward_flops(lambda: aligned(latents, **inputs))
 
@@ -47,7 +46,7 @@ def forward_flops(model: str, with_head: bool) -> int:
 def build_step(model: str, with_head: bool, batch_size: int, device: str, precision: str) -> Callable[[], None]:
     """A whole training step: forward, losses, backward, clipping, AdamW, EMA."""
     aligned, method = build(model, with_head)
-    dit.initialize(aligned.transformer, 0)
+    initialize(aligned.transformer, 0)
     aligned.to(device).train()
     objective = FlowMatching()
     ema = EMA(aligned.transformer, (0.9999,))
@@ -60,7 +59,7 @@ def build_step(model: str, with_head: bool, batch_size: int, device: str, precis
         noisy, velocity = objective.corrupt(latents, noise, t)
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             prediction, heads = aligned(
-                noisy, **dit.model_inputs(aligned.transformer, objective.timesteps(t), labels, drop)
+                noisy, **model_inputs(aligned.transformer, objective.timesteps(t), labels, drop)
             )
         loss = objective.loss(prediction, velocity, t).mean()
         for output in heads.values():

@@ -16,7 +16,8 @@ from vaerepa.alignment import AlignmentContext, SRAAlignment, settings
 from vaerepa.alignment.sra import TIME_OFFSET, default_blocks
 from vaerepa.alignment.taps import output_of
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
-from vaerepa.families import dit
+from vaerepa.families import Size
+from vaerepa.families.dit import DiT, new_transformer
 from vaerepa.logs import Window, by_noise_level
 from vaerepa.options import parse_options
 
@@ -244,8 +245,8 @@ def test_the_teacher_leads_by_at_most_a_fifth_and_never_below_zero():
 
 
 def test_a_tap_stops_where_it_reads():
-    size = dit.Size(4, 32, 2)
-    transformer = dit.build_transformer(size, 2, 4, 8, 3).eval()
+    size = Size(4, 32, 2)
+    transformer = new_transformer(size, 2, 4, 8, 3).eval()
     noisy, told = torch.randn(2, 4, 8, 8), {"timestep": torch.rand(2), "class_labels": torch.arange(2)}
     whole, visited = {}, []
 
@@ -258,10 +259,10 @@ def test_a_tap_stops_where_it_reads():
 
     for place, block in enumerate(transformer.transformer_blocks):
         block.register_forward_hook(keep(place))
-    dit.predict(transformer, noisy, **told)
+    DiT().predict(transformer, noisy, **told)
     visited.clear()
     last = transformer.transformer_blocks[2]
-    tapped = output_of(last, lambda: dit.predict(transformer, noisy, **told))
+    tapped = output_of(last, lambda: DiT().predict(transformer, noisy, **told))
     assert torch.equal(tapped, whole[2])
     assert not tapped.requires_grad
     assert visited == [0, 1, 2]
@@ -280,7 +281,7 @@ def test_sras_first_steps_are_as_computed_a_second_time(train, data, vae):
     [batch] = list(batches)[2]
     draws = {name: draw.float() if draw.is_floating_point() else draw for name, draw in batch["draws"].items()}
     state = run / "checkpoint-2/state"
-    student = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
+    student = new_transformer(Size(4, 32, 2), 2, 4, 8, 3)
     teacher = copy.deepcopy(student)
     student.load_state_dict(load_file(state / "transformer.safetensors"), strict=False)
     teacher.load_state_dict(load_file(state / "ema_0.5.safetensors"), strict=False)

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from vaerepa import checks, components, dry_run
 from vaerepa.alignment import AlignedTransformer
 from vaerepa.cli import read_rows
-from vaerepa.families import dit
+from vaerepa.families.dit import DiT
 from vaerepa.options import parse_options
 
 IMAGENET = ROOT / "configs/imagenet256"
@@ -133,7 +133,9 @@ def estimate_of(arguments: list[str]):
 
 
 def estimate(options, transformer, alignments) -> dry_run.Estimate:
-    return dry_run.estimate(options, dit, transformer, dit.latent_shape(transformer), alignments, 40)
+    config = transformer.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    return dry_run.estimate(options, DiT(), transformer, shape, alignments, 40)
 
 
 def test_a_checkpoint_has_the_estimated_size(train, arguments):
@@ -151,7 +153,7 @@ def test_a_checkpoint_has_the_estimated_size(train, arguments):
 def test_activations_are_estimated_as_measured_on_the_cpu(arguments):
     given, _, transformer, alignments = estimate_of(arguments(num_layers=6, hidden_size=64))
     heads = {"vae": alignments[0].method.build_head(64, 4)}
-    aligned = AlignedTransformer(transformer, dit.blocks(transformer), heads, {"vae": 2})
+    aligned = AlignedTransformer(transformer, transformer.transformer_blocks, heads, {"vae": 2})
     weights = {parameter.data_ptr() for parameter in aligned.parameters()}
     saved = {}
 

@@ -23,7 +23,8 @@ from vaerepa.evaluation.features import Measured, measure
 from vaerepa.evaluation.reference import measure_source, open_npz, write_statistics
 from vaerepa.evaluation.samples import balanced, choose_labels, draw_missing, image_path, read_pixels, write_npz
 from vaerepa.evaluation.statistics import Statistics, Sums, frechet_distance
-from vaerepa.families import dit
+from vaerepa.families import Size
+from vaerepa.families.dit import DiT, new_transformer
 
 COUNT = 10
 
@@ -37,10 +38,13 @@ def accelerator() -> Accelerator:
 def pipeline(vae, tmp_path_factory):
     """A tiny untrained class-conditional flow of three classes."""
     torch.manual_seed(0)
-    transformer = dit.build_transformer(dit.Size(2, 32, 2), 2, latent_channels=4, latent_size=8, num_classes=3)
+    transformer = new_transformer(Size(2, 32, 2), 2, 4, 8, 3)
     scheduler = objectives.FlowMatching().scheduler
     folder, names = tmp_path_factory.mktemp("pipeline"), {0: "ash", 1: "birch, white birch", 2: "cedar"}
-    dit.build_stock_pipeline(transformer, AutoencoderKL.from_pretrained(vae), scheduler, names).save_pretrained(folder)
+    pipeline = DiT().build_pipeline(
+        DiTPipeline, DiT().to_stock_form(transformer), AutoencoderKL.from_pretrained(vae), scheduler, id2label=names
+    )
+    pipeline.save_pretrained(folder)
     return folder
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from pipeline_vaerepa import VAEREPAPipeline
 from tests.conftest import ROOT
-from vaerepa.families import dit
+from vaerepa.families import Size
+from vaerepa.families.dit import DiT, new_transformer
 from vaerepa.objectives import NUM_TIMESTEPS, FlowMatching
 
 STOCK = """
@@ -21,7 +22,7 @@ from diffusers import DiffusionPipeline
 import torch
 assert not any("vaerepa" in name for name in sys.modules)
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
-assert type(pipeline).__module__ == "diffusers.pipelines.dit.pipeline_dit", type(pipeline)
+assert type(pipeline).__module__ == "diffusers.pipelines.pipeline_dit", type(pipeline)
 images = pipeline([2, 0], guidance_scale=2.0, generator=torch.manual_seed(3), num_inference_steps=4, output_type="np").images
 numpy.save(sys.argv[2], images)
 """
@@ -79,9 +80,9 @@ def test_class_names_reach_both_pipelines(train):
 def test_more_than_1000_classes_work_in_our_pipeline(vae):
     from diffusers import AutoencoderKL
 
-    transformer = dit.build_transformer(dit.Size(2, 32, 2), 2, 4, 8, num_classes=1100)
+    transformer = new_transformer(Size(2, 32, 2), 2, 4, 8, num_classes=1100)
     assert transformer.config.num_embeds_ada_norm == 1100
-    assert not dit.works_in_stock_pipeline(1100)
+    assert not DiT().works_in_stock_pipeline(1100)
     pipeline = VAEREPAPipeline(transformer.eval(), AutoencoderKL.from_pretrained(vae), FlowMatching().scheduler)
     assert pipeline([1099], guidance_scale=2.0, num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 

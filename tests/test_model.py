@@ -12,9 +12,10 @@ from torch import nn
 from vaerepa import throughput
 from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, VAEAlignment
 from vaerepa.ema import EMA, share_of_start
-from vaerepa.families import dit
+from vaerepa.families import Size, parse_preset
+from vaerepa.families.dit import DiT, initialize, model_inputs, new_transformer
 
-SIZE = dit.Size(num_layers=3, hidden_size=32, num_attention_heads=2)
+SIZE = Size(num_layers=3, hidden_size=32, num_attention_heads=2)
 PATCH_SIZE, CHANNELS, SIDE = 2, 4, 8
 
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(num_classes=3, size=SIZE) -> DiTTransformer2DModel:
-    return dit.build_transformer(size, PATCH_SIZE, CHANNELS, SIDE, num_classes)
+    return new_transformer(size, PATCH_SIZE, CHANNELS, SIDE, num_classes)
 
 
 @torch.no_grad()
@@ -68,9 +69,9 @@ def millions(module: nn.Module) -> float:
 
 
 def build_preset(name: str) -> DiTTransformer2DModel:
-    size, patch_size = dit.parse_model_name(name)
+    _, size, patch_size = parse_preset(name)
     with torch.device("meta"):
-        return dit.build_transformer(size, patch_size, 4, 32, 1000)
+        return new_transformer(size, patch_size, 4, 32, 1000)
 
 
 # 33, 130, 458 and 675 M in table 1 of DiT, arXiv 2212.09748
@@ -93,12 +94,12 @@ def test_a_stock_model_holds_an_embedder_per_block():
 @pytest.mark.parametrize(("name", "layers", "parameters"), [("B", 2, 1.21), ("B", 5, 8.29), ("XL", 5, 18.63)])
 def test_heads_have_the_papers_sizes(name, layers, parameters):
     with torch.device("meta"):
-        head = VAEAlignment(patch_size=2, num_layers=layers).build_head(dit.SIZES[name].hidden_size, 4)
+        head = VAEAlignment(patch_size=2, num_layers=layers).build_head(DiT.sizes[name].hidden_size, 4)
     assert millions(head) == pytest.approx(parameters, abs=0.005)
 
 
 def forward_flops(transformer, heads) -> int:
-    aligned = AlignedTransformer(transformer, dit.blocks(transformer), heads, dict.fromkeys(heads, 8))
+    aligned = AlignedTransformer(transformer, transformer.transformer_blocks, heads, dict.fromkeys(heads, 8))
     with torch.device("meta"):
         latents, labels = torch.zeros(1, 4, 32, 32), torch.zeros(1, dtype=torch.long)
         flops = throughput.forward_flops(lambda: aligned(latents, timestep=torch.zeros(1), class_labels=labels))
@@ -116,7 +117,7 @@ def test_the_head_adds_four_percent_of_arithmetic():
 
 
 def test_the_papers_blocks_are_the_default():
-    blocks = {name: VAEAlignment.default_block(size.num_layers) for name, size in dit.SIZES.items()}
+    blocks = {name: VAEAlignment.default_block(size.num_layers) for name, size in DiT.sizes.items()}
     assert blocks == {"S": 2, "B": 2, "L": 8, "XL": 8}
 
 
@@ -126,17 +127,17 @@ def test_the_papers_blocks_are_the_default():
 def test_stock_form_gives_the_same_outputs_to_the_last_bit(transformer):
     expected = sample_of(transformer.eval())
     assert expected.std() > 0.01
-    assert torch.equal(sample_of(dit.to_stock_form(transformer)), expected)
+    assert torch.equal(sample_of(DiT().to_stock_form(transformer)), expected)
 
 
 def test_a_saved_stock_form_loads_in_diffusers(transformer, tmp_path):
-    dit.to_stock_form(transformer).save_pretrained(tmp_path)
+    DiT().to_stock_form(transformer).save_pretrained(tmp_path)
     loaded = DiTTransformer2DModel.from_pretrained(tmp_path)
     assert torch.equal(sample_of(loaded), sample_of(transformer.eval()))
 
 
 def test_stock_form_differs_in_nothing_from_a_stock_model(transformer):
-    stock, fresh = dit.to_stock_form(transformer), DiTTransformer2DModel.from_config(transformer.config)
+    stock, fresh = DiT().to_stock_form(transformer), DiTTransformer2DModel.from_config(transformer.config)
     assert type(stock) is type(fresh)
     assert dict(stock.config) == dict(fresh.config)
     assert num_parameters(stock) == num_parameters(fresh) > num_parameters(transformer)
@@ -153,7 +154,7 @@ def test_stock_form_differs_in_nothing_from_a_stock_model(transformer):
 
 def test_stock_form_shares_no_memory(transformer):
     before = sample_of(transformer.eval())
-    stock = dit.to_stock_form(transformer)
+    stock = DiT().to_stock_form(transformer)
     pointers = [p.data_ptr() for model in (stock, transformer) for p in model.parameters()]
     assert len(set(pointers)) == len(pointers)
     randomize(stock, seed=1)
@@ -161,7 +162,7 @@ def test_stock_form_shares_no_memory(transformer):
 
 
 def test_a_stock_model_with_one_embedder_comes_back_to_training_form(transformer):
-    again = dit.to_training_form(dit.to_stock_form(transformer))
+    again = DiT().to_training_form(DiT().to_stock_form(transformer))
     assert num_parameters(again) == num_parameters(transformer)
     assert torch.equal(sample_of(again.eval()), sample_of(transformer.eval()))
 
@@ -199,14 +200,14 @@ def test_labels_are_not_dropped_inside_the_model(transformer):
 @pytest.mark.parametrize(("num_classes", "null_class"), [(3, 1000), (1000, 1000), (1200, 1200)])
 def test_a_dropped_label_is_the_null_class(num_classes, null_class):
     transformer = build(num_classes)
-    told = dit.model_inputs(
+    told = model_inputs(
         transformer, torch.tensor([0.0, 250.0, 1000.0]), torch.tensor([0, 1, 2]), torch.tensor([False, True, False])
     )
     assert told["timestep"].tolist() == [0.0, 250.0, 1000.0]
     assert told["class_labels"].tolist() == [0, null_class, 2]
     sample = sample_of(transformer, hidden_states=draw(3, CHANNELS, SIDE, SIDE), **told)
     assert sample.shape == (3, CHANNELS, SIDE, SIDE)
-    assert dit.works_in_stock_pipeline(num_classes) == (null_class == 1000)
+    assert DiT().works_in_stock_pipeline(num_classes) == (null_class == 1000)
 
 
 # ---- initial weights
@@ -214,8 +215,8 @@ def test_a_dropped_label_is_the_null_class(num_classes, null_class):
 
 @pytest.fixture(scope="module")
 def initialized():
-    transformer = build(size=dit.Size(2, 64, 2))
-    dit.initialize(transformer, seed=0)
+    transformer = build(size=Size(2, 64, 2))
+    initialize(transformer, seed=0)
     return transformer
 
 
@@ -261,11 +262,11 @@ def test_all_biases_are_zero_and_no_weight_is_left_as_it_was(initialized):
     biases = {name: p for name, p in initialized.named_parameters() if name.endswith("bias")}
     assert len(biases) > 10
     assert all(bias.abs().max() == 0 for bias in biases.values())
-    other = build(size=dit.Size(2, 64, 2))
+    other = build(size=Size(2, 64, 2))
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.fill_(torch.nan)
-    dit.initialize(other, seed=0)
+    initialize(other, seed=0)
     assert_same_parameters(other, initialized)
 
 
@@ -279,24 +280,24 @@ def assert_same_parameters(first: nn.Module, second: nn.Module) -> None:
 def test_the_transformer_starts_alike_with_and_without_head():
     first, second = build(), build()
     torch.manual_seed(1)
-    dit.initialize(first, seed=7)
+    initialize(first, seed=7)
     torch.manual_seed(2)
     VAEAlignment(PATCH_SIZE).build_head(32, CHANNELS, seed=7)
-    dit.initialize(second, seed=7)
+    initialize(second, seed=7)
     assert_same_parameters(first, second)
 
 
 def test_the_head_starts_alike_whatever_came_before():
     torch.manual_seed(1)
     first = VAEAlignment(PATCH_SIZE).build_head(32, CHANNELS, seed=7)
-    dit.initialize(build(), seed=7)
+    initialize(build(), seed=7)
     assert_same_parameters(first, VAEAlignment(PATCH_SIZE).build_head(32, CHANNELS, seed=7))
 
 
 def test_other_seeds_give_other_weights():
     first, second = build(), build()
-    dit.initialize(first, seed=0)
-    dit.initialize(second, seed=1)
+    initialize(first, seed=0)
+    initialize(second, seed=1)
     blocks = [model.transformer_blocks[0] for model in (first, second)]
     assert not torch.equal(blocks[0].attn1.to_q.weight, blocks[1].attn1.to_q.weight)
     heads = [VAEAlignment(PATCH_SIZE).build_head(32, CHANNELS, seed) for seed in (0, 1)]
@@ -307,7 +308,7 @@ def test_other_seeds_give_other_weights():
 def test_initial_weights_leave_the_global_generator_alone():
     transformer = build()
     before = torch.get_rng_state()
-    dit.initialize(transformer, seed=0)
+    initialize(transformer, seed=0)
     VAEAlignment(PATCH_SIZE).build_head(32, CHANNELS, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -341,7 +342,7 @@ def relative_error(transformer, expected: torch.Tensor) -> float:
 
 
 def test_the_residual_stream_stays_float32_under_autocast():
-    transformer = randomize(build(size=dit.Size(8, 64, 2)))
+    transformer = randomize(build(size=Size(8, 64, 2)))
     duplicate, seen = copy.deepcopy(transformer), []
     for model in (transformer, duplicate):
         for block in model.transformer_blocks:
@@ -353,9 +354,9 @@ def test_the_residual_stream_stays_float32_under_autocast():
 
 
 def test_a_float32_residual_stream_is_more_exact_than_a_stock_models():
-    transformer = randomize(build(size=dit.Size(8, 64, 2)), std=0.05)
+    transformer = randomize(build(size=Size(8, 64, 2)), std=0.05)
     expected = sample_of(transformer.eval(), **inputs(32))
-    own, stock = (relative_error(model, expected) for model in (transformer, dit.to_stock_form(transformer)))
+    own, stock = (relative_error(model, expected) for model in (transformer, DiT().to_stock_form(transformer)))
     assert 0 < own < 0.6 * stock
 
 
@@ -367,7 +368,7 @@ def align(transformer, blocks: dict[str, int], heads: dict[str, nn.Module] | Non
         name: randomize(VAEAlignment(PATCH_SIZE, num_layers=2).build_head(32, CHANNELS), seed=i + 5)
         for i, name in enumerate(blocks)
     }
-    return AlignedTransformer(transformer, dit.blocks(transformer), heads, blocks)
+    return AlignedTransformer(transformer, transformer.transformer_blocks, heads, blocks)
 
 
 def losses_of(aligned) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -542,7 +543,7 @@ def test_averages_pair_by_name(transformer):
     by_name.update(reordered)
     assert_same_parameters(by_order.exported, by_name.exported)
     stock = EMA(transformer, (0.5,))
-    stock.update(dit.to_stock_form(target))  # has an embedder in every block
+    stock.update(DiT().to_stock_form(target))  # has an embedder in every block
     assert_same_parameters(by_order.exported, stock.exported)
 
 

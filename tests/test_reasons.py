@@ -9,13 +9,13 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tests.hub_server import HubServer, Repo
-from vaerepa import components
 from vaerepa.alignment import vision_encoder
 from vaerepa.data import open_sources
 from vaerepa.errors import OptionError
 from vaerepa.families.pretrained import load_index
 from vaerepa.hub import download
 from vaerepa.hub.reasons import why_unreadable
+from vaerepa.model import open_pretrained
 from vaerepa.options import Options
 from vaerepa.vae import load_vae
 
@@ -82,8 +82,8 @@ def test_all_that_is_asked_of_the_hub_says_why(hub, tmp_path):
     asked = [
         lambda: load_vae("ann/model", cache_dir=cache),
         lambda: vision_encoder.load_encoder("ann/model", cache),
-        lambda: components.open_text(Options(cache_dir=cache, **text)),
-        lambda: components.open_class_conditional(Options(cache_dir=cache, pretrained_model_name_or_path="ann/model")),
+        lambda: open_pretrained(Options(cache_dir=cache, **text)),
+        lambda: open_pretrained(Options(cache_dir=cache, pretrained_model_name_or_path="ann/model")),
         lambda: download.fetch_checkpoint("hub:ann/model", tmp_path, cache),
         lambda: open_sources("ann/model", cache_dir=cache),
     ]

@@ -23,7 +23,8 @@ from vaerepa.alignment.vae_features import VAEFeatures
 from vaerepa.alignment.vision_encoder import load_encoder
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
 from vaerepa.data.latents_cache import checksum
-from vaerepa.families import dit
+from vaerepa.families import Size
+from vaerepa.families.dit import initialize, new_transformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,9 +152,9 @@ def test_irepa_normalises_over_the_tokens_and_convolves_over_the_grid(encoders):
 
 
 def test_the_convolution_is_told_the_grid_of_the_latents():
-    transformer = dit.build_transformer(dit.Size(2, 32, 2), 2, 4, 8, 3)
+    transformer = new_transformer(Size(2, 32, 2), 2, 4, 8, 3)
     head = GridConvolution(32, WIDTH, 0, "head")
-    aligned = AlignedTransformer(transformer, dit.blocks(transformer), {"repa": head}, {"repa": 1})
+    aligned = AlignedTransformer(transformer, transformer.transformer_blocks, {"repa": head}, {"repa": 1})
     _, outputs = aligned(torch.randn(3, 4, 8, 8), timestep=torch.rand(3), class_labels=torch.arange(3))
     assert outputs["repa"].shape == (3, 16, WIDTH)
 
@@ -204,8 +205,8 @@ def test_the_first_step_computes_repas_loss(train, data, encoders):
     target = target_of(method, 8, batch["pixel_values"])
     head = method.build_head(32, 4, 3)
     # a fresh model's blocks are the identity: what they pass on is the embedding of the noisy patches
-    transformer = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
-    dit.initialize(transformer, 3)
+    transformer = new_transformer(Size(4, 32, 2), 2, 4, 8, 3)
+    initialize(transformer, 3)
     with torch.no_grad():
         z = latents_of(run, batch)
         t = batch["draws"]["t"].float().view(-1, 1, 1, 1)

@@ -24,7 +24,7 @@ from tests.conftest import read_metrics
 from vaerepa.alignment import VAEAlignment
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
 from vaerepa.data.prompts import choose_caption
-from vaerepa.families import SUPPORTED, Size, parse_model_name
+from vaerepa.families import Size, parse_preset, pipelines_of
 
 STATE_FILES = ("transformer", "optimizer", "ema_0.9")
 LOADERS = {"pixart_alpha": "peft", "pixart_sigma": "peft", "sd3": "loader", "sd3_5": "loader", "z_image": "loader"}
@@ -318,7 +318,7 @@ def test_a_text_encoder_of_transformers_serves_pixart(finetune, vae, tmp_path):
     ],
 )
 def test_presets_have_the_published_depth_and_width(model, size, patch_size, finetune, pipelines, vae, capsys):
-    assert parse_model_name(model)[1:] == (size, patch_size)
+    assert parse_preset(model)[1:] == (size, patch_size)
     family = "sd3" if model.startswith("MMDiT") else "pixart_alpha"
     names = {"pretrained_vae_model_name_or_path": vae, "pretrained_text_encoder_model_name_or_path": pipelines(family)}
     finetune(family, model=model, pretrained_model_name_or_path=None, dry_run=True, **names)
@@ -405,8 +405,8 @@ def test_the_cards_code_runs_as_printed(family, finetune, pipelines, tmp_path):
     ("options", "words"),
     [
         ({"pretrained_model_name_or_path": "{nothing}"}, ["Expected a Hub id", "model_index.json"]),
-        ({"pretrained_model_name_or_path": "{flux}"}, ["holds a FluxPipeline", SUPPORTED]),
-        ({"pretrained_model_name_or_path": "{without_t5}"}, ["has no tokenizer_3, text_encoder_3"]),
+        ({"pretrained_model_name_or_path": "{flux}"}, ["holds a FluxPipeline", pipelines_of("captions")]),
+        ({"pretrained_model_name_or_path": "{without_clip}"}, ["has no text_encoder_2, tokenizer_2"]),
         ({"rank": 2, "lora_layers": ["no_such"]}, ["--lora_layers no_such", "attn.to_k"]),
         ({"lora_layers": ["to_k"]}, ["--lora_layers goes with --rank"]),
         ({"resolution": 18}, ["--resolution 18 must be a multiple of 4"]),
@@ -418,7 +418,7 @@ def test_the_cards_code_runs_as_printed(family, finetune, pipelines, tmp_path):
         ({"pretrained_text_encoder_model_name_or_path": "{vae}"}, ["has its own text encoders"]),
         ({"snr_gamma": 5.0}, ["--snr_gamma weights the ddpm objective"]),
         ({"model": "MMDiT-M/2", "pretrained_model_name_or_path": None}, ["needs text encoders"]),
-        ({"model": "SiT-B/2", "pretrained_model_name_or_path": None}, ["draws classes", "MMDiT-"]),
+        ({"model": "SiT-B/2", "pretrained_model_name_or_path": None}, ["is conditioned on class labels", "MMDiT-"]),
         ({"model": "MMDiT-M/3", "pretrained_model_name_or_path": None}, ["needs text encoders"]),
         ({"text_conditioning": None, "rank": 2}, ["--rank goes with --text_conditioning"]),
         (
@@ -434,7 +434,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(options, words, finetune, d
     folders = {"{nothing}": tmp_path / "nothing", "{classes}": data, "{vae}": vae}
     for name, change in (
         ("flux", {"_class_name": "FluxPipeline"}),
-        ("without_t5", {"tokenizer_3": [None, None], "text_encoder_3": [None, None]}),
+        ("without_clip", {"tokenizer_2": [None, None], "text_encoder_2": [None, None]}),
     ):
         index = json.loads((pipelines("sd3") / "model_index.json").read_text()) | change
         folders[f"{{{name}}}"] = tmp_path / name

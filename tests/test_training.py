@@ -13,7 +13,8 @@ import train_vaerepa
 from tests.conftest import read_metrics
 from vaerepa.alignment import VAEAlignment
 from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
-from vaerepa.families import dit
+from vaerepa.families import Size
+from vaerepa.families.dit import initialize, new_transformer
 from vaerepa.vae import sample_latents
 
 
@@ -23,8 +24,8 @@ def test_the_first_step_computes_the_papers_loss(train, data, vae):
     source = open_sources(str(data)).train
     [batch] = next(iter(Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
     draws, t = batch["draws"], batch["draws"]["t"].float().view(-1, 1, 1, 1)
-    transformer = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
-    dit.initialize(transformer, 3)
+    transformer = new_transformer(Size(4, 32, 2), 2, 4, 8, 3)
+    initialize(transformer, 3)
     head = VAEAlignment(2).build_head(32, 4, 3)
     tokens = []
     transformer.transformer_blocks[1].register_forward_hook(lambda module, args, output: tokens.append(output))
@@ -192,7 +193,7 @@ def test_one_and_two_processes_make_the_same_steps(launch, tmp_path, accumulatio
 def test_utilisation_is_logged_where_the_peak_is_known(train, monkeypatch):
     monkeypatch.setattr(train_vaerepa.throughput, "peak_flops", lambda device, precision: 1e12)
     run = train(max_train_steps=2)
-    transformer = dit.build_transformer(dit.Size(4, 32, 2), 2, 4, 8, 3)
+    transformer = new_transformer(Size(4, 32, 2), 2, 4, 8, 3)
     head = VAEAlignment(2).build_head(32, 4)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         transformer(torch.zeros(1, 4, 8, 8), timestep=torch.zeros(1), class_labels=torch.zeros(1).long())

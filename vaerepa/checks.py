@@ -12,16 +12,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
-from vaerepa import checkpoints, cli, evaluation, families
+from vaerepa import checkpoints, cli, evaluation
 from vaerepa.alignment import settings
 from vaerepa.data import parse_buckets
 from vaerepa.ema import DECAY, fitting_decay
 from vaerepa.errors import OptionError
-from vaerepa.families import Family, TextFamily, dit
 from vaerepa.hub import access, download
 from vaerepa.layout import all_checkpoints, step_of
+from vaerepa.model import check_model
 from vaerepa.options import Options
 from vaerepa.system import lock_exclusively
 
@@ -39,7 +38,6 @@ IGNORED_FROM_LAUNCHER = {  # its neutral value, and what to use here
     "ACCELERATE_DYNAMO_BACKEND": ("no", "--compile"),
 }
 MIN_BAD_IMAGES = 10  # fewer say nothing about the data
-CUSTOM_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "patch_size")
 
 
 def check_options(options: Options) -> None:
@@ -58,11 +56,7 @@ def check_options(options: Options) -> None:
         evaluation.check(options.num_eval_samples, options.eval_reference)
     access.check_names(options)
     check_data(options)
-    check_text(options)
-    if options.pretrained_model_name_or_path is None:
-        transformer_size(options)
-    elif given_size := [name for name in CUSTOM_SIZE if getattr(options, name) is not None]:
-        raise OptionError(f"--{given_size[0]} goes with training from scratch; a pretrained transformer has its own.")
+    check_model(options)
 
 
 def fill_in_defaults(options: Options) -> Options:
@@ -79,36 +73,6 @@ def fit_to_run(options: Options, max_train_steps: int) -> Options:
     if options.ema_decay is None:
         options = replace(options, ema_decay=(fitting_decay(max_train_steps),))
     return settings.end_with_run(options, max_train_steps)
-
-
-def check_text(options: Options) -> None:
-    """Checks the options of text-to-image training against each other.
-
-    Raises:
-        OptionError: they contradict each other, or something is missing.
-    """
-    is_text_model = options.model.split("-")[0] in families.FROM_SCRATCH or options.model.startswith("custom-")
-    from_scratch = options.pretrained_model_name_or_path is None
-    if not options.text_conditioning:
-        if from_scratch and is_text_model:
-            raise OptionError(f"--model {options.model} draws from text: add --text_conditioning.")
-        return
-    if from_scratch and not is_text_model:
-        raise OptionError(
-            f"--text_conditioning: --model {options.model} draws classes. Give --pretrained_model_name_or_path, or one of "
-            f"{families.TEXT_SIZES_HELP}, custom-MMDiT, custom-PixArt."
-        )
-    if from_scratch and options.pretrained_text_encoder_model_name_or_path is None:
-        raise OptionError(
-            f"--model {options.model} needs text encoders: --pretrained_text_encoder_model_name_or_path names the pipeline that "
-            "they are taken from."
-        )
-    if from_scratch and options.rank:
-        raise OptionError("--rank fine-tunes: give --pretrained_model_name_or_path.")
-    if not from_scratch and options.pretrained_text_encoder_model_name_or_path:
-        raise OptionError(
-            "--pretrained_text_encoder_model_name_or_path: the fine-tuned pipeline has its own text encoders."
-        )
 
 
 def check_data(options: Options) -> None:
@@ -142,41 +106,6 @@ def check_tracker(name: str) -> None:
         raise OptionError(f"--report_to {name} is not installed: pip install {name}.")
 
 
-def transformer_size(options: Options) -> tuple[Family, dit.Size, int]:
-    """Family, size and patch size of the model that is asked for.
-
-    Raises:
-        OptionError: no such preset; a custom model with a size missing; sizes that do not fit each other.
-    """
-    given = [name for name in CUSTOM_SIZE if getattr(options, name) is not None]
-    prefix, _, name = options.model.partition("-")
-    if prefix != "custom":
-        if given:
-            raise OptionError(f"--{given[0]} goes with --model custom; {options.model} has its own.")
-        try:
-            family, size, patch_size = families.parse_model_name(options.model)
-        except ValueError as error:
-            raise OptionError(f"--model {options.model}: {error}, or custom.") from error
-    else:
-        if name and name not in families.FROM_SCRATCH:
-            raise OptionError(f"--model {options.model}: expected custom, custom-MMDiT or custom-PixArt.")
-        family = families.FROM_SCRATCH[name] if name else dit
-        missing = [f"--{name}" for name in CUSTOM_SIZE if name not in given]
-        if missing:
-            raise OptionError(f"--model {options.model} needs {', '.join(missing)} too.")
-        size, patch_size = (
-            dit.Size(options.num_layers, options.hidden_size, options.num_attention_heads),
-            options.patch_size,
-        )
-        if size.hidden_size % size.num_attention_heads or size.hidden_size % 4:
-            raise OptionError(
-                f"--hidden_size {size.hidden_size} must divide by --num_attention_heads {size.num_attention_heads}, "
-                "and by 4 for the position embedding."
-            )
-    settings.blocks_of(options, size.num_layers)
-    return family, size, patch_size
-
-
 def resolve_batch_sizes(options: Options, num_processes: int) -> Options:
     """Fills in batch size per device, accumulation and global batch size, so that their product is right.
 
@@ -204,44 +133,6 @@ def resolve_batch_sizes(options: Options, num_processes: int) -> Options:
     return replace(
         options, train_batch_size=per_device, gradient_accumulation_steps=accumulation, global_batch_size=total
     )
-
-
-def check_geometry(options: Options, downsampling: int, patch_size: int, trained_size: int | None = None) -> int:
-    """The side of the latents, in latent pixels; `trained_size` is that of a pretrained transformer.
-
-    Raises:
-        OptionError: resolution, VAE and patches do not fit.
-    """
-    if trained_size is not None and options.resolution != trained_size * downsampling:
-        raise OptionError(
-            f"--resolution {options.resolution}: the pretrained transformer was made for {trained_size * downsampling}."
-        )
-    step = downsampling * patch_size
-    sides = [("resolution", options.resolution)]
-    sides += [("aspect_ratio_buckets", side) for size in parse_buckets(options, downsampling) for side in size]
-    for flag, side in sides:
-        if side % step:
-            nearest = max(step, round(side / step) * step)
-            raise OptionError(
-                f"--{flag} {side} must be a multiple of {step} ({downsampling} pixels per latent x patches of {patch_size}); the "
-                f"nearest is {nearest}."
-            )
-    return options.resolution // downsampling
-
-
-def check_room(options: Options, family: TextFamily, transformer: nn.Module, downsampling: int) -> None:
-    """Checks that a text-to-image transformer has positions for all patches of an image.
-
-    Raises:
-        OptionError: it has not.
-    """
-    room, patch = family.max_patches(transformer), downsampling * family.patch_size(transformer)
-    for size in ((options.resolution, options.resolution), *parse_buckets(options, downsampling)):
-        if room is not None and max(size) > room * patch:
-            raise OptionError(
-                f"images of {size[0]} x {size[1]} are too large: the transformer has positions for {room * patch} pixels a side. "
-                "Lower --resolution, or take other --aspect_ratio_buckets."
-            )
 
 
 def has_gpu() -> bool:

@@ -48,7 +48,7 @@ def describe(options: Options) -> str:
     num_images = len(parts.sources.train)
     num_steps = checks.steps_in(options, num_images)
     options = checks.fit_to_run(options, num_steps)
-    with nullcontext() if parts.pretrained else torch.device("meta"):
+    with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
     alignments = components.build_alignments(options, parts, transformer, no_statistics)

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, DiTPipeline
 
 from pipeline_vaerepa import DEFAULT_STEPS, VAEREPAPipeline
-from vaerepa import checkpoints, checks, evaluation, families, objectives
+from vaerepa import checkpoints, checks, evaluation, objectives
 from vaerepa.data import Prompts, Source, open_images
 from vaerepa.data.latents_cache import checksum
 from vaerepa.data.prompts import choose_caption
@@ -45,8 +45,7 @@ from vaerepa.evaluation.samples import (
     write_npz,
 )
 from vaerepa.families import TextFamily
-from vaerepa.families.pretrained import EXPECTED, load_index
-from vaerepa.hub.reasons import UNREADABLE, why_unreadable
+from vaerepa.families.pretrained import load_stock_pipeline
 from vaerepa.layout import POSITION, STATE, all_checkpoints, step_of
 from vaerepa.logs import set_up_logging
 from vaerepa.privacy import public_name, redact
@@ -153,11 +152,13 @@ def evaluate(args: argparse.Namespace) -> None:
     with checks.locked_output_dir(folder) if accelerator.is_main_process else nullcontext():
         checks.check_shared(folder, accelerator)
         with accelerator.local_main_process_first():
-            pipeline, family = load_pipeline(args)
-            reference = open_reference(args, with_captions=family is not None and args.prompts is None)
+            where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+            pipeline, family = load_stock_pipeline(args.pretrained_model_name_or_path, **where)
+            captioned = family.conditioning == "captions"
+            reference = open_reference(args, with_captions=captioned and args.prompts is None)
         pipeline.to(accelerator.device)
         precision = f"{pipeline.transformer.dtype}, mixed precision {accelerator.mixed_precision}".replace("torch.", "")
-        subject = open_texts(args, pipeline, family, reference) if family else open_classes(args, pipeline)
+        subject = open_texts(args, pipeline, family, reference) if captioned else open_classes(args, pipeline)
         settings = describe(args, pipeline) | subject.settings | {"seed": args.seed, "precision": precision}
         with accelerator.main_process_first():
             claim_folder(folder, settings)
@@ -223,27 +224,6 @@ def open_reference(args: argparse.Namespace, with_captions: bool) -> Path | Sour
         args.num_reference_images,
         with_captions,
     )
-
-
-def load_pipeline(args: argparse.Namespace) -> tuple[DiffusionPipeline, TextFamily | None]:
-    """The pipeline, and its family if it draws from text.
-
-    Raises:
-        OptionError: nothing is there, or a kind of pipeline that is not known.
-    """
-    name = args.pretrained_model_name_or_path
-    where = {"revision": args.revision, "cache_dir": args.cache_dir}
-    kind = load_index("pretrained_model_name_or_path", name, **where).get("_class_name")
-    family = families.text_family_of(kind)
-    if family is None and kind != "DiTPipeline":
-        raise OptionError(
-            f"--pretrained_model_name_or_path {name} holds a {kind}; expected a DiTPipeline, {families.SUPPORTED}."
-        )
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(name, variant=args.variant, **where)
-    except UNREADABLE as error:
-        raise OptionError(f"{name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
-    return pipeline, family
 
 
 def open_classes(args: argparse.Namespace, pipeline: DiTPipeline) -> Subject:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vaerepa.errors import OptionError
-from vaerepa.families import TextFamily
+from vaerepa.families import Family
 from vaerepa.options import Options
 from vaerepa.randomness import seeded_weights
 
@@ -23,7 +23,7 @@ LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that peft
 PEFT_PREFIX = "base_model.model."
 
 
-def add_lora(transformer: nn.Module, family: TextFamily, options: Options) -> None:
+def add_lora(transformer: nn.Module, family: Family, options: Options) -> None:
     """Freezes the transformer and lays LoRA layers of --rank over it, in place; these stay in float32.
 
     Raises:
@@ -49,7 +49,7 @@ def add_lora(transformer: nn.Module, family: TextFamily, options: Options) -> No
     cast_training_params(transformer, torch.float32)
 
 
-def check_layers(transformer: nn.Module, layers: list[str], family: TextFamily) -> None:
+def check_layers(transformer: nn.Module, layers: list[str], family: Family) -> None:
     """Checks that each name is the end of a layer's name; peft passes over one that is not, as long as another is.
 
     Raises:

@@ -27,7 +27,7 @@ class Objective(Protocol):
     scheduler: SchedulerMixin
 
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
-        """What the transformer is told about the times t in [0, 1], each (B,)."""
+        """Timesteps as the transformer takes them, for times t in [0, 1], each (B,)."""
 
     def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Noisy latents and the target of the prediction, each (B, C, H, W)."""
@@ -42,14 +42,11 @@ class FlowMatching:
     Source: SiT, arXiv 2401.08740, equations 1 and 3. The timestep is 1000 t, as stock schedulers count (SiT itself feeds t).
 
     Args:
-        scheduler: the one that is exported; by default one that DiTPipeline can use.
+        scheduler: the one that is exported; by default `flow_scheduler()`.
     """
 
     def __init__(self, scheduler: SchedulerMixin | None = None):
-        # FlowMatchEulerDiscreteScheduler lacks scale_model_input, which DiTPipeline calls
-        self.scheduler = scheduler or DPMSolverMultistepScheduler(
-            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0
-        )
+        self.scheduler = scheduler or flow_scheduler()
 
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
         return NUM_TIMESTEPS * t
@@ -96,6 +93,14 @@ class NoisePrediction:
 
     def _signal(self, t: torch.Tensor) -> torch.Tensor:
         return self.scheduler.alphas_cumprod.to(t.device)[self.timesteps(t).long()]
+
+
+def flow_scheduler() -> SchedulerMixin:
+    """A stock scheduler that samples a flow in any pipeline that samples noise predictions.
+
+    FlowMatchEulerDiscreteScheduler lacks scale_model_input, which DiTPipeline calls.
+    """
+    return DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0)
 
 
 def name_of(scheduler: SchedulerMixin) -> str | None:

@@ -16,8 +16,8 @@ class Options:
     # --- Model ---------------------------------------------------------------------------------------------------
     model: str = option(
         "SiT-B/2",
-        f"Transformer to train: {families.SIZES_HELP}, or `custom` with the four options below; with --text_conditioning "
-        f"{families.TEXT_SIZES_HELP}, `custom-MMDiT` or `custom-PixArt`.",
+        f"Transformer to train: {families.presets_of('labels')}, or `custom` with the four options below; with "
+        f"--text_conditioning {families.presets_of('captions')}, {families.custom_models()}.",
         resume="fixed",
         group="Model",
     )
@@ -30,7 +30,7 @@ class Options:
     pretrained_model_name_or_path: str | None = option(
         None,
         "Hub id or folder of a DiTPipeline to fine-tune, instead of training --model from scratch; with --text_conditioning of "
-        f"a {families.SUPPORTED}.",
+        f"a {families.pipelines_of('captions')}.",
         resume="content",
         path=True,
     )

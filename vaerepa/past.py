@@ -76,13 +76,13 @@ def content_of(options: Options, components: Components) -> Digests:
 
     They must be taken before a LoRA is laid over the pretrained transformer, or anything moves to another precision.
     """
-    sources, vae, pretrained = components.sources, components.vae, components.pretrained
+    sources, vae, pretrained = components.sources, components.vae, components.pretrained_transformer
     scale = [vae.config.get(name) for name in ("scaling_factor", "shift_factor")]
     content = _data(options, sources.train) | {"VAE": f"{checksum(vae)} {scale}"}
     content[VALIDATION] = _data(options, sources.validation) if sources.validation else None
-    content["pretrained transformer"] = checksum(pretrained.transformer, sampled=True) if pretrained else None
+    content["pretrained transformer"] = checksum(pretrained, sampled=True) if pretrained else None
     if options.text_conditioning:
-        parts = components.text.text_components.values()
+        parts = components.given.text_components.values()
         content["text encoders"] = [checksum(part, sampled=True) for part in parts if isinstance(part, nn.Module)]
     else:
         content["class names"] = list(sources.id2label.values())

@@ -10,8 +10,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from vaerepa import checks, components
 from vaerepa.command import command_again
 from vaerepa.data import DataError, Feed, TrainingDraws, micro_batch
-from vaerepa.families import dit
 from vaerepa.logs import get_logger
+from vaerepa.model import check_geometry, family_of
 from vaerepa.options import Options
 from vaerepa.stopping import StopRequest
 from vaerepa.vae import downsampling_factor, shape_of_latents
@@ -29,10 +29,9 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
         DataError: too many images cannot be read.
     """
     with accelerator.main_process_first():
-        family = components.open_text(options)[0] if options.text_conditioning else dit
-        vae, sources = components.open_vae_and_data(options, family)
+        vae, sources = components.open_vae_and_data(options, family_of(options))
         encoder = components.open_encoder(options)
-    checks.check_geometry(options, downsampling_factor(vae), patch_size=1)
+    check_geometry(options, downsampling_factor(vae), patch_size=1)
     shape, count = shape_of_latents(vae, options.resolution), len(sources.train)
     with accelerator.main_process_first():
         feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape, encoder=encoder)

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline_vaerepa import VAEREPAPipeline
 from vaerepa import objectives
 from vaerepa.data import Prompts
-from vaerepa.families import dit
+from vaerepa.families import DiT
 
 LATEST = "latest"  # folder of single pictures
 MAX_COLUMNS = 10
@@ -25,16 +25,19 @@ def build_pipeline(
     transformer: nn.Module, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str]
 ) -> DiffusionPipeline:
     """The shipped pipeline around a transformer in training form; the stock one where the noise is predicted."""
+    family = DiT()
     if objectives.name_of(scheduler) == "flow_matching":
         pipeline = VAEREPAPipeline(transformer, vae, scheduler, id2label)
     else:
-        pipeline = dit.build_stock_pipeline(transformer, vae, scheduler, id2label).to(vae.device)
+        pipeline = family.build_pipeline(
+            family.pipeline_class(), family.to_stock_form(transformer), vae, scheduler, id2label=id2label
+        ).to(vae.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def sampler_name(pipeline: DiffusionPipeline) -> str:
-    """By what a pipeline samples unless it is told: Euler's method the shipped one, its scheduler any other."""
+    """By what a pipeline samples by default: Euler's method the shipped one, its scheduler any other."""
     return "euler" if isinstance(pipeline, VAEREPAPipeline) else type(pipeline.scheduler).__name__
 
 

@@ -32,7 +32,9 @@ from vaerepa.alignment.taps import output_of
 from vaerepa.data import Source, open_images
 from vaerepa.data.images import cut, read_image, to_pixels
 from vaerepa.errors import OptionError
-from vaerepa.families import dit
+from vaerepa.families import DiT
+from vaerepa.families.dit import model_inputs
+from vaerepa.families.pretrained import load_pretrained
 from vaerepa.logs import set_up_logging
 from vaerepa.privacy import redact
 from vaerepa.randomness import draw_noise
@@ -87,8 +89,8 @@ def visualize(args: argparse.Namespace) -> None:
     """The story: check, open, draw."""
     check_arguments(args)
     where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    pretrained = dit.load_pipeline(args.pretrained_model_name_or_path, **where)
-    args.block = choose_blocks(args.block, len(dit.blocks(pretrained.transformer)))
+    pretrained = load_pretrained(args.pretrained_model_name_or_path, "labels", **where)
+    args.block = choose_blocks(args.block, len(pretrained.family.blocks(pretrained.transformer)))
     num_classes = len(pretrained.id2label or ()) or pretrained.transformer.config.num_embeds_ada_norm
     labels = args.class_labels or grid_labels(min(6, num_classes), num_classes)
     if not all(0 <= label < num_classes for label in labels):
@@ -194,10 +196,11 @@ def hidden_states(
     times = torch.full((len(clean),), t, device=clean.device)
     noisy, _ = objective.corrupt(clean, noise_like(clean, seed), times)
     nobody = torch.zeros(len(clean), dtype=torch.long, device=clean.device)
-    inputs = dit.model_inputs(transformer, objective.timesteps(times), nobody, drop=torch.ones_like(nobody).bool())
-    output = output_of(dit.blocks(transformer)[block - 1], lambda: dit.predict(transformer, noisy, **inputs))
-    side = clean.shape[-1] // dit.patch_size(transformer)
-    return dit.hidden_states_of(output).transpose(1, 2).unflatten(2, (side, side))
+    family = DiT()
+    inputs = model_inputs(transformer, objective.timesteps(times), nobody, drop=torch.ones_like(nobody).bool())
+    output = output_of(family.blocks(transformer)[block - 1], lambda: family.predict(transformer, noisy, **inputs))
+    side = clean.shape[-1] // family.patch_size(transformer)
+    return family.hidden_states_of(output).transpose(1, 2).unflatten(2, (side, side))
 
 
 def noise_like(clean: torch.Tensor, seed: int) -> torch.Tensor:
@@ -236,9 +239,9 @@ def draw_trajectories(args: argparse.Namespace, pipeline: VAEREPAPipeline, label
     """A row per class: the predicted clean image at several steps of Euler's method, and the sample."""
     num_steps = args.num_inference_steps
     shown = np.linspace(0, num_steps - 1, args.num_shown_steps).round().astype(int).tolist()
-    noise = noise_like(
-        torch.empty(len(labels), *dit.latent_shape(pipeline.transformer), device=pipeline.device), args.seed
-    )
+    config = pipeline.transformer.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    noise = noise_like(torch.empty(len(labels), *shape, device=pipeline.device), args.seed)
     pipeline.set_progress_bar_config(disable=True)
     predictions = predicted_clean(pipeline, labels, noise, num_steps, args.guidance_scale)
     columns = {f"t {1 - step / num_steps:.2g}": decode(pipeline.vae, predictions[step]) for step in shown}

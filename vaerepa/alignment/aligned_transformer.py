@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from vaerepa.alignment.grid import grid_of
 from vaerepa.alignment.heads import GridConvolution
-from vaerepa.families import TextFamily, dit
+from vaerepa.families import DiT, Family
 
 
 @dataclass
@@ -33,7 +32,7 @@ class AlignedTransformer(nn.Module):
         blocks: its blocks.
         heads: a head per method, taking the image's hidden states (B, N, d).
         block_of: the block that each head reads, counted from 1.
-        family: knows how the transformer is called, and what its blocks return.
+        family: knows how the transformer is called, and what its blocks return; DiT by default.
         target_blocks: by method the blocks whose tokens are returned too, without gradient, counted from 1.
     """
 
@@ -43,7 +42,7 @@ class AlignedTransformer(nn.Module):
         blocks: nn.ModuleList,
         heads: dict[str, nn.Module],
         block_of: dict[str, int],
-        family: ModuleType | TextFamily = dit,
+        family: Family | None = None,
         target_blocks: dict[str, tuple[int, ...]] | None = None,
     ):
         super().__init__()
@@ -52,7 +51,7 @@ class AlignedTransformer(nn.Module):
                 raise ValueError(
                     f"alignment `{name}`: block {block} is outside the model, which has blocks 1 to {len(blocks)}"
                 )
-        self.family = family
+        self.family = family or DiT()
         self.transformer = transformer
         self.heads = nn.ModuleDict(heads)
         self.measure_gradients = False
@@ -74,14 +73,13 @@ class AlignedTransformer(nn.Module):
             prediction = self.family.predict(self.transformer, hidden_states, **inputs)
         finally:
             self._recording = False
-        places = self.family.image_places(self.transformer, hidden_states)
         grid = grid_of(hidden_states, self.family.patch_size(self.transformer))
         outputs = {}
         for name, head in self.heads.items():
-            tokens = self._take(name, places)
+            tokens = self._take(name, hidden_states)
             outputs[name] = head(tokens, grid) if isinstance(head, GridConvolution) else head(tokens)
         for block in self._taps.keys() - self.heads.keys():
-            outputs[block] = self._take(block, places).detach()
+            outputs[block] = self._take(block, hidden_states).detach()
         return prediction, outputs
 
     def drop_heads(self, names: Iterable[str] | None = None) -> None:
@@ -114,12 +112,13 @@ class AlignedTransformer(nn.Module):
 
         return hook
 
-    def _take(self, name: str | int, places: slice) -> torch.Tensor:
+    def _take(self, name: str | int, noisy: torch.Tensor) -> torch.Tensor:
         tap = self._taps[name]
         hidden_states, tap.hidden_states = tap.hidden_states, None
+        image = self.family.image_token_slice(self.transformer, noisy, hidden_states)
         if not (self.measure_gradients and hidden_states.requires_grad):
-            return hidden_states[:, places]
-        head_input = hidden_states[:, places]  # a node of its own, to tell the head's gradient from the sum
-        hidden_states.register_hook(lambda gradient: setattr(tap, "total_gradient", gradient[:, places].float()))
+            return hidden_states[:, image]
+        head_input = hidden_states[:, image]  # a node of its own, to tell the head's gradient from the sum
+        hidden_states.register_hook(lambda gradient: setattr(tap, "total_gradient", gradient[:, image].float()))
         head_input.register_hook(lambda gradient: setattr(tap, "head_gradient", gradient.float()))
         return head_input

@@ -17,7 +17,7 @@ from vaerepa.data.loader import (
     micro_batch,
     read_batches,
 )
-from vaerepa.data.opening import Sources, open_images, open_sources, take_at_random
+from vaerepa.data.opening import Sources, open_data, open_images, open_sources, take_at_random
 from vaerepa.data.prompts import Prompts
 from vaerepa.data.source import Source
 from vaerepa.errors import DataError
@@ -35,6 +35,7 @@ __all__ = [
     "ValidationDraws",
     "classes_in_batch",
     "micro_batch",
+    "open_data",
     "open_images",
     "open_sources",
     "parse_buckets",

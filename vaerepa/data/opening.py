@@ -29,6 +29,7 @@ from vaerepa.data.survey import temporary_folder, writable_cache
 from vaerepa.data.tars import open_tars
 from vaerepa.errors import OptionError
 from vaerepa.hub.reasons import why_no_data_set
+from vaerepa.options import Options
 from vaerepa.randomness import draw_permutation, draw_uniform
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,35 @@ class Sources:
     train: Source
     validation: Source | None
     id2label: dict[int, str]
+
+
+def open_data(options: Options) -> Sources:
+    """The data that are asked for.
+
+    Raises:
+        OptionError: they are not there, or the options ask of them what they do not have.
+    """
+    sources = open_sources(
+        options.train_data_dir or options.dataset_name,
+        options.train_split,
+        options.validation_split,
+        options.image_column,
+        options.label_column,
+        options.caption_column,
+        options.dataset_config_name,
+        options.dataset_revision,
+        options.cache_dir,
+        options.max_train_samples,
+        options.seed,
+        options.text_conditioning,
+    )
+    if sources.train.holds_latents and options.random_flip:
+        raise OptionError("--random_flip: the data set holds latents, which cannot be flipped; leave it off.")
+    if sources.train.holds_latents and options.latents_cache:
+        raise OptionError("--latents_cache: the data set holds latents already; leave it off.")
+    if sources.train.holds_latents and options.aspect_ratio_buckets:
+        raise OptionError("--aspect_ratio_buckets: the data set holds latents of one size; leave it off.")
+    return sources
 
 
 def open_sources(

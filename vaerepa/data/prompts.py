@@ -1,4 +1,4 @@
-"""Prompts: from captions to what a text-to-image transformer is told, by the text encoders or by a cache in their place."""
+"""Prompts: from captions to the condition of a text-to-image transformer, by the text encoders or by a cache in their place."""
 
 import logging
 import os

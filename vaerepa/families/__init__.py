@@ -1,51 +1,89 @@
-"""Architectures: one file each. A family knows its sizes, blocks, condition, time scale and stock pipeline.
-
-`dit` is the class-conditional one; the others draw from text.
-"""
+"""Architectures: one file each, one line each in FAMILIES. `Family` in base.py is the contract that they keep."""
 
 import re
-from types import ModuleType
 
-from vaerepa.families import dit
-from vaerepa.families.dit import Size
+from vaerepa.families.base import Conditioning, Family, InputSpec, Size
+from vaerepa.families.dit import DiT
 from vaerepa.families.mmdit import MMDiT
 from vaerepa.families.pixart import PixArt
-from vaerepa.families.text_family import TextFamily, TextModel, TextPipeline
+from vaerepa.families.text_family import TextFamily
 from vaerepa.families.z_image import ZImage
 
-__all__ = ["Family", "Size", "TextFamily", "TextModel", "TextPipeline", "dit", "parse_model_name"]
+__all__ = [
+    "CUSTOM",
+    "FAMILIES",
+    "Conditioning",
+    "DiT",
+    "Family",
+    "InputSpec",
+    "Size",
+    "TextFamily",
+    "custom_models",
+    "family_of_model",
+    "family_of_pipeline",
+    "parse_preset",
+    "pipelines_of",
+    "presets_of",
+]
 
-Family = ModuleType | TextFamily
-TEXT_FAMILIES: tuple[TextFamily, ...] = (PixArt(), MMDiT(), ZImage())
-FROM_SCRATCH: dict[str, TextFamily] = {"MMDiT": TEXT_FAMILIES[1], "PixArt": TEXT_FAMILIES[0]}
-SUPPORTED = ", ".join(name for family in TEXT_FAMILIES for name in family.pipelines)
+FAMILIES: tuple[Family, ...] = (
+    DiT(),
+    MMDiT(),
+    PixArt(),
+    ZImage(),
+)
+CUSTOM = "custom"
 
 
-def _presets(prefix: str, sizes: dict[str, Size], patch_sizes: tuple[int, ...]) -> str:
-    return f"{prefix}-{{{','.join(sizes)}}}/{{{','.join(map(str, patch_sizes))}}}"
+def family_of_model(model: str) -> Family:
+    """The family of a preset such as `MMDiT-M/2`, or of `custom` (which is a SiT), `custom-MMDiT`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    prefix, _, rest = model.partition("-")
+    name = (rest or FAMILIES[0].preset) if prefix == CUSTOM else prefix
+    family = next((family for family in FAMILIES if family.preset == name), None)
+    if family is None:
+        presets = " or ".join(filter(None, map(_presets, FAMILIES)))
+        raise ValueError(f"there is no model `{model}`: presets are {presets}")
+    return family
 
 
-SIZES_HELP = _presets("SiT", dit.SIZES, dit.PATCH_SIZES)
-TEXT_SIZES_HELP = " or ".join(_presets(name, family.sizes, family.patch_sizes) for name, family in FROM_SCRATCH.items())
-
-
-def parse_model_name(name: str) -> tuple[Family, Size, int]:
+def parse_preset(name: str) -> tuple[Family, Size, int]:
     """Splits `SiT-XL/2`, `MMDiT-M/2` or `PixArt-XL/2` into family, size and patch size.
 
     Raises:
         ValueError: there is no such preset.
     """
-    prefix, _, rest = name.partition("-")
-    if prefix not in FROM_SCRATCH:
-        return dit, *dit.parse_model_name(name)
-    family, match = FROM_SCRATCH[prefix], re.fullmatch(r"(\w+)/(\d+)", rest)
+    family = family_of_model(name)
+    match = re.fullmatch(rf"{family.preset}-(\w+)/(\d+)", name)
     if match is None or match[1] not in family.sizes or int(match[2]) not in family.patch_sizes:
-        raise ValueError(
-            f"there is no model `{name}`: presets are {_presets(prefix, family.sizes, family.patch_sizes)}"
-        )
+        raise ValueError(f"there is no model `{name}`: presets are {_presets(family)}")
     return family, family.sizes[match[1]], int(match[2])
 
 
-def text_family_of(pipeline_name: str) -> TextFamily | None:
+def presets_of(conditioning: Conditioning) -> str:
+    """All presets of this kind, as options' helps print them: `MMDiT-{S,B}/{1,2} or PixArt-...`."""
+    return " or ".join(_presets(family) for family in FAMILIES if family.preset and family.conditioning == conditioning)
+
+
+def custom_models() -> str:
+    """The values of --model with a size of one's own, beside `custom`."""
+    return " or ".join(f"`{CUSTOM}-{family.preset}`" for family in FAMILIES[1:] if family.preset)
+
+
+def family_of_pipeline(name: str | None) -> Family | None:
     """The family that a stock pipeline belongs to; None for any other."""
-    return next((family for family in TEXT_FAMILIES if pipeline_name in family.pipelines), None)
+    return next((family for family in FAMILIES if name in family.pipelines), None)
+
+
+def pipelines_of(*conditionings: Conditioning) -> str:
+    """Names of the stock pipelines of these kinds, for messages and options' helps."""
+    return ", ".join(name for family in FAMILIES if family.conditioning in conditionings for name in family.pipelines)
+
+
+def _presets(family: Family) -> str | None:
+    if family.preset is None:
+        return None
+    return f"{family.preset}-{{{','.join(family.sizes)}}}/{{{','.join(map(str, family.patch_sizes))}}}"

@@ -6,8 +6,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin, SD3Transformer2DModel
 from torch import nn
 
-from vaerepa.families.dit import Size, initialize_linear, initialize_patches
-from vaerepa.families.text_family import Condition, TextFamily, TextModel
+from vaerepa.families.base import InputSpec, Size, initialize_linear, initialize_patches
+from vaerepa.families.text_family import Condition, TextFamily
+from vaerepa.randomness import seeded_weights
 
 
 class MMDiT(TextFamily):
@@ -35,6 +36,7 @@ class MMDiT(TextFamily):
         "attn.to_q",
         "attn.to_v",
     )
+    preset = "MMDiT"
     # M is the text-to-image model of the VAE-REPA paper; 2B has the sizes of Stable Diffusion 3 medium
     sizes = {  # noqa: RUF012
         "S": Size(12, 384, 6),
@@ -45,24 +47,10 @@ class MMDiT(TextFamily):
     }
     patch_sizes = (1, 2, 4)
 
-    def build_transformer(self, size: Size, patch_size: int, given: TextModel) -> SD3Transformer2DModel:
-        clips = [given.text_components[name].config for name in ("text_encoder", "text_encoder_2")]
-        t5 = given.text_components["text_encoder_3"]
-        transformer = SD3Transformer2DModel(
-            sample_size=given.latent_size,
-            patch_size=patch_size,
-            in_channels=given.latent_channels,
-            out_channels=given.latent_channels,
-            num_layers=size.num_layers,
-            num_attention_heads=size.num_attention_heads,
-            attention_head_dim=size.hidden_size // size.num_attention_heads,
-            joint_attention_dim=t5.config.d_model if t5 else sum(config.hidden_size for config in clips),
-            caption_projection_dim=size.hidden_size,
-            pooled_projection_dim=sum(config.projection_dim for config in clips),
-            pos_embed_max_size=2 * (given.latent_size // patch_size),  # room for rectangles
-            qk_norm="rms_norm",  # as 3.5: without, attention logits grow
-        )
-        _initialize(transformer)
+    def build_transformer(self, size: Size, patch_size: int, spec: InputSpec, seed: int) -> SD3Transformer2DModel:
+        with seeded_weights(seed, "transformer"):
+            transformer = _new_transformer(size, patch_size, spec)
+            _initialize(transformer)
         return self.to_training_form(transformer)
 
     def default_scheduler(self, shift: float | None) -> SchedulerMixin:
@@ -72,9 +60,6 @@ class MMDiT(TextFamily):
         self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
         return transformer(noisy, timestep=timesteps, **condition, return_dict=False)[0]
-
-    def inner_width(self, transformer: nn.Module) -> int:
-        return transformer.inner_dim
 
     def max_patches(self, transformer: nn.Module) -> int:
         return transformer.config.pos_embed_max_size
@@ -104,6 +89,25 @@ class MMDiT(TextFamily):
             "encoder_hidden_states": torch.zeros(1, 77 + length, config.joint_attention_dim, device=device),
             "pooled_projections": torch.zeros(1, config.pooled_projection_dim, device=device),
         }
+
+
+def _new_transformer(size: Size, patch_size: int, spec: InputSpec) -> SD3Transformer2DModel:
+    clips = [spec.text_components[name].config for name in ("text_encoder", "text_encoder_2")]
+    t5 = spec.text_components["text_encoder_3"]
+    return SD3Transformer2DModel(
+        sample_size=spec.latent_size,
+        patch_size=patch_size,
+        in_channels=spec.latent_channels,
+        out_channels=spec.latent_channels,
+        num_layers=size.num_layers,
+        num_attention_heads=size.num_attention_heads,
+        attention_head_dim=size.hidden_size // size.num_attention_heads,
+        joint_attention_dim=t5.config.d_model if t5 else sum(config.hidden_size for config in clips),
+        caption_projection_dim=size.hidden_size,
+        pooled_projection_dim=sum(config.projection_dim for config in clips),
+        pos_embed_max_size=2 * (spec.latent_size // patch_size),  # rectangles are longer on one side
+        qk_norm="rms_norm",  # as 3.5: without, attention logits grow
+    )
 
 
 @torch.no_grad()

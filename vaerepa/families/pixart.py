@@ -6,8 +6,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel, SchedulerMixin
 from torch import nn
 
-from vaerepa.families.dit import Size, initialize_linear, initialize_patches
-from vaerepa.families.text_family import Condition, TextFamily, TextModel
+from vaerepa.families.base import InputSpec, Size, initialize_linear, initialize_patches
+from vaerepa.families.text_family import Condition, TextFamily
+from vaerepa.randomness import seeded_weights
 
 
 class PixArt(TextFamily):
@@ -18,8 +19,9 @@ class PixArt(TextFamily):
     knows_shift = False
     max_sequence_length = 120  # Sigma was trained with 300
     lora_layers = ("to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-    # an empty negative prompt is the default, and cannot be given beside embeddings; draw at any size that is asked for
+    # an empty negative prompt is the default, and cannot be given beside embeddings; generate at any size that is asked for
     call_options = {"prompt": None, "negative_prompt": None, "use_resolution_binning": False}  # noqa: RUF012
+    preset = "PixArt"
     sizes = {  # noqa: RUF012  DiT's; XL is the published PixArt
         "S": Size(12, 384, 6),
         "B": Size(12, 768, 12),
@@ -28,21 +30,10 @@ class PixArt(TextFamily):
     }
     patch_sizes = (1, 2, 4)
 
-    def build_transformer(self, size: Size, patch_size: int, given: TextModel) -> PixArtTransformer2DModel:
-        config = given.text_components["text_encoder"].config
-        transformer = PixArtTransformer2DModel(
-            num_attention_heads=size.num_attention_heads,
-            attention_head_dim=size.hidden_size // size.num_attention_heads,
-            in_channels=given.latent_channels,
-            out_channels=given.latent_channels,
-            num_layers=size.num_layers,
-            cross_attention_dim=size.hidden_size,
-            sample_size=given.latent_size,
-            patch_size=patch_size,
-            use_additional_conditions=False,
-            caption_channels=getattr(config, "d_model", None) or config.hidden_size,
-        )
-        _initialize(transformer)
+    def build_transformer(self, size: Size, patch_size: int, spec: InputSpec, seed: int) -> PixArtTransformer2DModel:
+        with seeded_weights(seed, "transformer"):
+            transformer = _new_transformer(size, patch_size, spec)
+            _initialize(transformer)
         return self.to_training_form(transformer)
 
     def default_scheduler(self, shift: float | None) -> SchedulerMixin:
@@ -54,15 +45,12 @@ class PixArt(TextFamily):
         height, width = noisy.shape[-2:]
         extra = {"resolution": None, "aspect_ratio": None}
         if transformer.config.sample_size == 128 and transformer.config.use_additional_conditions is not False:
-            extra = {  # in pixels, of a VAE that reduces by 8, as the stock pipeline tells it
+            extra = {  # in pixels, of a VAE that reduces by 8, as the stock pipeline gives them
                 "resolution": noisy.new_tensor([8.0 * height, 8.0 * width]).repeat(len(noisy), 1),
                 "aspect_ratio": noisy.new_tensor([height / width]).repeat(len(noisy), 1),
             }
         prediction = transformer(noisy, timestep=timesteps, added_cond_kwargs=extra, **condition, return_dict=False)[0]
         return prediction[:, : noisy.shape[1]]  # with a learned sigma, the mean comes first
-
-    def inner_width(self, transformer: nn.Module) -> int:
-        return transformer.inner_dim
 
     def encode_prompts(self, pipeline, prompts: list[str], max_sequence_length: int) -> list[dict[str, torch.Tensor]]:
         embeds, masks, _, _ = pipeline.encode_prompt(
@@ -92,6 +80,22 @@ class PixArt(TextFamily):
             "encoder_hidden_states": torch.zeros(1, length, transformer.config.caption_channels, device=device),
             "encoder_attention_mask": torch.ones(1, length, device=device),
         }
+
+
+def _new_transformer(size: Size, patch_size: int, spec: InputSpec) -> PixArtTransformer2DModel:
+    config = spec.text_components["text_encoder"].config
+    return PixArtTransformer2DModel(
+        num_attention_heads=size.num_attention_heads,
+        attention_head_dim=size.hidden_size // size.num_attention_heads,
+        in_channels=spec.latent_channels,
+        out_channels=spec.latent_channels,
+        num_layers=size.num_layers,
+        cross_attention_dim=size.hidden_size,
+        sample_size=spec.latent_size,
+        patch_size=patch_size,
+        use_additional_conditions=False,
+        caption_channels=getattr(config, "d_model", None) or config.hidden_size,
+    )
 
 
 @torch.no_grad()

@@ -1,16 +1,132 @@
-"""The one place that looks into a pipeline's folder, local or on the Hub."""
+"""The one place that opens a pipeline's folder, local or on the Hub: index, transformer, scheduler, text encoders."""
 
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import torch
+import transformers
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
 
+from vaerepa import frozen
 from vaerepa.errors import OptionError
-from vaerepa.hub.reasons import PIPELINE_INDEX, UNREADABLE, why_unreadable
+from vaerepa.families import Conditioning, Family, family_of_pipeline, pipelines_of
+from vaerepa.hub.reasons import PIPELINE_INDEX, UNREADABLE, lacks_file, why_unreadable
+from vaerepa.logs import get_logger
 
+logger = get_logger(__name__)
+
+FLAG = "pretrained_model_name_or_path"
+TEXT_FLAG = "pretrained_text_encoder_model_name_or_path"
 EXPECTED = f"a Hub id of a diffusers pipeline, or a folder with {PIPELINE_INDEX}"
+ALL = ("labels", "captions")
+OTHER_KIND = {
+    "labels": "which is conditioned on class labels: leave out --text_conditioning",
+    "captions": "which is conditioned on text: add --text_conditioning",
+}
 
 
-def load_index(flag: str, name: str, revision: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Pretrained:
+    """A stock pipeline taken apart, without its VAE.
+
+    Attributes:
+        transformer: in training form; None where only the text encoders are wanted, and so is the scheduler.
+        id2label: names of the classes by number, None where the pipeline names none.
+    """
+
+    family: Family
+    pipeline_class: type[DiffusionPipeline]
+    text_components: dict[str, Any]
+    transformer: nn.Module | None = None
+    scheduler: SchedulerMixin | None = None
+    id2label: dict[int, str] | None = None
+
+
+def load_pretrained(name: str, conditioning: Conditioning, **where: str | None) -> Pretrained:
+    """Loads what is fine-tuned: the transformer of a stock pipeline and all around it but the VAE.
+
+    Args:
+        where: revision, variant and cache_dir, as `from_pretrained` takes them.
+
+    Raises:
+        OptionError: nothing there, a pipeline of another kind, or not all of it.
+    """
+    family, index = find_family(name, (conditioning,), **where)
+    pipeline = _load_whole(FLAG, name, family, index, ("vae", "id2label"), **where)
+    id2label = index.get("id2label")
+    return Pretrained(
+        family,
+        type(pipeline),
+        _text_components(family, pipeline, name, **where),
+        family.to_training_form(pipeline.transformer),
+        pipeline.scheduler,
+        {int(label): name for label, name in id2label.items()} if id2label else None,
+    )
+
+
+def load_text_encoders(name: str, family: Family, **where: str | None) -> Pretrained:
+    """Loads tokenizers and text encoders of a stock pipeline, or one text encoder of transformers for a family of one.
+
+    Raises:
+        OptionError: nothing there, or a pipeline of another family.
+    """
+    if Path(name, "config.json").is_file():
+        return _load_single_encoder(name, family, where["cache_dir"])
+    try:
+        index = load_index(TEXT_FLAG, name, **where)
+    except OptionError as error:
+        if lacks_file(error):
+            return _load_single_encoder(name, family, where["cache_dir"])
+        raise
+    kind = index.get("_class_name")
+    if kind not in family.pipelines:
+        raise OptionError(f"--{TEXT_FLAG} {name} holds a {kind}; expected one of {', '.join(family.pipelines)}.")
+    pipeline = _load_whole(TEXT_FLAG, name, family, index, ("vae", "transformer", "scheduler"), **where)
+    return Pretrained(family, type(pipeline), _text_components(family, pipeline, name, **where))
+
+
+def load_stock_pipeline(name: str, **where: str | None) -> tuple[DiffusionPipeline, Family]:
+    """Loads a whole pipeline as it is, and says of which family it is.
+
+    Raises:
+        OptionError: nothing there, or a pipeline of no family.
+    """
+    family, index = find_family(name, ALL, **where)
+    try:
+        return family.pipeline_class(index["_class_name"]).from_pretrained(name, **where), family
+    except UNREADABLE as error:
+        raise OptionError(f"{name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
+
+
+def find_family(
+    name: str, conditionings: tuple[Conditioning, ...], **where: str | None
+) -> tuple[Family, dict[str, Any]]:
+    """The family of a pipeline, and its index.
+
+    Raises:
+        OptionError: nothing there, or a pipeline of another kind.
+    """
+    if name.endswith((".pt", ".pth", ".ckpt")):
+        raise OptionError(
+            f"--{FLAG} {name}: checkpoints of the official code are no diffusers pipelines. DiT's are on the Hub as "
+            "facebook/DiT-XL-2-256 and -512; SiT's and REPA's cannot be used, for they know time as t in [0, 1] by another "
+            "sinusoid."
+        )
+    index = load_index(FLAG, name, **where)
+    kind = index.get("_class_name")
+    family = family_of_pipeline(kind)
+    if family is None or family.conditioning not in conditionings:
+        why = f", {OTHER_KIND[family.conditioning]}" if family else ""
+        raise OptionError(f"--{FLAG} {name} holds a {kind}{why}; expected one of {pipelines_of(*conditionings)}.")
+    return family, index
+
+
+def load_index(
+    flag: str, name: str, revision: str | None = None, cache_dir: str | None = None, variant: str | None = None
+) -> dict[str, Any]:
     """What model_index.json says: the pipeline's class, and library and class of its parts.
 
     Raises:
@@ -22,6 +138,59 @@ def load_index(flag: str, name: str, revision: str | None = None, cache_dir: str
         raise OptionError(f"--{flag} {name}: {why_unreadable(name, error, EXPECTED)}") from error
 
 
-def is_missing_part(index: dict[str, Any], part: str) -> bool:
-    """Whether the pipeline comes without this part."""
-    return index.get(part, [None])[0] is None
+def _load_whole(
+    flag: str, name: str, family: Family, index: dict[str, Any], unwanted: tuple[str, ...], **where: str | None
+) -> DiffusionPipeline:
+    """The stock pipeline without the parts that are not wanted, and without those that it never had."""
+    wanted = {"transformer", "scheduler", *family.text_components} - set(unwanted)
+    missing = sorted(part for part in wanted if _is_missing(index, part))
+    needed = [part for part in missing if part not in family.dispensable_components]
+    if needed:
+        raise OptionError(
+            f"--{flag} {name} has no {', '.join(missing)}. Give a whole pipeline; --cache_text_embeddings keeps text encoders "
+            "out of memory."
+        )
+    if missing:
+        logger.info(f"{name} comes without {', '.join(missing)}: it trains, and generates, without")
+    pipeline_class = family.pipeline_class(index["_class_name"])
+    parts = inspect.signature(pipeline_class.__init__).parameters.keys() - {"self"}
+    unwanted = {*unwanted, *pipeline_class._optional_components} - set(family.text_components)
+    left_out = dict.fromkeys(part for part in parts if part in unwanted or _is_missing(index, part))
+    try:  # weights in safetensors, or in files that torch opens with weights_only
+        return pipeline_class.from_pretrained(name, **left_out, dtype=torch.get_default_dtype(), **where)
+    except UNREADABLE as error:
+        raise OptionError(f"--{flag} {name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
+
+
+def _load_single_encoder(name: str, family: Family, cache_dir: str | None) -> Pretrained:
+    """A text encoder of transformers by itself, for families that need one only."""
+    if family.text_components != ("tokenizer", "text_encoder"):
+        raise OptionError(
+            f"--{TEXT_FLAG} {name} is one text encoder; this model needs those of a {family.pipelines[0]}."
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+        encoder = transformers.AutoModel.from_pretrained(name, cache_dir=cache_dir, dtype=torch.get_default_dtype())
+    except UNREADABLE as error:
+        reason = why_unreadable(name, error, "a text encoder of transformers with its tokenizer")
+        raise OptionError(f"--{TEXT_FLAG} {name} cannot be loaded: {reason}") from error
+    encoder = encoder.get_encoder() if getattr(encoder.config, "is_encoder_decoder", False) else encoder
+    frozen.remember_dtypes(encoder, name, cache_dir=cache_dir)
+    parts = {"tokenizer": tokenizer, "text_encoder": encoder.eval().requires_grad_(False)}
+    return Pretrained(family, family.pipeline_class(), parts)
+
+
+def _text_components(
+    family: Family, pipeline: DiffusionPipeline, name_or_path: str, **where: str | None
+) -> dict[str, Any]:
+    parts = {name: getattr(pipeline, name) for name in family.text_components}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+            frozen.remember_dtypes(part, name_or_path, name, **where)
+    return parts
+
+
+def _is_missing(index: dict[str, Any], part: str) -> bool:
+    library_and_class = index.get(part)
+    return library_and_class is None or (isinstance(library_and_class, list) and library_and_class[0] is None)

@@ -7,12 +7,9 @@ joint sequence the image's tokens come first, in the order of the patches.
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from torch import nn
 
-from vaerepa.errors import OptionError
-from vaerepa.families.dit import Size
-from vaerepa.families.text_family import Condition, TextFamily, TextModel
+from vaerepa.families.text_family import Condition, TextFamily
 
 
 class ZImage(TextFamily):
@@ -23,12 +20,6 @@ class ZImage(TextFamily):
     knows_shift = True
     max_sequence_length = 512
     lora_layers = ("to_k", "to_q", "to_v", "to_out.0")
-
-    def build_transformer(self, size: Size, patch_size: int, given: TextModel) -> nn.Module:
-        raise OptionError("Z-Image is fine-tuned only; from scratch take --model MMDiT-M/2 or a PixArt.")
-
-    def default_scheduler(self, shift: float | None) -> SchedulerMixin:
-        raise OptionError("Z-Image is fine-tuned only; from scratch take --model MMDiT-M/2 or a PixArt.")
 
     def predict(
         self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
@@ -49,10 +40,9 @@ class ZImage(TextFamily):
     def max_patches(self, transformer: nn.Module) -> int:
         return min(transformer.config.axes_lens[1:])
 
-    def image_places(self, transformer: nn.Module, noisy: torch.Tensor) -> slice:
-        return slice(
-            0, noisy.shape[-2] * noisy.shape[-1] // self.patch_size(transformer) ** 2
-        )  # padding and text follow
+    def image_token_slice(self, transformer: nn.Module, noisy: torch.Tensor, hidden_states: torch.Tensor) -> slice:
+        height, width = noisy.shape[-2:]
+        return slice(0, height * width // self.patch_size(transformer) ** 2)  # padding and text follow
 
     def encode_prompts(self, pipeline, prompts: list[str], max_sequence_length: int) -> list[dict[str, torch.Tensor]]:
         embeds, _ = pipeline.encode_prompt(

@@ -1,0 +1,190 @@
+"""Family, the one contract for every architecture: what the trainer asks of a transformer and of its stock pipeline."""
+
+import inspect
+import types
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.models.embeddings import PatchEmbed
+from torch import nn
+
+Conditioning = Literal["labels", "captions"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Depth, width (d) and number of heads of a transformer."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a transformer from scratch takes: latents of shape (C, s, s), and class labels or embeddings of text encoders."""
+
+    latent_channels: int
+    latent_size: int
+    num_classes: int = 0
+    text_components: dict[str, Any] = field(default_factory=dict)  # tokenizers and encoders by the pipeline's names
+
+
+class Family(ABC):
+    """One architecture. It owns the direction and scale of time, the sign of the velocity and the form of the condition.
+
+    Time is t in [0, 1] as everywhere in this trainer, 1 being noise; `timesteps` are 1000 t, as stock schedulers count.
+    """
+
+    name: ClassVar[str]
+    tags: ClassVar[tuple[str, ...]] = ()  # by which the Hub's users look for it
+    conditioning: ClassVar[Conditioning]
+    pipelines: ClassVar[tuple[str, ...]]  # names of stock pipelines; the first is what is trained from scratch
+    text_components: ClassVar[tuple[str, ...]] = ()  # names of tokenizers and text encoders in the pipeline
+    dispensable_components: ClassVar[tuple[str, ...]] = ()  # of these, what the stock pipeline encodes captions without
+    knows_shift: ClassVar[bool]  # whether the stock pipeline undoes the VAE's shift_factor
+    keeps_scheduler: ClassVar[bool] = True  # whether the stock pipeline works with any scheduler of a fine-tuned flow
+    lora_layers: ClassVar[tuple[str, ...]] = ()
+    preset: ClassVar[str | None] = None  # what the names of its presets begin with; None where it is fine-tuned only
+    sizes: ClassVar[dict[str, Size]] = {}
+    patch_sizes: ClassVar[tuple[int, ...]] = ()
+
+    # ---- the transformer from scratch
+
+    def build_transformer(self, size: Size, patch_size: int, spec: InputSpec, seed: int) -> nn.Module:
+        """A fresh transformer in training form; its weights follow from the seed."""
+        raise NotImplementedError(f"{self.name} is fine-tuned only")
+
+    def default_scheduler(self, shift: float | None) -> SchedulerMixin:
+        """The stock scheduler of a model that is trained from scratch."""
+        raise NotImplementedError(f"{self.name} is fine-tuned only")
+
+    # ---- training form and stock form
+
+    def to_training_form(self, transformer: nn.Module) -> nn.Module:
+        """Patches a stock transformer for training, in place; its outputs stay."""
+        if isinstance(getattr(transformer, "pos_embed", None), PatchEmbed):
+            keep_residual_stream_float32(transformer)
+        return transformer
+
+    def to_stock_form(self, transformer: nn.Module) -> nn.Module:
+        """A transformer in training form as stock diffusers saves and loads it: itself, or a copy on the CPU."""
+        return transformer
+
+    def fit_to_classes(
+        self, transformer: nn.Module, known: dict[int, str] | None, id2label: dict[int, str], seed: int
+    ) -> None:
+        """Fits a pretrained transformer to the classes of the data, in place.
+
+        Args:
+            known: the classes that it was trained on, None where its pipeline does not name them.
+        """
+
+    # ---- the forward pass
+
+    @abstractmethod
+    def inputs(self, transformer: nn.Module, timesteps: torch.Tensor, batch: dict) -> dict[str, Any]:
+        """What `predict` takes beside the latents of a batch."""
+
+    @abstractmethod
+    def predict(self, transformer: nn.Module, noisy: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Noise, or velocity eps - z, of shape (B, C, H, W), from noisy latents of that shape."""
+
+    @abstractmethod
+    def example_inputs(self, transformer: nn.Module, device: torch.device) -> dict[str, Any]:
+        """Inputs of one sample, for measuring; with a prompt of full length where there is one."""
+
+    # ---- its parts and sizes
+
+    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
+        """The transformer blocks, counted from 1 by --alignment_block."""
+        return transformer.transformer_blocks
+
+    def hidden_states_of(self, output: Any) -> torch.Tensor:
+        """The hidden states (B, N, d) in what a block returns, of all tokens."""
+        return output
+
+    def image_token_slice(self, transformer: nn.Module, noisy: torch.Tensor, hidden_states: torch.Tensor) -> slice:
+        """The place of the image's tokens among the hidden states of a block; all of them, if the text has none there."""
+        return slice(None)
+
+    def inner_width(self, transformer: nn.Module) -> int:
+        """Width d of the hidden states."""
+        return transformer.inner_dim
+
+    def patch_size(self, transformer: nn.Module) -> int:
+        """Side p of a patch in latent pixels."""
+        return transformer.config.patch_size
+
+    def latent_channels(self, transformer: nn.Module) -> int:
+        """Channels C of the latents."""
+        return transformer.config.in_channels
+
+    def fixed_size(self, transformer: nn.Module) -> int | None:
+        """Side of the only latents that it takes; None where others are possible."""
+        return None
+
+    def max_patches(self, transformer: nn.Module) -> int | None:
+        """Patches along one side that it has positions for; None where their number is open."""
+        return None
+
+    # ---- the stock pipeline
+
+    def pipeline_class(self, name: str | None = None) -> type[DiffusionPipeline]:
+        """The stock pipeline of this name; by default the one that is trained from scratch."""
+        return getattr(diffusers, name or self.pipelines[0])  # imported late: it brings transformers along
+
+    def build_pipeline(
+        self,
+        pipeline_class: type[DiffusionPipeline],
+        transformer: nn.Module | None,
+        vae: nn.Module | None,
+        scheduler: SchedulerMixin,
+        text_components: dict[str, Any] | None = None,
+        id2label: dict[int, str] | None = None,
+    ) -> DiffusionPipeline:
+        """The stock pipeline around these modules; its index names the classes, where there are any."""
+        parts = {"transformer": transformer, "vae": vae, "scheduler": scheduler, **(text_components or {})}
+        names = inspect.signature(pipeline_class.__init__).parameters.keys() - {"self"}
+        pipeline = pipeline_class(**{name: parts.get(name) for name in names})
+        if id2label:
+            pipeline.register_to_config(id2label={str(label): name for label, name in id2label.items()})
+        return pipeline
+
+    def works_in_stock_pipeline(self, num_classes: int) -> bool:
+        """Whether the stock pipeline can guide a model of so many classes."""
+        return True
+
+
+def keep_residual_stream_float32(transformer: nn.Module) -> None:
+    """PatchEmbed casts to its convolution's dtype: in half precision the residual stream of all blocks would follow."""
+    patch_embed = transformer.pos_embed
+    patch_embed.forward = types.MethodType(
+        _forward_without_autocast, patch_embed
+    )  # a method follows its module's copies
+
+
+def _forward_without_autocast(patch_embed: PatchEmbed, latents: torch.Tensor) -> torch.Tensor:
+    kind = latents.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():  # not on meta
+        return PatchEmbed.forward(patch_embed, latents.to(patch_embed.proj.weight.dtype))
+
+
+def initialize_linear(module: nn.Module) -> None:
+    """All Linear layers xavier-uniform with zero bias."""
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.xavier_uniform_(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+
+def initialize_patches(convolution: nn.Conv2d) -> None:
+    """The patch convolution xavier-uniform as the matrix that it is, with zero bias."""
+    nn.init.xavier_uniform_(convolution.weight.view(convolution.weight.shape[0], -1))
+    nn.init.zeros_(convolution.bias)

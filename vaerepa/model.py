@@ -1,0 +1,163 @@
+"""The transformer that the options ask for: of which family and size, from where, and whether images fit it."""
+
+from torch import nn
+
+from vaerepa import families
+from vaerepa.alignment import settings
+from vaerepa.data import parse_buckets
+from vaerepa.errors import OptionError
+from vaerepa.families import Conditioning, Family, Size
+from vaerepa.families.pretrained import Pretrained, find_family, load_pretrained, load_text_encoders
+from vaerepa.options import Options
+
+CUSTOM_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "patch_size")
+
+
+def conditioning_of(options: Options) -> Conditioning:
+    """The kind of condition that is trained."""
+    return "captions" if options.text_conditioning else "labels"
+
+
+def transformer_size(options: Options) -> tuple[Family, Size, int]:
+    """Family, size and patch size of a model from scratch.
+
+    Raises:
+        OptionError: no such preset; a custom model with a size missing; sizes that do not fit each other.
+    """
+    family = family_of_preset(options)
+    given = [name for name in CUSTOM_SIZE if getattr(options, name) is not None]
+    if options.model.startswith(families.CUSTOM):
+        size, patch_size = _custom_size(options)
+    elif given:
+        raise OptionError(f"--{given[0]} goes with --model custom; {options.model} has its own.")
+    else:
+        try:
+            family, size, patch_size = families.parse_preset(options.model)
+        except ValueError as error:
+            raise OptionError(f"--model {options.model}: {error}, or custom.") from error
+    settings.blocks_of(options, size.num_layers)
+    return family, size, patch_size
+
+
+def _custom_size(options: Options) -> tuple[Size, int]:
+    missing = [f"--{name}" for name in CUSTOM_SIZE if getattr(options, name) is None]
+    if missing:
+        raise OptionError(f"--model {options.model} needs {', '.join(missing)} too.")
+    size = Size(options.num_layers, options.hidden_size, options.num_attention_heads)
+    if size.hidden_size % size.num_attention_heads or size.hidden_size % 4:
+        raise OptionError(
+            f"--hidden_size {size.hidden_size} must divide by --num_attention_heads {size.num_attention_heads}, "
+            "and by 4 for the position embedding."
+        )
+    return size, options.patch_size
+
+
+def check_model(options: Options) -> None:
+    """Checks the options of the model against each other.
+
+    Raises:
+        OptionError: they contradict each other, something is missing, or there is no such preset.
+    """
+    if options.pretrained_model_name_or_path:
+        given = [name for name in CUSTOM_SIZE if getattr(options, name) is not None]
+        if given:
+            raise OptionError(f"--{given[0]} goes with training from scratch; a pretrained transformer has its own.")
+        if options.pretrained_text_encoder_model_name_or_path:
+            raise OptionError(
+                "--pretrained_text_encoder_model_name_or_path: the fine-tuned pipeline has its own text encoders."
+            )
+        return
+    family = family_of_preset(options)
+    if family.conditioning != conditioning_of(options):
+        raise OptionError(
+            f"--model {options.model} is conditioned on text: add --text_conditioning."
+            if family.conditioning == "captions"
+            else f"--text_conditioning: --model {options.model} is conditioned on class labels. Give "
+            f"--pretrained_model_name_or_path, or one of {families.presets_of('captions')}, {families.custom_models()}."
+        )
+    if family.text_components and options.pretrained_text_encoder_model_name_or_path is None:
+        raise OptionError(
+            f"--model {options.model} needs text encoders: --pretrained_text_encoder_model_name_or_path names the pipeline that "
+            "they are taken from."
+        )
+    if options.rank:
+        raise OptionError("--rank fine-tunes: give --pretrained_model_name_or_path.")
+    transformer_size(options)
+
+
+def family_of(options: Options) -> Family:
+    """The family that is trained, as the preset or the index of the fine-tuned pipeline says; opens nothing else.
+
+    Raises:
+        OptionError: there is no such preset or pipeline.
+    """
+    name = options.pretrained_model_name_or_path
+    if name:
+        return find_family(name, (conditioning_of(options),), **_where(options))[0]
+    return family_of_preset(options)
+
+
+def family_of_preset(options: Options) -> Family:
+    """The family of --model.
+
+    Raises:
+        OptionError: there is none.
+    """
+    try:
+        return families.family_of_model(options.model)
+    except ValueError as error:
+        raise OptionError(f"--model {options.model}: {error}, or custom, {families.custom_models()}.") from error
+
+
+def open_pretrained(options: Options) -> Pretrained | None:
+    """What is fine-tuned, or the text encoders that a model from scratch is given; None where neither is asked for.
+
+    Raises:
+        OptionError: it is not there, or of another kind.
+    """
+    if options.pretrained_model_name_or_path:
+        return load_pretrained(options.pretrained_model_name_or_path, conditioning_of(options), **_where(options))
+    family, encoders = family_of_preset(options), options.pretrained_text_encoder_model_name_or_path
+    return load_text_encoders(encoders, family, **_where(options)) if family.text_components else None
+
+
+def check_geometry(options: Options, downsampling: int, patch_size: int, trained_size: int | None = None) -> int:
+    """The side of the latents, in latent pixels; `trained_size` is that of a pretrained transformer.
+
+    Raises:
+        OptionError: resolution, VAE and patches do not fit.
+    """
+    if trained_size is not None and options.resolution != trained_size * downsampling:
+        raise OptionError(
+            f"--resolution {options.resolution}: the pretrained transformer was made for {trained_size * downsampling}."
+        )
+    step = downsampling * patch_size
+    sides = [("resolution", options.resolution)]
+    sides += [("aspect_ratio_buckets", side) for size in parse_buckets(options, downsampling) for side in size]
+    for flag, side in sides:
+        if side % step:
+            nearest = max(step, round(side / step) * step)
+            raise OptionError(
+                f"--{flag} {side} must be a multiple of {step} ({downsampling} pixels per latent x patches of {patch_size}); the "
+                f"nearest is {nearest}."
+            )
+    return options.resolution // downsampling
+
+
+def check_capacity(options: Options, family: Family, transformer: nn.Module, downsampling: int) -> None:
+    """Checks that a transformer has positions for all patches of an image.
+
+    Raises:
+        OptionError: it has not.
+    """
+    most, patch = family.max_patches(transformer), downsampling * family.patch_size(transformer)
+    for size in ((options.resolution, options.resolution), *parse_buckets(options, downsampling)):
+        if most is not None and max(size) > most * patch:
+            raise OptionError(
+                f"images of {size[0]} x {size[1]} are too large: the transformer has positions for {most * patch} pixels a side. "
+                "Lower --resolution, or take other --aspect_ratio_buckets."
+            )
+
+
+def _where(options: Options) -> dict[str, str | None]:
+    return {"revision": options.revision, "variant": options.variant, "cache_dir": options.cache_dir}
