@@ -150,8 +150,9 @@ class Family(ABC):
     ) -> DiffusionPipeline:
         """The stock pipeline around these modules; its index names the classes, where there are any."""
         parts = {"transformer": transformer, "vae": vae, "scheduler": scheduler, **(text_components or {})}
-        names = inspect.signature(pipeline_class.__init__).parameters.keys() - {"self"}
-        pipeline = pipeline_class(**{name: parts.get(name) for name in names})
+        taken = {name: p for name, p in inspect.signature(pipeline_class.__init__).parameters.items() if name != "self"}
+        needed = {name: parts.get(name) for name, p in taken.items() if name in parts or p.default is p.empty}
+        pipeline = pipeline_class(**needed)
         if id2label:
             pipeline.register_to_config(id2label={str(label): name for label, name in id2label.items()})
         return pipeline
