@@ -54,17 +54,7 @@ from vaerepa.alignment.taps import output_of
 from vaerepa.cli import as_plain, write_config
 from vaerepa.command import command_to_go_on
 from vaerepa.components import Components, build_alignments, build_transformer, open_components
-from vaerepa.data import (
-    DataError,
-    Feed,
-    Prompts,
-    Sources,
-    TrainingDraws,
-    ValidationDraws,
-    classes_in_batch,
-    images,
-    micro_batch,
-)
+from vaerepa.data import Batch, DataError, Feed, Prompts, Sources, TrainingNumbers, classes_in_batch, images
 from vaerepa.data.order import ORDER
 from vaerepa.ema import EMA, relative_distance, share_of_start
 from vaerepa.errors import OptionError
@@ -139,18 +129,11 @@ class Run:
         return self.accelerator.unwrap_model(self.model)
 
     @property
-    def training_draws(self) -> TrainingDraws:
-        options = self.options
-        return TrainingDraws(
-            options.seed,
-            self.feed.latent_shape,
-            options.label_dropout,
-            options.timestep_sampling,
-            options.logit_mean,
-            options.logit_std,
-            options.mode_scale,
-            options.timestep_shift or objectives.shift_of(self.objective.scheduler, self.num_tokens),
-            tuple(name for method in settings.classes_of(options) for name in method.numbers),
+    def training_numbers(self) -> TrainingNumbers:
+        return TrainingNumbers.from_options(
+            self.options,
+            objectives.shift_of(self.objective.scheduler, self.num_tokens),
+            tuple(name for method in settings.classes_of(self.options) for name in method.numbers),
         )
 
     @property
@@ -333,13 +316,13 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     if components.pretrained_transformer and not options.rank and accelerator.is_main_process:
         run.start = {name: p.detach().to("cpu", copy=True) for name, p in run.trained_weights.items()}
     if "latent_statistics" in position:
-        run.latent_statistics, run.feed.encode_in_bf16 = position["latent_statistics"], position["encode_in_bf16"]
+        run.latent_statistics, run.feed.encoding.in_bf16 = position["latent_statistics"], position["encode_in_bf16"]
     else:
         measure_latents(run)
     alignments = build_alignments(options, components, transformer, run.latent_statistics)
     run.alignments = [alignment for alignment in alignments if alignment.is_active(run.step)]
     run.aims = [model_card.describe_alignment(alignment) for alignment in alignments]
-    end_features(run)
+    narrow_feed(run)
     width = family.inner_width(transformer)
     channels = run.feed.latent_shape[0]
     heads = {a.name: a.method.build_head(width, channels, options.seed) for a in run.alignments}
@@ -354,10 +337,9 @@ def build_run(options: Options, accelerator: Accelerator, position: dict) -> Run
     return run
 
 
-def end_features(run: Run) -> None:
-    """Makes no features of the vision encoder where no alignment is left that asks for them."""
-    if not any("vision_features" in alignment.method.needs for alignment in run.alignments):
-        run.feed.end_features()
+def narrow_feed(run: Run) -> None:
+    """Leaves out of batches what no alignment that has not ended reads."""
+    run.feed.narrow({need for alignment in run.alignments for need in alignment.method.needs})
 
 
 def build_prompts(
@@ -406,9 +388,8 @@ def attach_heads(run: Run, heads: stored_heads.StoredHeads) -> None:
 def measure_latents(run: Run) -> None:
     """Mean and standard deviation per channel over the first images; a warning when they are far from unit scale."""
     options, count = run.options, min(NUM_MEASURED_LATENTS, len(run.sources.train))
-    run.feed.choose_precision(run.training_draws)
-    batches = run.feed.read(run.sources.train, run.training_draws, min(count, 16), 0, count, share=False)
-    values = torch.cat([batch["latents"].transpose(0, 1).flatten(1) for batch in batches], dim=1)  # of each channel
+    run.feed.choose_precision()
+    values = torch.cat([z.transpose(0, 1).flatten(1) for z in run.feed.first_latents(count)], dim=1)  # of each channel
     logger.info(f"latents of the first {count} images: mean {values.mean():.3f}, standard deviation {values.std():.3f}")
     checks_scale = any(method.expects_unit_scale(options) for method in settings.classes_of(options))
     if checks_scale and not options.text_conditioning and not 0.5 <= values.std() <= 2.0:
@@ -538,15 +519,15 @@ def loop(run: Run) -> None:
     first, last = run.step * batch_size, run.max_train_steps * batch_size
     profiling = speed.profiling(options, accelerator.is_main_process)
     with profiling as profile_step, StopRequest(accelerator.num_processes) as stop:
-        batches = stop.together(run.feed.training_batches(run.training_draws, first, last))
-        batches = stopwatch.waiting_for(batches)
+        micro_batches = stop.together(run.feed.training_batches(run.training_numbers, first, last))
+        micro_batches = stopwatch.waiting_for(micro_batches)
         if run.step == 0:  # what does not draw now would not later
             with run.ema.on_device() if run.ema else nullcontext():
                 draw_pictures(run)
         while run.step < run.max_train_steps:
             logs_now = (run.step + 1) % options.logging_steps == 0 or run.step + 1 == run.max_train_steps
             try:
-                train_step(run, batches, measure_gradients=logs_now)
+                train_step(run, micro_batches, measure_gradients=logs_now)
             except DataError as error:
                 save_before_end(run, error)
             progress.update()
@@ -581,7 +562,7 @@ def loop(run: Run) -> None:
     progress.close()
 
 
-def train_step(run: Run, batches: Iterator[dict], measure_gradients: bool) -> None:
+def train_step(run: Run, micro_batches: Iterator[list[Batch]], measure_gradients: bool) -> None:
     """One step of the optimizer, over all its micro-batches."""
     options, accelerator = run.options, run.accelerator
     run.transformer.train()
@@ -589,14 +570,15 @@ def train_step(run: Run, batches: Iterator[dict], measure_gradients: bool) -> No
         group["lr"] = run.learning_rate(run.step)
     sums: dict[str, torch.Tensor] = {}
     for index in range(options.gradient_accumulation_steps):
-        is_last = index == options.gradient_accumulation_steps - 1
-        for group in micro_batch(batches):  # one, or one of each shape
-            ends_step, share = is_last and group["is_last"], group["share"] / options.gradient_accumulation_steps
+        micro_batch = next(micro_batches)  # one batch, or one for each shape
+        for place, batch in enumerate(micro_batch, start=1):
+            ends_step = index == options.gradient_accumulation_steps - 1 and place == len(micro_batch)
+            share = batch.share / options.gradient_accumulation_steps
             run.aligned_transformer.measure_gradients = measure_gradients and ends_step
             if options.lora_dropout:  # the one draw that torch makes itself
-                torch.manual_seed(draw_seed(options.seed, "dropout", group["ordinal"][0]))
+                torch.manual_seed(draw_seed(options.seed, "dropout", batch.sample_indices[0]))
             with nullcontext() if ends_step else accelerator.no_sync(run.model):
-                losses = compute_losses(run, group)
+                losses = compute_losses(run, batch)
                 accelerator.backward(share * losses["loss"])
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + share * loss.detach()
@@ -610,15 +592,16 @@ def train_step(run: Run, batches: Iterator[dict], measure_gradients: bool) -> No
     run.step += 1
 
 
-def compute_losses(run: Run, batch: dict) -> dict[str, torch.Tensor]:
-    """Denoising loss, alignment losses and their weighted sum, of one micro-batch."""
+def compute_losses(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
+    """Denoising loss, alignment losses and their weighted sum, of one batch."""
     clean, noise, t, noisy, target, inputs = corrupt(run, batch)
     prediction, head_outputs = run.model(noisy, **inputs)
     losses = {"denoising_loss": run.objective.loss(prediction, target, t).mean()}
     total = losses["denoising_loss"]
     teacher = teacher_of(run, batch) if run.ema else None
-    seen = {name: batch.get(name) for name in ("pixel_values", "vision_features")}
-    context = AlignmentContext(clean, noise, t, **seen, numbers=batch["draws"], teacher=teacher, tokens=head_outputs)
+    context = AlignmentContext(
+        clean, noise, t, batch.pixel_values, batch.vision_features, batch.numbers, teacher, tokens=head_outputs
+    )
     for alignment in run.alignments:
         sample_losses = alignment.sample_losses(head_outputs[alignment.name], context)
         loss = alignment.loss(sample_losses, t)
@@ -628,7 +611,7 @@ def compute_losses(run: Run, batch: dict) -> dict[str, torch.Tensor]:
     return {"loss": total, **losses}
 
 
-def teacher_of(run: Run, batch: dict) -> Callable[[torch.Tensor, int], torch.Tensor]:
+def teacher_of(run: Run, batch: Batch) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """What the average's blocks make of this batch at other times, see `AlignmentContext`."""
 
     def hidden_tokens(t: torch.Tensor, block: int) -> torch.Tensor:
@@ -643,12 +626,10 @@ def teacher_of(run: Run, batch: dict) -> Callable[[torch.Tensor, int], torch.Ten
     return hidden_tokens
 
 
-def corrupt(run: Run, batch: dict, t: torch.Tensor | None = None) -> tuple:
-    """Clean latents, noise, t, noisy latents x_t, target, and what the transformer takes beside x_t; t as drawn, or given."""
-    draws = batch["draws"]
-    clean = batch["latents"]
-    noise = draws["noise"].to(clean.dtype)
-    t = draws["t"].to(clean.dtype) if t is None else t
+def corrupt(run: Run, batch: Batch, t: torch.Tensor | None = None) -> tuple:
+    """Clean latents, noise, t, noisy latents x_t, target, and what the transformer takes beside x_t; t of the batch, or given."""
+    clean, noise = batch.latents, batch.noise
+    t = batch.t if t is None else t
     noisy, target = run.objective.corrupt(clean, noise, t)
     timesteps = run.objective.timesteps(t)
     return (
@@ -678,7 +659,7 @@ def drop_heads(run: Run) -> None:
         optimization.drop_group(optimizer, aligned.heads[name])
     aligned.drop_heads(ended)
     run.alignments = [alignment for alignment in run.alignments if alignment.name not in ended]
-    end_features(run)
+    narrow_feed(run)
     run.model = run.optimizer = None
     run.accelerator.free_memory()  # the old DDP wrapper must be gone before its parameters are wrapped again
     run.model, run.optimizer = run.accelerator.prepare(aligned, optimizer)
@@ -769,15 +750,18 @@ def draw_pictures(run: Run) -> None:
 
 
 def measure_held_out_loss(run: Run) -> None:
-    options, accelerator = run.options, run.accelerator
-    if run.sources.validation is None or not options.num_validation_samples:
+    options, accelerator, source = run.options, run.accelerator, run.sources.validation
+    if source is None or not options.num_validation_samples:
         return
+    count = min(options.num_validation_samples, len(source))
     averages = (
         {f"ema_{d}": average for d, average in run.ema.transformers.items()} if run.ema else {"raw": run.transformer}
     )
     for name, transformer in averages.items():
         losses = held_out_loss(
-            accelerator, validation_batches(run), lambda b, m=transformer: validation_losses(run, m, b)
+            accelerator,
+            run.feed.validation_batches(source, count),
+            lambda b, m=transformer: validation_losses(run, m, b),
         )
         prefix = f"validation/{name}" if len(averages) > 1 else "validation"
         write_metrics(run, {f"{prefix}/{key}": value for key, value in losses.items()})
@@ -846,13 +830,7 @@ def evaluate(run: Run) -> None:
         logger.info(f"step {run.step}: {line}")
 
 
-def validation_batches(run: Run) -> Iterator[dict]:
-    options, source = run.options, run.sources.validation
-    count = min(options.num_validation_samples, len(source))
-    return run.feed.read(source, ValidationDraws(run.feed.latent_shape), options.train_batch_size, 0, count)
-
-
-def validation_losses(run: Run, transformer: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def validation_losses(run: Run, transformer: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     _, _, t, noisy, target, inputs = corrupt(run, batch)
     with run.accelerator.autocast():
         prediction = run.family.predict(transformer.eval(), noisy, **inputs)
@@ -883,7 +861,7 @@ def save(run: Run, must_succeed: bool) -> None:
         CheckpointError: it cannot be written, and `must_succeed` or --checkpoint_failure stop says that it must.
     """
     accelerator, aligned = run.accelerator, run.aligned_transformer
-    run.feed.flush()
+    run.feed.flush_cache()
     names = {parameter: name for name, parameter in aligned.named_parameters()}
     position = {
         "options": public_values(as_plain(run.options)),
@@ -893,7 +871,7 @@ def save(run: Run, must_succeed: bool) -> None:
         "order": ORDER,
         "density": objectives.DENSITY,
         "latent_statistics": run.latent_statistics,
-        "encode_in_bf16": run.feed.encode_in_bf16,
+        "encode_in_bf16": run.feed.encoding.in_bf16,
         "window": run.window.reduce(accelerator),
         "skipped_in_a_row": run.skipped_in_a_row.item(),
         "skipped_images": count_skipped_images(run),

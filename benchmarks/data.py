@@ -34,7 +34,14 @@ from PIL import Image as PILImage
 from PIL import ImageFilter
 from torch.utils.data import DataLoader
 
-from vaerepa.data import Batches, Preprocessing, TrainingDraws, classes_in_batch, open_sources, read_batches
+from vaerepa.data import (
+    Preprocessing,
+    SampleReader,
+    TrainingNumbers,
+    classes_in_batch,
+    open_sources,
+    read_micro_batches,
+)
 from vaerepa.data.images import cut, to_pixels
 from vaerepa.data.latents_cache import CacheKey, LatentsCache
 from vaerepa.data.order import open_reader, stream_sizes
@@ -82,10 +89,12 @@ def main() -> None:
         ways = {
             "decode and crop, ours": lambda: ours(args),
             "decode and crop, datasets + DataLoader": lambda: plain(args),
-            "from the cache, draws included": lambda: from_cache(cache, args.num_workers),
-            "the draws alone, of each sample by name": lambda: draws_alone(args.num_cached, args.num_workers),
-            "from .npy files one by one, draws included": lambda: from_npy(npy, args.num_workers),
-            "the same, with the draws of each sample by name": lambda: ours_from_npy(npy, args.num_workers),
+            "from the cache, random numbers included": lambda: from_cache(cache, args.num_workers),
+            "the random numbers alone, of each sample by name": lambda: numbers_alone(
+                args.num_cached, args.num_workers
+            ),
+            "from .npy files one by one, random numbers included": lambda: from_npy(npy, args.num_workers),
+            "the same, with the random numbers of each sample by name": lambda: ours_from_npy(npy, args.num_workers),
             "from the cache, first read from disk": lambda: from_cache(forgotten(cache), args.num_workers),
             "from .npy files, first read from disk": lambda: from_npy(forgotten(npy), args.num_workers),
         }
@@ -134,13 +143,23 @@ def make_images(folder: Path, count: int) -> Path:
 
 
 def ours(args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """As a run without a cache reads them: pixels, labels and all draws."""
+    """As a run without a cache reads them: pixels, labels and all random numbers."""
     source = open_sources(args.train_data_dir).train
     side = args.resolution // 8
-    draws = TrainingDraws(0, (4, side, side), 0.1)
-    batches = Batches(source, Preprocessing(args.resolution), draws, 32, 0, args.num_images, None, None, 0)
-    for batch in read_batches(batches, args.num_workers):
-        yield batch["pixel_values"]
+    reader = SampleReader(
+        source,
+        (4, side, side),
+        Preprocessing(args.resolution),
+        TrainingNumbers(0, 0.1),
+        32,
+        0,
+        args.num_images,
+        None,
+        None,
+        0,
+    )
+    for [samples] in read_micro_batches(reader, args.num_workers):
+        yield samples.pixel_values
 
 
 def plain(args: argparse.Namespace) -> Iterator[torch.Tensor]:
@@ -209,34 +228,45 @@ def from_cache(cache: LatentsCache, num_workers: int) -> Iterator[torch.Tensor]:
     """As a run with a complete cache reads them."""
     names = [str(i) for i in range(cache.num_rows)]  # never read
     source = Source(MomentFiles(cache.folder, names, [0] * len(names)))
-    draws = TrainingDraws(0, LATENTS, 0.1)
-    batches = Batches(source, Preprocessing(256), draws, BATCH, 0, len(source), None, None, 0, cache=cache)
-    for batch in read_batches(batches, num_workers):
-        mean, std = batch["moments"].float().chunk(2, dim=1)
-        yield (mean + std * batch["draws"]["posterior"]) * 0.18215
+    return latents_of(source, num_workers, cache)
 
 
-def draws_alone(count: int, num_workers: int) -> Iterator[torch.Tensor]:
-    """What the draws cost by themselves, and with them any way to read what they are made for."""
-    draws = TrainingDraws(0, LATENTS, 0.1)
+def latents_of(source: Source, num_workers: int, cache: LatentsCache | None = None) -> Iterator[torch.Tensor]:
+    """Latents of one epoch, sampled from their posteriors."""
+    reader = SampleReader(
+        source,
+        LATENTS,
+        Preprocessing(256),
+        TrainingNumbers(0, 0.1),
+        BATCH,
+        0,
+        len(source),
+        None,
+        None,
+        0,
+        cache=cache,
+    )
+    for [samples] in read_micro_batches(reader, num_workers):
+        mean, std = samples.moments.float().chunk(2, dim=1)
+        yield (mean + std * samples.numbers["posterior"]) * 0.18215
+
+
+def numbers_alone(count: int, num_workers: int) -> Iterator[torch.Tensor]:
+    """The cost of the random numbers by themselves, which any way to read what they are made for adds to its own."""
+    numbers = TrainingNumbers(0, 0.1)
     with ThreadPoolExecutor(num_workers) as threads:
         starts = range(0, count, BATCH)
-        for drawn in threads.map(lambda start: draws(range(start, start + BATCH), LATENTS), starts):
-            yield drawn["noise"]
+        for made in threads.map(lambda start: numbers(range(start, start + BATCH), LATENTS, True), starts):
+            yield made["noise"]
 
 
 def ours_from_npy(files: NpyFiles, num_workers: int) -> Iterator[torch.Tensor]:
     """As a run of ours on that layout reads them."""
-    source = open_sources(str(files.folder)).train
-    draws = TrainingDraws(0, LATENTS, 0.1)
-    batches = Batches(source, Preprocessing(256), draws, BATCH, 0, len(source), None, None, 0)
-    for batch in read_batches(batches, num_workers):
-        mean, std = batch["moments"].chunk(2, dim=1)
-        yield (mean + std * batch["draws"]["posterior"]) * 0.18215
+    return latents_of(open_sources(str(files.folder)).train, num_workers)
 
 
 def from_npy(files: NpyFiles, num_workers: int) -> Iterator[torch.Tensor]:
-    """As those trainers read them, with what they draw for a step: posterior, noise, time and label drop."""
+    """As those trainers read them, with the random numbers of a step: posterior, noise, time and label drop."""
     for moments, labels in DataLoader(files, batch_size=BATCH, shuffle=True, num_workers=num_workers):
         mean, std = moments.chunk(2, dim=1)
         torch.randn_like(mean), torch.rand(len(labels)), torch.rand(len(labels)) < 0.1

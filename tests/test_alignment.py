@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 import train_vaerepa
 from tests.conftest import read_metrics
+from tests.helpers_data import read_samples
 from tests.test_finetuning import PRETRAINED
 from tests.test_training import DOUBLE
 from vaerepa.alignment import AlignmentContext, SRAAlignment, settings
 from vaerepa.alignment.sra import TIME_OFFSET, default_blocks
 from vaerepa.alignment.taps import output_of
-from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
+from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.families import Size
 from vaerepa.families.dit import DiT, new_transformer
 from vaerepa.logs import Window, by_noise_level
@@ -275,11 +276,8 @@ def test_sras_first_steps_are_as_computed_a_second_time(train, data, vae):
     run = train(**options, max_train_steps=3)
     logged = read_metrics(run, "train/alignment_loss_sra", "train/loss", "train/denoising_loss")[2]
     source = open_sources(str(data)).train
-    batches = Batches(
-        source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.5, numbers=SRAAlignment.numbers), 8, 0, 24, 4, 16, 3
-    )
-    [batch] = list(batches)[2]
-    draws = {name: draw.float() if draw.is_floating_point() else draw for name, draw in batch["draws"].items()}
+    samples = read_samples(source, TrainingNumbers(3, 0.5, names=SRAAlignment.numbers), seed=3, micro_batch=2)
+    numbers = samples.numbers
     state = run / "checkpoint-2/state"
     student = new_transformer(Size(4, 32, 2), 2, 4, 8, 3)
     teacher = copy.deepcopy(student)
@@ -292,17 +290,17 @@ def test_sras_first_steps_are_as_computed_a_second_time(train, data, vae):
     student.transformer_blocks[0].register_forward_hook(lambda m, a, output: tokens.__setitem__("student", output))
     teacher.transformer_blocks[2].register_forward_hook(lambda m, a, output: tokens.__setitem__("teacher", output))
     with torch.no_grad():
-        posterior = AutoencoderKL.from_pretrained(vae).encode(batch["pixel_values"] / 127.5 - 1).latent_dist
-        z = posterior.mean + posterior.std * draws["posterior"]
-        labels = torch.where(draws["drop"], 1000, batch["condition"])
-        t = draws["t"]
-        for model, time in ((student, t), (teacher, torch.relu(t - 0.2 * draws[TIME_OFFSET]))):
+        posterior = AutoencoderKL.from_pretrained(vae).encode(samples.pixel_values / 127.5 - 1).latent_dist
+        z = posterior.mean + posterior.std * numbers["posterior"]
+        labels = torch.where(numbers["drop"], 1000, samples.labels)
+        t = numbers["t"]
+        for model, time in ((student, t), (teacher, torch.relu(t - 0.2 * numbers[TIME_OFFSET]))):
             at = time.view(-1, 1, 1, 1)
-            model((1 - at) * z + at * draws["noise"], timestep=1000 * time, class_labels=labels)
+            model((1 - at) * z + at * numbers["noise"], timestep=1000 * time, class_labels=labels)
         outputs = head(tokens["student"])
         dot = (outputs * tokens["teacher"]).sum(-1)
         loss = (1 - dot / outputs.norm(dim=-1) / tokens["teacher"].norm(dim=-1)).mean().item()
-    assert 0 < draws["drop"].sum() < 8
+    assert 0 < numbers["drop"].sum() < 8
     assert logged["train/alignment_loss_sra"] == pytest.approx(loss, rel=1e-4)
     assert logged["train/loss"] == pytest.approx(logged["train/denoising_loss"] + 0.5 * loss, rel=1e-4)
 

@@ -9,7 +9,14 @@ from safetensors.torch import load_file
 import train_vaerepa
 from tests.conftest import CAPTIONS, read_metrics
 from tests.test_text import assert_same_run
-from vaerepa.data import Batches, Preprocessing, TrainingDraws, micro_batch, open_sources, parse_buckets, read_batches
+from vaerepa.data import (
+    Preprocessing,
+    SampleReader,
+    TrainingNumbers,
+    open_sources,
+    parse_buckets,
+    read_micro_batches,
+)
 from vaerepa.options import Options
 
 SIZES = ((16, 16), (12, 20), (20, 12))
@@ -30,18 +37,19 @@ def rectangles(tmp_path_factory):
 
 
 def samples_of(folder, num_workers=0, **settings) -> dict[int, tuple]:
-    """What each ordinal is given: pixels, noise and caption."""
+    """Pixels, noise and caption of each sample index."""
     source = open_sources(str(folder), by_caption=True).train
-    draws, preprocessing = TrainingDraws(0, (4, 8, 8), 0.1), Preprocessing(16, center_crop=False, buckets=SIZES)
-    batches = Batches(source, preprocessing, draws, 8, 0, 80, 4, 16, 0, **settings)
-    samples, left = {}, read_batches(batches, num_workers)
-    while groups := list(micro_batch(left)):
-        assert sum(group["share"] for group in groups) == pytest.approx(1.0)
-        for group in groups:
-            assert group["ordinal"] == sorted(group["ordinal"])
-            values = (group["pixel_values"], group["draws"]["noise"], group["caption"])
-            samples |= dict(zip(group["ordinal"], zip(*values, strict=True), strict=True))
-    return samples
+    preprocessing = Preprocessing(16, center_crop=False, buckets=SIZES)
+    reader = SampleReader(source, (4, 8, 8), preprocessing, TrainingNumbers(0, 0.1), 8, 0, 80, 4, 16, 0, **settings)
+    found = {}
+    for micro_batch in read_micro_batches(reader, num_workers):
+        assert sum(map(len, micro_batch)) == 8
+        assert len({samples.latent_shape for samples in micro_batch}) == len(micro_batch)
+        for samples in micro_batch:
+            assert samples.sample_indices == sorted(samples.sample_indices)
+            values = zip(samples.pixel_values, samples.numbers["noise"], samples.captions, strict=True)
+            found |= dict(zip(samples.sample_indices, values, strict=True))
+    return found
 
 
 def test_an_image_takes_the_nearest_size(rectangles):
@@ -59,19 +67,19 @@ def test_workers_and_processes_change_no_sample(rectangles, num_processes, num_w
     for process in range(num_processes):
         found |= samples_of(rectangles, num_workers, process=process, num_processes=num_processes)
     assert found.keys() == expected.keys()
-    for ordinal, (pixels, noise, caption) in expected.items():
-        assert torch.equal(found[ordinal][0], pixels)
-        assert torch.equal(found[ordinal][1], noise)
-        assert found[ordinal][2] == caption
+    for sample_index, (pixels, noise, caption) in expected.items():
+        assert torch.equal(found[sample_index][0], pixels)
+        assert torch.equal(found[sample_index][1], noise)
+        assert found[sample_index][2] == caption
 
 
 @pytest.mark.parametrize("family", ["pixart_sigma", "sd3", "z_image"])
 def test_rectangles_train_and_restart_to_the_bit(family, finetune, rectangles, tmp_path, monkeypatch):
     compute, losses = train_vaerepa.compute_losses, []
 
-    def record(run, group):
-        computed = compute(run, group)
-        losses.append((run.step, len(group["ordinal"]), computed["loss"].item()))
+    def record(run, batch):
+        computed = compute(run, batch)
+        losses.append((run.step, len(batch.sample_indices), computed["loss"].item()))
         return computed
 
     options = BUCKETS | {"dataset_name": rectangles, "gradient_accumulation_steps": 2}

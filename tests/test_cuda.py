@@ -36,7 +36,7 @@ def test_a_step_with_nan_is_skipped_on_the_device(train, monkeypatch):
         calls.append(0)
         return sample(*args) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr("vaerepa.data.feed.sample_latents", sometimes_nan)
+    monkeypatch.setattr("vaerepa.data.encoding.sample_latents", sometimes_nan)
     run = train(mixed_precision="bf16", checkpointing_steps=1)
     one, two = (load_file(run / f"checkpoint-{step}/state/transformer.safetensors") for step in (1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import zlib
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 
 import vaerepa.data.source
 from vaerepa.data import (
-    Batches,
     DataError,
     Preprocessing,
-    TrainingDraws,
-    ValidationDraws,
+    SampleReader,
+    TrainingNumbers,
+    ValidationNumbers,
     open_sources,
-    read_batches,
+    read_micro_batches,
 )
 from vaerepa.errors import OptionError
 
@@ -80,38 +81,45 @@ def source(numbered):
 STREAMED = {"num_streams": STREAMS, "buffer_size": BUFFER, "seed": 0}
 
 
-def batches_of(source, first=0, last=NUM_ROWS, batch_size=5, preprocessing=None, draws=None, **kwargs) -> Batches:
+def reader_of(source, first=0, last=NUM_ROWS, batch_size=5, preprocessing=None, numbers=None, **kwargs) -> SampleReader:
     preprocessing = preprocessing or Preprocessing(RESOLUTION, center_crop=False, random_flip=True)
-    draws = draws or TrainingDraws(0, (4, 2, 2), 0.5)
-    return Batches(source, preprocessing, draws, batch_size, first, last, **STREAMED | kwargs)
+    numbers = numbers or TrainingNumbers(0, 0.5)
+    return SampleReader(source, (4, 2, 2), preprocessing, numbers, batch_size, first, last, **STREAMED | kwargs)
 
 
-def samples_of(batches, num_workers=0) -> dict[int, dict]:
-    """What a loader gives, by ordinal."""
-    samples = {}
-    for batch in read_batches(batches, num_workers):
-        for i, ordinal in enumerate(batch["ordinal"]):
-            assert ordinal not in samples
-            draws = {f"draws/{name}": values[i] for name, values in batch["draws"].items()}
-            samples[ordinal] = {name: batch[name][i] for name in ("pixel_values", "condition")} | draws
-    return samples
+def samples_of(reader, num_workers=0) -> dict[int, dict]:
+    """Pixels, label and random numbers by sample index."""
+    found = {}
+    for samples in chain.from_iterable(read_micro_batches(reader, num_workers)):
+        for i, sample_index in enumerate(samples.sample_indices):
+            assert sample_index not in found
+            numbers = {f"numbers/{name}": values[i] for name, values in samples.numbers.items()}
+            found[sample_index] = {"pixel_values": samples.pixel_values[i], "label": samples.labels[i]} | numbers
+    return found
 
 
-def conditions_of(batches) -> list[int]:
-    return [label for batch in read_batches(batches, 0) for label in batch["condition"].tolist()]
+def labels_of(reader) -> list[int]:
+    micro_batches = read_micro_batches(reader, 0)
+    return [label for samples in chain.from_iterable(micro_batches) for label in samples.labels.tolist()]
+
+
+def skipped_of(reader) -> list[int]:
+    """The rows that are replaced."""
+    micro_batches = read_micro_batches(reader, 0)
+    return [row.row_index for samples in chain.from_iterable(micro_batches) for row in samples.skipped]
 
 
 def assert_same_samples(first: dict[int, dict], second: dict[int, dict]) -> None:
     assert first.keys() == second.keys()
-    for ordinal, sample in first.items():
-        assert sample.keys() == second[ordinal].keys()
-        assert all(torch.equal(value, second[ordinal][name]) for name, value in sample.items()), ordinal
+    for sample_index, sample in first.items():
+        assert sample.keys() == second[sample_index].keys()
+        assert all(torch.equal(value, second[sample_index][name]) for name, value in sample.items()), sample_index
 
 
 @pytest.fixture(scope="module")
 def three_epochs(source):
     """The samples that one process with no workers sees."""
-    return samples_of(batches_of(source, last=EPOCHS * NUM_ROWS))
+    return samples_of(reader_of(source, last=EPOCHS * NUM_ROWS))
 
 
 # ---- order
@@ -122,37 +130,37 @@ def three_epochs(source):
 def test_processes_and_workers_change_no_sample(source, three_epochs, processes, num_workers):
     together = {}
     for process in range(processes):
-        batches = batches_of(
+        reader = reader_of(
             source, last=EPOCHS * NUM_ROWS, batch_size=12 // processes, process=process, num_processes=processes
         )
-        own = samples_of(batches, num_workers)
+        own = samples_of(reader, num_workers)
         assert len(own) == EPOCHS * NUM_ROWS // processes
         assert not together.keys() & own.keys()
         together |= own
     assert_same_samples(three_epochs, together)
     for epoch in range(EPOCHS):
-        ordinals = range(epoch * NUM_ROWS, (epoch + 1) * NUM_ROWS)
-        assert sorted(int(together[ordinal]["condition"]) for ordinal in ordinals) == list(range(NUM_ROWS))
+        sample_indices = range(epoch * NUM_ROWS, (epoch + 1) * NUM_ROWS)
+        assert sorted(int(together[sample_index]["label"]) for sample_index in sample_indices) == list(range(NUM_ROWS))
 
 
 def test_pixels_belong_to_their_label(source):
-    samples = samples_of(batches_of(source, preprocessing=Preprocessing(20)))
+    samples = samples_of(reader_of(source, preprocessing=Preprocessing(20)))
     for sample in samples.values():
-        expected = np.array(picture(int(sample["condition"])))[:, 2:22]
+        expected = np.array(picture(int(sample["label"])))[:, 2:22]
         assert torch.equal(sample["pixel_values"], torch.from_numpy(expected).permute(2, 0, 1))
 
 
-def test_a_stream_from_any_ordinal_is_the_tail_of_the_whole(source, three_epochs):
+def test_a_stream_from_any_sample_index_is_the_tail_of_the_whole(source, three_epochs):
     for first in range(0, EPOCHS * NUM_ROWS - 2, 7):
         last = min(first + 9, EPOCHS * NUM_ROWS)
-        tail = {ordinal: three_epochs[ordinal] for ordinal in range(first, last)}
-        assert_same_samples(samples_of(batches_of(source, first, last)), tail)
+        tail = {sample_index: three_epochs[sample_index] for sample_index in range(first, last)}
+        assert_same_samples(samples_of(reader_of(source, first, last)), tail)
 
 
 @pytest.mark.parametrize("num_streams", [1, 5, 16, 1000])
 @pytest.mark.parametrize("buffer_size", [1, 37, 1000])
 def test_every_row_comes_once_per_epoch_whatever_the_streams(source, num_streams, buffer_size):
-    labels = conditions_of(batches_of(source, last=2 * NUM_ROWS, num_streams=num_streams, buffer_size=buffer_size))
+    labels = labels_of(reader_of(source, last=2 * NUM_ROWS, num_streams=num_streams, buffer_size=buffer_size))
     assert sorted(labels[:NUM_ROWS]) == sorted(labels[NUM_ROWS:]) == list(range(NUM_ROWS))
     assert labels[:NUM_ROWS] != labels[NUM_ROWS:]
 
@@ -169,7 +177,7 @@ def test_each_process_reads_its_own_streams_alone(numbered):
                 yield row
 
         source.storage.read = spy
-        wanted = conditions_of(batches_of(source, last=96, batch_size=3, process=process, num_processes=4))
+        wanted = labels_of(reader_of(source, last=96, batch_size=3, process=process, num_processes=4))
         assert len(wanted) == 24
         assert set(wanted) <= set(read)
         assert len(read) <= NUM_ROWS / 4 + 3
@@ -182,24 +190,24 @@ def test_a_block_is_no_larger_than_a_row_group(source):
 
 def test_an_empty_shard_shifts_nothing(tmp_path):
     write_split(tmp_path, rows(range(9)), shards=[5, 0, 4])
-    assert sorted(conditions_of(batches_of(open_sources(str(tmp_path)).train, last=9))) == list(range(9))
+    assert sorted(labels_of(reader_of(open_sources(str(tmp_path)).train, last=9))) == list(range(9))
 
 
 def test_order_differs_between_epochs_and_seeds(source):
-    epochs = [conditions_of(batches_of(source, i * NUM_ROWS, (i + 1) * NUM_ROWS)) for i in range(EPOCHS)]
-    seeds = [conditions_of(batches_of(source, seed=seed)) for seed in (1, 2)]
+    epochs = [labels_of(reader_of(source, i * NUM_ROWS, (i + 1) * NUM_ROWS)) for i in range(EPOCHS)]
+    seeds = [labels_of(reader_of(source, seed=seed)) for seed in (1, 2)]
     orders = {tuple(order) for order in (*epochs, *seeds, range(NUM_ROWS))}
     assert len(orders) == EPOCHS + 3
 
 
-def test_the_order_does_not_depend_on_the_draws(source, three_epochs):
-    other_draws = batches_of(source, draws=TrainingDraws(5, (4, 2, 2), 0.0), preprocessing=Preprocessing(8, seed=5))
-    assert conditions_of(other_draws) == [int(three_epochs[i]["condition"]) for i in range(NUM_ROWS)]
+def test_the_order_does_not_depend_on_the_random_numbers(source, three_epochs):
+    other_numbers = reader_of(source, numbers=TrainingNumbers(5, 0.0), preprocessing=Preprocessing(8, seed=5))
+    assert labels_of(other_numbers) == [int(three_epochs[i]["label"]) for i in range(NUM_ROWS)]
 
 
 def test_the_last_batch_may_be_smaller(source):
     parts = [
-        samples_of(batches_of(source, last=11, batch_size=4, process=process, num_processes=2)) for process in (0, 1)
+        samples_of(reader_of(source, last=11, batch_size=4, process=process, num_processes=2)) for process in (0, 1)
     ]
     assert [sorted(part) for part in parts] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9]]
 
@@ -209,7 +217,7 @@ def test_the_last_batch_may_be_smaller(source):
 
 def split_labels(sources, part: str, seed=0) -> list[int]:
     source = getattr(sources, part)
-    return conditions_of(batches_of(source, last=len(source), seed=seed))
+    return labels_of(reader_of(source, last=len(source), seed=seed))
 
 
 def test_a_held_out_fraction_is_disjoint_complete_and_the_same_for_every_seed(numbered):
@@ -227,7 +235,7 @@ def test_a_held_out_fraction_is_disjoint_complete_and_the_same_for_every_seed(nu
 def test_held_out_rows_stay_held_out_in_every_epoch(numbered):
     sources = open_sources(str(numbered), validation_split="0.25")
     size = len(sources.train)
-    labels = conditions_of(batches_of(sources.train, last=2 * size))
+    labels = labels_of(reader_of(sources.train, last=2 * size))
     assert sorted(labels[:size]) == sorted(labels[size:])
     assert not set(labels) & set(split_labels(sources, "validation"))
 
@@ -266,14 +274,14 @@ def test_another_split_can_be_trained_on(tmp_path):
     assert sorted(split_labels(sources, "train")) == list(range(4))
 
 
-def test_validation_draws_cover_the_noise_levels_alike_for_every_seed(source):
+def test_validation_numbers_cover_the_noise_levels_alike_for_every_seed(source):
     first, second = (
-        samples_of(batches_of(source, last=20, draws=ValidationDraws((4, 2, 2)), num_processes=1)) for _ in range(2)
+        samples_of(reader_of(source, last=20, numbers=ValidationNumbers(), num_processes=1)) for _ in range(2)
     )
     assert_same_samples(first, second)
-    times = [float(first[ordinal]["draws/t"]) for ordinal in range(20)]
+    times = [float(first[sample_index]["numbers/t"]) for sample_index in range(20)]
     assert times == pytest.approx([(i % 10 + 0.5) / 10 for i in range(20)])
-    assert not any(sample["draws/drop"] for sample in first.values())
+    assert not any(sample["numbers/drop"] for sample in first.values())
 
 
 # ---- crop and flip
@@ -285,31 +293,33 @@ def gradient(width=48, height=RESOLUTION) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.stack([red, green, 0 * red], -1).astype(np.uint8))
 
 
-def preprocess(image: PIL.Image.Image | bytes, ordinal=0, **kwargs) -> torch.Tensor:
+def preprocess(image: PIL.Image.Image | bytes, sample_index=0, **kwargs) -> torch.Tensor:
     encoded = image if isinstance(image, bytes) else encode(image)
     row = vaerepa.data.source.Row(0, 0, {"bytes": encoded, "path": None})
-    return Preprocessing(**{"resolution": RESOLUTION, **kwargs})(row, ordinal)
+    return Preprocessing(**{"resolution": RESOLUTION, **kwargs})(row, sample_index)
 
 
-def test_a_random_crop_is_a_draw_of_the_ordinal():
+def test_a_random_crop_follows_from_the_sample_index():
     wide, tall = gradient(48, 16), gradient(16, 48)
-    columns = [int(preprocess(wide, ordinal, center_crop=False)[0].min()) for ordinal in range(200)]
-    assert columns == [int(preprocess(wide, ordinal, center_crop=False)[0].min()) for ordinal in range(200)]
+    columns = [int(preprocess(wide, sample_index, center_crop=False)[0].min()) for sample_index in range(200)]
+    assert columns == [int(preprocess(wide, sample_index, center_crop=False)[0].min()) for sample_index in range(200)]
     assert min(columns) < 3
     assert max(columns) > 28
-    assert columns != [int(preprocess(wide, ordinal, center_crop=False, seed=1)[0].min()) for ordinal in range(200)]
-    lines = [int(preprocess(tall, ordinal, center_crop=False)[1].min()) for ordinal in range(200)]
+    assert columns != [
+        int(preprocess(wide, sample_index, center_crop=False, seed=1)[0].min()) for sample_index in range(200)
+    ]
+    lines = [int(preprocess(tall, sample_index, center_crop=False)[1].min()) for sample_index in range(200)]
     assert min(lines) < 3
     assert max(lines) > 28
     assert lines != columns
 
 
-def test_a_random_flip_is_a_draw_of_the_ordinal():
+def test_a_random_flip_follows_from_the_sample_index():
     plain = preprocess(gradient())
     flips = []
-    for ordinal in range(200):
-        pixels = preprocess(gradient(), ordinal, random_flip=True)
-        assert torch.equal(pixels, preprocess(gradient(), ordinal, random_flip=True))
+    for sample_index in range(200):
+        pixels = preprocess(gradient(), sample_index, random_flip=True)
+        assert torch.equal(pixels, preprocess(gradient(), sample_index, random_flip=True))
         flips.append(torch.equal(pixels, plain.flip(2)))
         assert flips[-1] or torch.equal(pixels, plain)
     assert 60 < sum(flips) < 140
@@ -318,8 +328,8 @@ def test_a_random_flip_is_a_draw_of_the_ordinal():
     ]
 
 
-def test_a_centre_crop_is_the_same_for_every_ordinal_and_seed():
-    pixels = [preprocess(gradient(), ordinal, seed=ordinal) for ordinal in range(20)]
+def test_a_centre_crop_is_the_same_for_every_sample_index_and_seed():
+    pixels = [preprocess(gradient(), sample_index, seed=sample_index) for sample_index in range(20)]
     assert all(torch.equal(pixels[0], other) for other in pixels)
     assert pixels[0][0, 0].tolist() == list(range(16, 32))
 
@@ -457,40 +467,40 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_an_image_that_cannot_be_read_is_skipped_and_named(tmp_path, name):
     source = open_sources(str(write_split(tmp_path, rows(range(8), {5: BAD_IMAGES[name]})))).train
-    [batch] = next(iter(batches_of(source, last=8, batch_size=8)))
-    assert 5 not in batch["condition"].tolist()
-    assert len(batch["skipped"]) == 1
-    assert batch["skipped"][0][0] == 5
-    assert batch["skipped"][0][1].startswith("row 5 (embedded image): ")
+    [samples] = next(iter(reader_of(source, last=8, batch_size=8)))
+    assert 5 not in samples.labels.tolist()
+    [row] = samples.skipped
+    assert row.row_index == 5
+    assert str(row).startswith("row 5 (embedded image): ")
 
 
-def test_the_next_of_the_stream_stands_in_and_all_processes_agree(tmp_path, source):
+def test_the_next_of_the_stream_replaces_it_and_all_processes_agree(tmp_path, source):
     bad = {3: BAD_IMAGES["truncated jpeg"], 7: BAD_IMAGES["text"], 8: BAD_IMAGES["nothing"], 30: BAD_IMAGES["text"]}
     folder = write_split(tmp_path, rows(range(NUM_ROWS), bad), shards=SHARDS, batch_size=5)
     damaged = open_sources(str(folder)).train
-    order, last = conditions_of(batches_of(source, last=2 * NUM_ROWS)), 2 * NUM_ROWS
+    order, last = labels_of(reader_of(source, last=2 * NUM_ROWS)), 2 * NUM_ROWS
     expected, lost = [], []
-    for ordinal in range(last):
-        epoch, place = divmod(ordinal, NUM_ROWS)
+    for sample_index in range(last):
+        epoch, place = divmod(sample_index, NUM_ROWS)
         stream = order[epoch * NUM_ROWS : (epoch + 1) * NUM_ROWS][place % STREAMS :: STREAMS]
         turned = stream[place // STREAMS :] + stream[: place // STREAMS]
         good = next(i for i, label in enumerate(turned) if label not in bad)
         expected.append(turned[good])
         lost += turned[:1] if good else []
-    whole = batches_of(damaged, last=last)
-    assert conditions_of(whole) == expected
-    assert [index for batch in read_batches(whole, 0) for index, _ in batch["skipped"]] == lost
+    whole = reader_of(damaged, last=last)
+    assert labels_of(whole) == expected
+    assert skipped_of(whole) == lost
     for num_workers in (0, 2):
         parts = [
-            samples_of(batches_of(damaged, last=last, process=process, num_processes=2), num_workers)
+            samples_of(reader_of(damaged, last=last, process=process, num_processes=2), num_workers)
             for process in (0, 1)
         ]
         assert_same_samples(samples_of(whole), parts[0] | parts[1])
 
 
-def test_a_row_of_another_stream_stands_in_where_its_own_has_no_other(tmp_path):
+def test_a_row_of_another_stream_replaces_it_where_its_own_has_no_other(tmp_path):
     source = open_sources(str(write_split(tmp_path, rows(range(3), {1: b"no image"})))).train
-    seen = conditions_of(batches_of(source, last=3, num_streams=3))
+    seen = labels_of(reader_of(source, last=3, num_streams=3))
     assert len(seen) == 3
     assert set(seen) == {0, 2}
 
@@ -517,31 +527,31 @@ def test_ten_thousand_images_of_which_three_hundred_are_damaged(tmp_path):
         "label": list(range(10_000)),
     }
     source = open_sources(str(write_split(tmp_path, columns, shards=[2000, 5000, 3000]))).train
-    batches = batches_of(source, last=10_000, batch_size=100, num_streams=4, buffer_size=400)
+    reader = reader_of(source, last=10_000, batch_size=100, num_streams=4, buffer_size=400)
     seen, skipped = [], []
-    for batch in read_batches(batches, 2):
-        seen += batch["condition"].tolist()
-        skipped += [index for index, _ in batch["skipped"]]
+    for samples in chain.from_iterable(read_micro_batches(reader, 2)):
+        seen += samples.labels.tolist()
+        skipped += [row.row_index for row in samples.skipped]
     assert sorted(skipped) == sorted(damaged)
     assert len(seen) == 10_000
     assert set(seen) == set(range(10_000)) - damaged
 
 
-def test_a_sample_with_a_stand_in_keeps_its_draws(tmp_path, three_epochs):
+def test_a_sample_with_a_replacement_keeps_its_random_numbers(tmp_path, three_epochs):
     folder = write_split(tmp_path, rows(range(NUM_ROWS), {3: b"", 7: b"", 30: b""}), shards=SHARDS, batch_size=5)
-    damaged = samples_of(batches_of(open_sources(str(folder)).train))
-    for ordinal, sample in damaged.items():
+    damaged = samples_of(reader_of(open_sources(str(folder)).train))
+    for sample_index, sample in damaged.items():
         for name in sample:
-            if name.startswith("draws/"):
-                assert torch.equal(sample[name], three_epochs[ordinal][name])
+            if name.startswith("numbers/"):
+                assert torch.equal(sample[name], three_epochs[sample_index][name])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_stream_without_an_image_is_an_error(tmp_path, num_workers):
     folder = write_split(tmp_path, rows(range(9), dict.fromkeys(range(9), b"no image")))
-    batches, message = batches_of(open_sources(str(folder)).train, last=9), "no error"
+    reader, message = reader_of(open_sources(str(folder)).train, last=9), "no error"
     try:
-        list(read_batches(batches, num_workers))
+        list(read_micro_batches(reader, num_workers))
     except DataError as error:
         message = str(error)
         error.with_traceback(None)  # it would hold the loader's worker, which takes seconds to stop as garbage
@@ -565,8 +575,8 @@ def test_an_image_folder_takes_its_classes_from_folder_names(image_folder):
     sources = open_sources(str(image_folder))
     assert sources.id2label == {0: "cat", 1: "dog"}
     assert sources.validation is None
-    samples = samples_of(batches_of(sources.train, last=7), num_workers=2).values()
-    seen = sorted((int(sample["pixel_values"][0, 0, 0]), int(sample["condition"])) for sample in samples)
+    samples = samples_of(reader_of(sources.train, last=7), num_workers=2).values()
+    seen = sorted((int(sample["pixel_values"][0, 0, 0]), int(sample["label"])) for sample in samples)
     assert seen == [(10, 0), (20, 0), (30, 0), (40, 0), (110, 1), (120, 1), (130, 1)]
 
 
@@ -576,9 +586,9 @@ def test_images_of_a_folder_stay_on_disk_until_they_are_needed(image_folder):
     assert all(image["bytes"] is None and Path(image["path"]).is_file() for image in images)
     missing = image_folder / "cat" / "20.png"
     missing.unlink()
-    [batch] = next(iter(batches_of(sources.train, last=7, batch_size=7)))
-    assert len(batch["skipped"]) == 1
-    assert str(missing) in batch["skipped"][0][1]
+    [samples] = next(iter(reader_of(sources.train, last=7, batch_size=7)))
+    [row] = samples.skipped
+    assert str(missing) in str(row)
 
 
 def test_an_image_folder_with_splits(image_folder):

@@ -12,13 +12,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.utils.operations import recursively_apply, send_to_device
 from datasets import Dataset, Features, Image, Value
 from diffusers import DiTTransformer2DModel
 
 from tests.conftest import read_metrics
 from vaerepa import stopping, system
-from vaerepa.data import loader
+from vaerepa.data import Feed
 
 PRESET = dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "patch_size"))  # not given
 FEATURES = Features({"image": Image(), "label": Value("int64"), "text": Value("string")})
@@ -132,9 +131,8 @@ def test_a_file_system_without_locks_is_warned_of(train, monkeypatch, caplog, nu
 def test_a_system_without_posix_calls_trains(train, monkeypatch):
     """No fcntl, no os.sched_getaffinity, no SIGHUP and SIGUSR1, no hard links, no float64 on the device."""
 
-    def send(part, *arguments, **keywords):
-        recursively_apply(lambda tensor: pytest.fail("float64") if tensor.dtype == torch.float64 else tensor, part)
-        return send_to_device(part, *arguments, **keywords)
+    def refuse_float64(samples):
+        return samples.map_tensors(lambda tensor: pytest.fail("float64") if tensor.dtype == torch.float64 else tensor)
 
     def link(*arguments):
         raise OSError(errno.EPERM, "no links")
@@ -143,7 +141,8 @@ def test_a_system_without_posix_calls_trains(train, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "link", link)
     monkeypatch.setattr(stopping, "SIGNALS", (signal.SIGTERM, signal.SIGINT))
-    monkeypatch.setattr(loader, "send_to_device", send)
+    to_device = Feed._to_device
+    monkeypatch.setattr(Feed, "_to_device", lambda feed, samples: to_device(feed, refuse_float64(samples)))
     run = train(max_train_steps=1, alignment=["vae", "sra"])
     train(max_train_steps=2, alignment=["vae", "sra"], resume_from_checkpoint="latest")
     assert (run / "checkpoint-2").is_dir()

@@ -125,24 +125,25 @@ def test_validation_writes_losses_grids_and_curves(train):
 
 
 def test_held_out_loss_is_the_stock_models_loss(train, data, vae):
-    """The number in metrics.jsonl, computed again from the exported folder with nothing but diffusers and the draws."""
+    """The number in metrics.jsonl, computed again from the exported folder with nothing but diffusers and the random numbers."""
     from diffusers import AutoencoderKL
 
-    from vaerepa.data import Batches, Preprocessing, ValidationDraws, open_sources
+    from tests.helpers_data import read_samples
+    from vaerepa.data import ValidationNumbers, open_sources
 
     run = train(num_validation_samples=12)
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]["validation/loss"]
     model, encoder = DiTTransformer2DModel.from_pretrained(run / "transformer"), AutoencoderKL.from_pretrained(vae)
     source = open_sources(str(data)).validation
-    [batch] = next(iter(Batches(source, Preprocessing(16), ValidationDraws((4, 8, 8)), 12, 0, 12, 4, 16, 0)))
-    draws = batch["draws"]
+    samples = read_samples(source, ValidationNumbers(), seed=0, size=12)
+    numbers = samples.numbers
     with torch.no_grad():
-        posterior = encoder.encode(batch["pixel_values"] / 127.5 - 1).latent_dist
-        z = posterior.mean + posterior.std * draws["posterior"]
-        t = draws["t"].float().view(-1, 1, 1, 1)
+        posterior = encoder.encode(samples.pixel_values / 127.5 - 1).latent_dist
+        z = posterior.mean + posterior.std * numbers["posterior"]
+        t = numbers["t"].float().view(-1, 1, 1, 1)
         output = model(
-            (1 - t) * z + t * draws["noise"], timestep=1000 * t.flatten(), class_labels=batch["condition"]
+            (1 - t) * z + t * numbers["noise"], timestep=1000 * t.flatten(), class_labels=samples.labels
         ).sample
-    losses = (output - (draws["noise"] - z)).square().mean((1, 2, 3))
+    losses = (output - (numbers["noise"] - z)).square().mean((1, 2, 3))
     by_level = [losses[i::10].mean() for i in range(10)]
     assert logged == pytest.approx(torch.stack(by_level).mean().item(), rel=1e-5)

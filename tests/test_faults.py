@@ -29,7 +29,7 @@ from tests.conftest import ROOT, launcher, read_metrics
 from tests.test_restart import EXACT, assert_same_end
 from vaerepa import checkpoints
 from vaerepa.checkpoints import find_damage
-from vaerepa.data import Batches, Preprocessing, TrainingDraws, images, loader, open_sources
+from vaerepa.data import Preprocessing, SampleReader, TrainingNumbers, images, open_sources, workers
 from vaerepa.layout import all_checkpoints, step_of
 from vaerepa.logs import MetricsFile
 
@@ -163,14 +163,16 @@ def test_a_process_that_is_killed_ends_the_others(arguments, tmp_path):
     assert process.wait(PATIENCE) != 0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_rows_behind_a_damaged_page_are_skipped_and_counted(train, data, tmp_path, workers):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_rows_behind_a_damaged_page_are_skipped_and_counted(train, data, tmp_path, num_workers):
     copy = Path(shutil.copytree(data, tmp_path / "data"))
     shard = copy / "data/train-00001-of-00003.parquet"
     content = bytearray(shard.read_bytes())
     content[4:60] = b"\xff" * 56
     shard.write_bytes(content)
-    run = train(dataset_name=copy, max_train_steps=5, max_bad_fraction=1.0, dataloader_num_workers=workers)  # an epoch
+    run = train(
+        dataset_name=copy, max_train_steps=5, max_bad_fraction=1.0, dataloader_num_workers=num_workers
+    )  # an epoch
     assert read_metrics(run, "train/skipped_images")[-1]["train/skipped_images"] == 9
     other = tmp_path / "other"
     train(dataset_name=copy, max_train_steps=5, max_bad_fraction=1.0, dataloader_num_workers=1, output_dir=other)
@@ -188,7 +190,7 @@ def test_without_shared_memory_it_trains_the_same(train, monkeypatch, caplog, tm
         return share_memory(tensor)
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", share)
-    monkeypatch.setattr(loader, "_said_that_memory_is_full", False)
+    monkeypatch.setattr(workers, "_said_that_memory_is_full", False)
     run = train(dataloader_num_workers=2, output_dir=tmp_path / "other")
     assert caplog.text.count("--shm-size") == 1
     assert read_metrics(run, "train/loss") == read_metrics(whole, "train/loss")
@@ -206,19 +208,19 @@ def test_where_no_data_worker_starts_threads_read(train, monkeypatch, tmp_path):
 
 
 def test_a_data_worker_that_hangs_ends_the_run(train, monkeypatch, capfd):
-    monkeypatch.setattr(loader, "WORKER_POLL", 1)
-    monkeypatch.setattr(loader, "WORKER_PATIENCE", 2)
+    monkeypatch.setattr(workers, "WORKER_POLL", 1)
+    monkeypatch.setattr(workers, "WORKER_PATIENCE", 2)
     monkeypatch.setattr(images, "decode_image", lambda content: time.sleep(600))
     train(code=1, dataloader_num_workers=1)
     assert "the storage of the data may hang" in capfd.readouterr().err
 
 
-def test_batches_go_to_data_workers_however_they_start(data):
+def test_a_reader_goes_to_data_workers_however_they_start(data):
     """Windows and macOS start them anew: all that they need is pickled."""
     source = open_sources(str(data)).train
-    batches = Batches(source, Preprocessing(16), TrainingDraws(0, (4, 8, 8), 0.1), 8, 0, 40, 4, 16, seed=0)
-    for ours, theirs in zip(batches, pickle.loads(pickle.dumps(batches)), strict=True):
-        assert torch.equal(ours[0]["pixel_values"], theirs[0]["pixel_values"])
+    reader = SampleReader(source, (4, 8, 8), Preprocessing(16), TrainingNumbers(0, 0.1), 8, 0, 40, 4, 16, seed=0)
+    for ours, theirs in zip(reader, pickle.loads(pickle.dumps(reader)), strict=True):
+        assert torch.equal(ours[0].pixel_values, theirs[0].pixel_values)
 
 
 def test_metrics_that_a_full_disk_refuses_are_written_later(tmp_path):

@@ -16,7 +16,8 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from safetensors.torch import load_file
 
 from tests.conftest import read_metrics
-from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
+from tests.helpers_data import read_samples
+from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.objectives import NoisePrediction, draw_timestep
 
 NAMES = {"0": "ash", "1": "birch, white birch", "2": "cedar"}  # the data set's
@@ -118,19 +119,19 @@ def test_the_loss_is_the_ddpm_loss(train, pipeline, data, tmp_path):
     base = pipeline()
     run = train(**PRETRAINED, pretrained_model_name_or_path=base, max_train_steps=1, seed=3, alignment="none")
     source = open_sources(str(data)).train
-    [batch] = next(iter(Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
-    draws = batch["draws"]
+    samples = read_samples(source, TrainingNumbers(3, 0.1), seed=3)
+    numbers = samples.numbers
     stock = DiffusionPipeline.from_pretrained(base)
     with torch.no_grad():
-        posterior = stock.vae.encode(batch["pixel_values"] / 127.5 - 1).latent_dist
-        latents = (posterior.mean + posterior.std * draws["posterior"]) * stock.vae.config.scaling_factor
-        timesteps = (1000 * draws["t"]).long()
+        posterior = stock.vae.encode(samples.pixel_values / 127.5 - 1).latent_dist
+        latents = (posterior.mean + posterior.std * numbers["posterior"]) * stock.vae.config.scaling_factor
+        timesteps = (1000 * numbers["t"]).long()
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         signal = torch.cumprod(1 - betas, 0)[timesteps].float().view(-1, 1, 1, 1)
-        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * draws["noise"]
-        labels = torch.where(draws["drop"], 1000, batch["condition"])
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * numbers["noise"]
+        labels = torch.where(numbers["drop"], 1000, samples.labels)
         prediction = stock.transformer(noisy, timestep=timesteps, class_labels=labels).sample[:, :4]
-        expected = (prediction - draws["noise"]).square().mean().item()
+        expected = (prediction - numbers["noise"]).square().mean().item()
     assert read_metrics(run, "train/loss")[0]["train/loss"] == pytest.approx(expected, rel=1e-5)
 
 

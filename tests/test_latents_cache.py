@@ -80,7 +80,7 @@ def test_what_trains_is_what_the_cache_holds(train, options, tmp_path, flips):
 
 
 def test_a_cache_changes_no_more_than_a_rounding(train, options, tmp_path):
-    """Same order, draws and stand-ins as without it; the moments are in half precision."""
+    """Same order, random numbers and replacements as without it; the moments are in half precision."""
     cached = train(**options | {"random_flip": True}, max_train_steps=STEPS, output_dir=tmp_path / "cached")
     plain = train(
         **options | {"random_flip": True, "latents_cache": None}, max_train_steps=STEPS, output_dir=tmp_path / "plain"
@@ -196,7 +196,7 @@ def test_a_stopped_precomputation_goes_on(train, options, tmp_path, monkeypatch,
             os.kill(os.getpid(), signal.SIGTERM)
         return encode(*arguments)
 
-    monkeypatch.setattr("vaerepa.data.feed.encode_moments", encode_until_asked_to_stop)
+    monkeypatch.setattr("vaerepa.data.encoding.encode_moments", encode_until_asked_to_stop)
     options = options | {"precompute_latents_only": True}
     train(**options)
     assert "stopped by SIGTERM. Go on with" in caplog.text

@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModel, BertConfig, BertModel
 
 from tests import vision_models
 from tests.conftest import read_metrics
+from tests.helpers_data import read_samples
 from tests.test_alignment import files_of
 from tests.test_training import DOUBLE
 from tests.vision_models import PATCH_SIZE, SIDE, WIDTH
@@ -21,7 +22,8 @@ from vaerepa.alignment import AlignedTransformer, AlignmentContext, REPAAlignmen
 from vaerepa.alignment.heads import GridConvolution
 from vaerepa.alignment.vae_features import VAEFeatures
 from vaerepa.alignment.vision_encoder import load_encoder
-from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
+from vaerepa.data import Preprocessing, TrainingNumbers, open_sources
+from vaerepa.data.batch import Samples
 from vaerepa.data.latents_cache import checksum
 from vaerepa.families import Size
 from vaerepa.families.dit import initialize, new_transformer
@@ -199,18 +201,18 @@ def test_the_first_step_computes_repas_loss(train, data, encoders):
     logged = read_metrics(run, "train/alignment_loss_repa", "train/loss", "train/denoising_loss")[0]
     source = open_sources(str(data)).train
     preprocessing = Preprocessing(16, center_crop=False, random_flip=True, seed=3)
-    [batch] = next(iter(Batches(source, preprocessing, TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
-    assert 0 < sum(batch["flipped"]) < 8
+    samples = read_samples(source, TrainingNumbers(3, 0.1), seed=3, preprocessing=preprocessing)
+    assert 0 < sum(samples.flipped) < 8
     method = REPAAlignment(2, load_encoder(folder))
-    target = target_of(method, 8, batch["pixel_values"])
+    target = target_of(method, 8, samples.pixel_values)
     head = method.build_head(32, 4, 3)
     # a fresh model's blocks are the identity: what they pass on is the embedding of the noisy patches
     transformer = new_transformer(Size(4, 32, 2), 2, 4, 8, 3)
     initialize(transformer, 3)
     with torch.no_grad():
-        z = latents_of(run, batch)
-        t = batch["draws"]["t"].float().view(-1, 1, 1, 1)
-        tokens = transformer.pos_embed((1 - t) * z + t * batch["draws"]["noise"])
+        z = latents_of(run, samples)
+        t = samples.numbers["t"].view(-1, 1, 1, 1)
+        tokens = transformer.pos_embed((1 - t) * z + t * samples.numbers["noise"])
         outputs = head(tokens)
         cosine = (outputs * target).sum(-1) / outputs.norm(dim=-1) / target.norm(dim=-1)
     assert logged["train/alignment_loss_repa"] == pytest.approx(-cosine.mean().item(), rel=1e-3)
@@ -219,9 +221,9 @@ def test_the_first_step_computes_repas_loss(train, data, encoders):
     )
 
 
-def latents_of(run, batch: dict) -> torch.Tensor:
-    posterior = AutoencoderKL.from_pretrained(run / "vae").encode(batch["pixel_values"] / 127.5 - 1).latent_dist
-    return posterior.mean + posterior.std * batch["draws"]["posterior"]
+def latents_of(run, samples: Samples) -> torch.Tensor:
+    posterior = AutoencoderKL.from_pretrained(run / "vae").encode(samples.pixel_values / 127.5 - 1).latent_dist
+    return posterior.mean + posterior.std * samples.numbers["posterior"]
 
 
 # ---- features beside cached latents

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import tarfile
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -16,7 +17,7 @@ import torch
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
 from tests.test_data import encode, image_folder, numbered, picture, write_split
-from vaerepa.data import Batches, DataError, Preprocessing, TrainingDraws, open_sources, read_batches
+from vaerepa.data import DataError, Preprocessing, SampleReader, TrainingNumbers, open_sources, read_micro_batches
 from vaerepa.data.columns import find_columns
 from vaerepa.errors import OptionError
 
@@ -38,12 +39,13 @@ def read_epoch(source, num_workers=0, **kwargs) -> dict[str, list]:
         "buffer_size": 9,
         "seed": 0,
     } | kwargs
-    batches = Batches(source, Preprocessing(16), TrainingDraws(0, SHAPE, 0.1), **settings)
-    columns: dict[str, list] = {"condition": [], "caption": [], "moments": [], "pixel_values": []}
-    for batch in read_batches(batches, num_workers):
+    reader = SampleReader(source, SHAPE, Preprocessing(16), TrainingNumbers(0, 0.1), **settings)
+    columns: dict[str, list] = {"labels": [], "captions": [], "moments": [], "pixel_values": []}
+    for samples in chain.from_iterable(read_micro_batches(reader, num_workers)):
         for name, values in columns.items():
-            values += list(batch.get(name, ()))
-    columns["condition"] = [int(label) for label in columns["condition"]]
+            held = getattr(samples, name)
+            values += [] if held is None else list(held)
+    columns["labels"] = [int(label) for label in columns["labels"]]
     return columns
 
 
@@ -78,8 +80,8 @@ def test_webdataset_shards(tars, num_workers):
     columns = read_epoch(sources.train, num_workers)
     numbers = [int(pixels[0, 0, 0]) // 10 for pixels in columns["pixel_values"]]
     assert sorted(numbers) == list(range(13))
-    assert columns["condition"] == [number % 3 for number in numbers]
-    assert columns["caption"] == [f"picture {number}" for number in numbers]
+    assert columns["labels"] == [number % 3 for number in numbers]
+    assert columns["captions"] == [f"picture {number}" for number in numbers]
     assert sources.id2label == {0: "0", 1: "1", 2: "2"}
 
 
@@ -100,7 +102,7 @@ def test_tar_shards_that_are_compressed_are_read_in_turn(tars):
         path.write_bytes(gzip.compress(path.read_bytes()))
     source = open_sources(str(tars)).train
     assert not source.storage.random_access
-    assert len(read_epoch(source)["condition"]) == 13
+    assert len(read_epoch(source)["labels"]) == 13
 
 
 def test_samples_of_one_name_that_are_not_together_are_two(tars):
@@ -129,7 +131,7 @@ def test_the_rows_of_tar_shards_are_counted_once_and_again_when_they_change(tars
 def test_a_single_tar_or_parquet_file(tars, numbered):
     assert len(open_sources(str(tars / "train-0000.tar")).train) == 5
     parquet = next((numbered / "data").glob("train-00000-*.parquet"))
-    assert sorted(read_epoch(open_sources(str(parquet)).train)["condition"]) == list(range(18))
+    assert sorted(read_epoch(open_sources(str(parquet)).train)["labels"]) == list(range(18))
 
 
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
@@ -147,7 +149,7 @@ def test_a_saved_data_set(tmp_path, in_splits, num_workers):
     sources = open_sources(str(tmp_path / "saved"))
     assert sources.id2label == {0: "a", 1: "b"}
     assert (len(sources.train), len(sources.validation or ())) == (11, 3 if in_splits else 0)
-    assert sorted(read_epoch(sources.train, num_workers)["condition"]) == [0] * 6 + [1] * 5
+    assert sorted(read_epoch(sources.train, num_workers)["labels"]) == [0] * 6 + [1] * 5
 
 
 def test_a_saved_selection_holds_its_rows_alone(tmp_path):
@@ -155,15 +157,13 @@ def test_a_saved_selection_holds_its_rows_alone(tmp_path):
     rows = {"image": [{"bytes": encode(picture(i)), "path": None} for i in range(9)], "label": labels}
     features = Features({"image": Image(), "label": Value("int64")})
     Dataset.from_dict(rows, features=features).select([8, 2, 5]).save_to_disk(tmp_path / "saved")
-    assert sorted(read_epoch(open_sources(str(tmp_path / "saved")).train)["condition"]) == [0, 1, 2]
+    assert sorted(read_epoch(open_sources(str(tmp_path / "saved")).train)["labels"]) == [0, 1, 2]
 
 
 def test_an_image_folder_in_many_streams_and_workers(image_folder):
     source = open_sources(str(image_folder)).train
     columns = read_epoch(source, num_workers=3, num_streams=6)
-    seen = sorted(
-        (int(p[0, 0, 0]), label) for p, label in zip(columns["pixel_values"], columns["condition"], strict=True)
-    )
+    seen = sorted((int(p[0, 0, 0]), label) for p, label in zip(columns["pixel_values"], columns["labels"], strict=True))
     assert seen == [(10, 0), (20, 0), (30, 0), (40, 0), (110, 1), (120, 1), (130, 1)]
 
 
@@ -177,8 +177,8 @@ def test_images_in_an_archive(tmp_path):
     (tmp_path / "zipped").mkdir()
     shutil.make_archive(str(tmp_path / "zipped" / "train"), "zip", pictures)
     columns = read_epoch(open_sources(str(tmp_path / "zipped")).train, num_workers=2)
-    assert sorted(columns["condition"]) == list(range(7))
-    assert [int(pixels[0, 0, 0]) // 10 for pixels in columns["pixel_values"]] == columns["condition"]
+    assert sorted(columns["labels"]) == list(range(7))
+    assert [int(pixels[0, 0, 0]) // 10 for pixels in columns["pixel_values"]] == columns["labels"]
 
 
 @pytest.mark.parametrize("name", ["train.tar", "train.parquet"])
@@ -206,8 +206,8 @@ def test_a_data_set_that_holds_moments(tmp_path, feature, name):
     source = open_sources(str(write_split(tmp_path, columns, features=features, shards=[4, 5]))).train
     assert source.holds_latents
     read = read_epoch(source, num_workers=2)
-    assert sorted(read["condition"]) == list(range(9))
-    for label, moments in zip(read["condition"], read["moments"], strict=True):
+    assert sorted(read["labels"]) == list(range(9))
+    for label, moments in zip(read["labels"], read["moments"], strict=True):
         torch.testing.assert_close(moments.float(), torch.from_numpy(moments_of(label)), atol=2e-3, rtol=2e-3)
 
 
@@ -227,8 +227,8 @@ def write_npy_layout(folder: Path, count: int) -> Path:
 def test_the_layout_of_repa_and_sra(tmp_path, where):
     source = open_sources(str(write_npy_layout(tmp_path, 11) / where)).train
     read = read_epoch(source, num_workers=2)
-    assert sorted(read["condition"]) == list(range(11))
-    for label, moments in zip(read["condition"], read["moments"], strict=True):
+    assert sorted(read["labels"]) == list(range(11))
+    for label, moments in zip(read["labels"], read["moments"], strict=True):
         assert torch.equal(moments, torch.from_numpy(moments_of(label)))
 
 
@@ -241,17 +241,17 @@ def test_a_damaged_npy_file_is_skipped_and_named(tmp_path):
     ):
         (folder / f"vae-sd/{i // 4:05d}/img-mean-std-{i:08d}.npy").write_bytes(content)
     source = open_sources(str(folder)).train
-    batches = Batches(source, Preprocessing(16), TrainingDraws(0, SHAPE, 0.1), 8, 0, 8, 2, 8, 0)
-    batch = next(read_batches(batches, 0))
-    assert sorted(index for index, _ in batch["skipped"]) == [2, 5, 6]
-    assert set(batch["condition"].tolist()) == {0, 1, 3, 4, 7}
+    reader = SampleReader(source, SHAPE, Preprocessing(16), TrainingNumbers(0, 0.1), 8, 0, 8, 2, 8, 0)
+    [samples] = next(read_micro_batches(reader, 0))
+    assert sorted(row.row_index for row in samples.skipped) == [2, 5, 6]
+    assert set(samples.labels.tolist()) == {0, 1, 3, 4, 7}
 
 
 def test_latents_of_another_shape_are_refused(tmp_path):
     source = open_sources(str(write_npy_layout(tmp_path, 4))).train
-    batches = Batches(source, Preprocessing(16), TrainingDraws(0, (4, 8, 8), 0.1), 2, 0, 4, 2, 4, 0)
+    reader = SampleReader(source, (4, 8, 8), Preprocessing(16), TrainingNumbers(0, 0.1), 2, 0, 4, 2, 4, 0)
     with pytest.raises(DataError, match=r"row \d holds 32 numbers; expected 512 .* or 256 .*--resolution"):
-        next(read_batches(batches, 0))
+        next(read_micro_batches(reader, 0))
 
 
 @pytest.mark.parametrize("content", [{}, {"labels": None}])
@@ -311,16 +311,16 @@ def test_images_are_taken_before_moments_when_they_are_named():
 # ---- fewer samples
 
 
-def test_so_many_samples_are_drawn_by_the_seed(numbered):
-    drawn = [open_sources(str(numbered), max_train_samples=30, seed=seed).train for seed in (0, 0, 1)]
-    labels = [sorted(read_epoch(source)["condition"]) for source in drawn]
+def test_so_many_samples_are_taken_by_the_seed(numbered):
+    taken = [open_sources(str(numbered), max_train_samples=30, seed=seed).train for seed in (0, 0, 1)]
+    labels = [sorted(read_epoch(source)["labels"]) for source in taken]
     assert [len(set(own)) for own in labels] == [30, 30, 30]
     assert labels[0] == labels[1] != labels[2]
     assert len(open_sources(str(numbered), max_train_samples=1000).train) == 100
 
 
-def test_held_out_samples_are_not_among_them(numbered):
+def test_validation_samples_are_not_among_them(numbered):
     sources = open_sources(str(numbered), validation_split="0.3", max_train_samples=20)
-    train, held_out = (set(read_epoch(source)["condition"]) for source in (sources.train, sources.validation))
+    train, validation = (set(read_epoch(source)["labels"]) for source in (sources.train, sources.validation))
     assert len(train) == 20
-    assert not train & held_out
+    assert not train & validation

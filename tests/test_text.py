@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 import train_vaerepa
 from tests import text_models
 from tests.conftest import read_metrics
+from tests.helpers_data import read_samples
 from vaerepa.alignment import VAEAlignment
-from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
+from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.data.prompts import choose_caption
 from vaerepa.families import Size, parse_preset, pipelines_of
 
@@ -167,16 +168,17 @@ def test_the_loss_is_that_of_the_stock_pipelines_convention(family, shift, finet
     pipeline.set_progress_bar_config(disable=True)
     vae, scheduler = pipeline.vae, pipeline.scheduler
     source = open_sources(str(captioned), by_caption=True).train
-    draws = TrainingDraws(3, (vae.config.latent_channels, 8, 8), 0.1)
-    [batch] = next(iter(Batches(source, Preprocessing(16), draws, 8, 0, 8, 4, 16, 3)))
+    shape = (vae.config.latent_channels, 8, 8)
+    samples = read_samples(source, TrainingNumbers(3, 0.1), seed=3, latent_shape=shape)
+    numbers = samples.numbers
     with torch.no_grad():
-        posterior = vae.encode(batch["pixel_values"] / 127.5 - 1).latent_dist
-    drawn = posterior.mean + posterior.std * batch["draws"]["posterior"]
-    clean = (drawn - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        posterior = vae.encode(samples.pixel_values / 127.5 - 1).latent_dist
+    sampled = posterior.mean + posterior.std * numbers["posterior"]
+    clean = (sampled - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
     losses = []
-    for i, ordinal in enumerate(batch["ordinal"]):
-        caption = "" if batch["draws"]["drop"][i] else choose_caption(batch["caption"][i], 3, ordinal)
-        noise, t = batch["draws"]["noise"][i], batch["draws"]["t"][i].item()
+    for i, sample_index in enumerate(samples.sample_indices):
+        caption = "" if numbers["drop"][i] else choose_caption(samples.captions[i], 3, sample_index)
+        noise, t = numbers["noise"][i], numbers["t"][i].item()
         if family.startswith("pixart"):
             timestep = int(1000 * t)
             noisy = scheduler.add_noise(clean[i], noise, torch.tensor(timestep))
@@ -199,8 +201,8 @@ def test_alignment_reaches_the_blocks_up_to_the_tap_and_what_trains_alone(family
     seen = {}
 
     def loop(run):
-        batches = run.feed.training_batches(run.training_draws, 0, 8)
-        train_vaerepa.compute_losses(run, next(batches))["alignment_loss_vae"].backward()
+        [batch] = next(run.feed.training_batches(run.training_numbers, 0, 8))
+        train_vaerepa.compute_losses(run, batch)["alignment_loss_vae"].backward()
         blocks = run.family.blocks(run.transformer)
         seen["reached"] = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in blocks]
         graded = {n for n, p in run.transformer.named_parameters() if p.grad is not None}

@@ -11,8 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_vaerepa
 from tests.conftest import read_metrics
+from tests.helpers_data import read_samples
 from vaerepa.alignment import VAEAlignment
-from vaerepa.data import Batches, Preprocessing, TrainingDraws, open_sources
+from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.families import Size
 from vaerepa.families.dit import initialize, new_transformer
 from vaerepa.vae import sample_latents
@@ -22,21 +23,21 @@ def test_the_first_step_computes_the_papers_loss(train, data, vae):
     run = train(max_train_steps=1, seed=3)
     logged = read_metrics(run, "train/loss", "train/denoising_loss", "train/alignment_loss_vae")[0]
     source = open_sources(str(data)).train
-    [batch] = next(iter(Batches(source, Preprocessing(16), TrainingDraws(3, (4, 8, 8), 0.1), 8, 0, 8, 4, 16, 3)))
-    draws, t = batch["draws"], batch["draws"]["t"].float().view(-1, 1, 1, 1)
+    samples = read_samples(source, TrainingNumbers(3, 0.1), seed=3)
+    numbers, t = samples.numbers, samples.numbers["t"].view(-1, 1, 1, 1)
     transformer = new_transformer(Size(4, 32, 2), 2, 4, 8, 3)
     initialize(transformer, 3)
     head = VAEAlignment(2).build_head(32, 4, 3)
     tokens = []
     transformer.transformer_blocks[1].register_forward_hook(lambda module, args, output: tokens.append(output))
     with torch.no_grad():
-        posterior = AutoencoderKL.from_pretrained(vae).encode(batch["pixel_values"] / 127.5 - 1).latent_dist
-        z = posterior.mean + posterior.std * draws["posterior"]
-        labels = torch.where(draws["drop"], 1000, batch["condition"])
+        posterior = AutoencoderKL.from_pretrained(vae).encode(samples.pixel_values / 127.5 - 1).latent_dist
+        z = posterior.mean + posterior.std * numbers["posterior"]
+        labels = torch.where(numbers["drop"], 1000, samples.labels)
         velocity = transformer(
-            (1 - t) * z + t * draws["noise"], timestep=1000 * t.flatten(), class_labels=labels
+            (1 - t) * z + t * numbers["noise"], timestep=1000 * t.flatten(), class_labels=labels
         ).sample
-        denoising = (velocity - (draws["noise"] - z)).square().mean()
+        denoising = (velocity - (numbers["noise"] - z)).square().mean()
         aligned = torch.einsum("nhwpqc->nchpwq", head(tokens[0]).view(8, 4, 4, 2, 2, 4)).reshape(8, 4, 8, 8)
         alignment = torch.nn.functional.smooth_l1_loss(aligned, z, beta=0.05)
     assert logged["train/denoising_loss"] == pytest.approx(denoising.item(), rel=1e-5)
@@ -100,7 +101,7 @@ def test_a_step_with_nan_is_skipped(train, monkeypatch):
         calls.append(0)
         return sample(*args) * (float("nan") if len(calls) == 5 else 1.0)  # three calls measure, so the second step
 
-    monkeypatch.setattr("vaerepa.data.feed.sample_latents", sometimes_nan)
+    monkeypatch.setattr("vaerepa.data.encoding.sample_latents", sometimes_nan)
     run = train(max_train_steps=4, checkpointing_steps=1, num_validation_samples=0)
     weights = [load_file(run / f"checkpoint-{step}/state/transformer.safetensors") for step in (1, 2, 3, 4)]
     same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(weights)]
@@ -116,7 +117,7 @@ def test_many_bad_steps_in_a_row_stop_the_run(train, monkeypatch, capfd):
         calls.append(0)
         return sample(*args) * (float("nan") if len(calls) > 5 else 1.0)
 
-    monkeypatch.setattr("vaerepa.data.feed.sample_latents", nan_from_the_fifth)
+    monkeypatch.setattr("vaerepa.data.encoding.sample_latents", nan_from_the_fifth)
     run = train(code=1, max_train_steps=50, max_skipped_steps=3, checkpointing_steps=2)
     assert "the gradients were not finite in the last 3 steps" in capfd.readouterr().err
     newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

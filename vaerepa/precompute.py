@@ -1,7 +1,6 @@
 """--precompute_latents_only: fills the latents cache, and features beside them, ahead of training, on all processes."""
 
 import sys
-from collections import deque
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
@@ -9,7 +8,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaerepa import checks, components
 from vaerepa.command import command_again
-from vaerepa.data import DataError, Feed, TrainingDraws, micro_batch
+from vaerepa.data import DataError, Feed
 from vaerepa.logs import get_logger
 from vaerepa.model import check_geometry, family_of
 from vaerepa.options import Options
@@ -34,25 +33,22 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
     check_geometry(options, downsampling_factor(vae), patch_size=1)
     shape, count = shape_of_latents(vae, options.resolution), len(sources.train)
     with accelerator.main_process_first():
-        feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape, encoder=encoder)
+        feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape, vision_encoder=encoder)
     checks.check_shared(feed.cache.folder, accelerator)
-    draws = TrainingDraws(options.seed, shape, options.label_dropout)
-    feed.choose_precision(draws)
+    feed.choose_precision()
     share = options.train_batch_size * accelerator.num_processes
     progress = tqdm(total=count, desc="images", disable=not accelerator.is_local_main_process)
     done = feed.cache.count(sources.train.members)
     logger.info(f"{feed.cache.folder} holds {done} of {count} images; encoding the others")
     with logging_redirect_tqdm(), StopRequest(accelerator.num_processes) as stop:
-        batches = feed.missing_batches(draws)
-        for step in range(-(-count // share)):
-            deque(micro_batch(batches), maxlen=0)  # of the last, this process may have nothing
+        for step, _ in enumerate(feed.fill_cache()):
             progress.update(min(share, count - step * share))
             if step % FLUSH_STEPS == FLUSH_STEPS - 1:
-                feed.flush()
+                feed.flush_cache()
             if stop.is_agreed():
                 break
         progress.close()
-        feed.take_up_cache()
+        feed.reload_cache()
         complete = feed.cache.holds(sources.train.members)
         if not complete:
             reason = f"stopped by {stop.reason}" if stop.reason else "some latents could not be written"

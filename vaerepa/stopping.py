@@ -53,24 +53,23 @@ class StopRequest:
             self.reason = "another process"
         return asked
 
-    def together(self, groups: Iterator[dict]) -> Iterator[dict]:
-        """The same groups of micro-batches; where one process cannot read the next micro-batch, none goes on.
+    def together(self, micro_batches: Iterator[list]) -> Iterator[list]:
+        """The same micro-batches; where one process cannot read the next one, none goes on.
 
         Raises:
             DataError: on every process, before any of them begins the micro-batch.
         """
-        begins, group = True, {}
-        while group is not None:
-            error: DataError | None = None
+        while True:
+            micro_batch, error = None, None
             try:
-                group = next(groups, None)
+                micro_batch = next(micro_batches, None)
             except DataError as failed:
                 error = failed
-            if self._any(error is not None) if begins else error:
+            if self._any(error is not None):
                 raise error or DataError("another process cannot read its data.")
-            if group is not None:
-                begins = group["is_last"]
-                yield group
+            if micro_batch is None:
+                return
+            yield micro_batch
 
     def _any(self, flag: bool) -> bool:
         """Whether the flag of any process is set."""

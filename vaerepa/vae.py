@@ -144,12 +144,12 @@ def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor, in_bf16: bool = 
         return torch.cat([posterior.mean, posterior.std], 1).to(vae.dtype).contiguous()
 
 
-def sample_latents(vae: ModelMixin, moments: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
+def sample_latents(vae: ModelMixin, moments: torch.Tensor, posterior_noise: torch.Tensor | None) -> torch.Tensor:
     """Samples scaled latents of posteriors, (mean + std * noise - shift_factor) * scaling_factor.
 
     Args:
         moments: as from `encode_moments`, in any dtype; latents (B, C, h, w) are taken as they are.
-        posterior_noise: standard normal, shape (B, C, h, w).
+        posterior_noise: standard normal, shape (B, C, h, w); None where `moments` are latents.
 
     Returns:
         Latents of shape (B, C, h, w) in the VAE's dtype.

@@ -1,42 +1,51 @@
-"""The feed: micro-batches with clean latents on the device, from images, from the cache, or from a data set of latents."""
+"""The feed: micro-batches on the device, from images, from the latents cache, or from a data set of latents.
 
-from collections.abc import Iterator
-from hashlib import blake2b
-from pathlib import Path
+It joins three rooms: `reading` (rows, pixels, random numbers), `encoding` (VAE, vision encoder) and `latents_cache`; and
+`prompts`, where the transformer is conditioned on captions.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from accelerate.utils.operations import recursively_apply
 from torch import nn
 
 from vaerepa.alignment.vision_encoder import VisionEncoder
+from vaerepa.data.batch import Batch, Samples, Shape, SkippedRow
 from vaerepa.data.buckets import parse_buckets
-from vaerepa.data.latents_cache import FEATURES, FLIPPED, MOMENTS, CacheKey, LatentsCache, checksum, rounded
-from vaerepa.data.loader import Batches, Draws, Preprocessing, ValidationDraws, read_batches
+from vaerepa.data.encoding import Encoding
+from vaerepa.data.latents_cache import FEATURES, MOMENTS, LatentsCache, open_cache, rounded
+from vaerepa.data.numbers import DROP, NOISE, POSTERIOR, Numbers, PosteriorNumbers, T, ValidationNumbers, no_numbers
 from vaerepa.data.order import stream_sizes
-from vaerepa.data.prompts import Prompts, choose_caption
-from vaerepa.data.source import Source, all_captions
+from vaerepa.data.prompts import Prompts, choose_prompt
+from vaerepa.data.reading import Preprocessing, SampleReader, read_micro_batches
+from vaerepa.data.source import Source
 from vaerepa.logs import get_logger
 from vaerepa.options import Options
-from vaerepa.randomness import draw_uniform
-from vaerepa.vae import agrees_in_bf16, downsampling_factor, encode_moments, has_posterior, sample_latents
+from vaerepa.vae import downsampling_factor, has_posterior
 
 logger = get_logger(__name__)
 
 MAX_NAMED_IMAGES = 5
 NUM_COMPARED_IMAGES = 16
+PIXELS = "pixel_values"
 
 
 class Feed:
-    """Reads, encodes and keeps.
+    """Gives a run its batches.
 
     Args:
         vae: on the device.
-        source: what is trained on.
+        source: rows that are trained on.
         latent_shape: (C, h, w) of a square image.
-        prompts: encodes captions, where the transformer is told captions and not labels.
-        encoder: makes features of training images, where they are aligned to; in half precision on a GPU.
+        prompts: encodes captions, where the transformer is conditioned on captions and not on labels.
+        vision_encoder: makes features of training images, where they are aligned to.
+
+    Attributes:
+        cache: of --latents_cache, if that is given.
+        num_skipped: images that this process could not read.
+        first_skipped: the first of them, and why.
 
     Raises:
         OptionError: --latents_cache cannot be used.
@@ -48,87 +57,97 @@ class Feed:
         accelerator: Accelerator,
         vae: nn.Module,
         source: Source,
-        latent_shape: tuple[int, int, int],
+        latent_shape: Shape,
         prompts: Prompts | None = None,
-        encoder: VisionEncoder | None = None,
+        vision_encoder: VisionEncoder | None = None,
     ):
-        self.prompts = prompts
-        self.encoder = encoder
         self.options = options
         self.accelerator = accelerator
-        self.vae = vae
         self.source = source
         self.latent_shape = latent_shape
+        self.prompts = prompts
+        self.encoding = Encoding(accelerator, vae, vision_encoder)
         self.buckets = parse_buckets(options, downsampling_factor(vae))
-        self.num_skipped = 0  # images that this process could not read
-        self.first_skipped: str | None = None  # which, and why
-        self.cache = self._open_cache() if options.latents_cache else None
-        if encoder is not None:
-            half = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
-            encoder.to(accelerator.device, half if accelerator.device.type == "cuda" else None)
-        self.encode_in_bf16 = False
-        readers = accelerator.num_processes * max(1, options.dataloader_num_workers)
-        if not source.storage.random_access:
-            num_streams, _ = stream_sizes(source, options.num_streams, options.shuffle_buffer_size)
-            if num_streams % readers:
-                logger.warning(
-                    f"--num_streams {num_streams} is no multiple of {accelerator.num_processes} processes x "
-                    f"{options.dataloader_num_workers} data workers: several read the same rows, to use each once"
-                )
+        self.cache: LatentsCache | None = None
+        if options.latents_cache:
+            self.cache = open_cache(options, source, vae, vision_encoder, latent_shape, self.buckets)
+        self.needs = frozenset({PIXELS, FEATURES})
+        self.num_skipped = 0
+        self.first_skipped: SkippedRow | None = None
+        self._warn_of_few_streams()
 
-    def choose_precision(self, draws: Draws) -> None:
-        """Encodes in bfloat16 where the run does and it moves the latents little; every process must call it."""
-        if self.accelerator.device.type != "cuda" or self.accelerator.mixed_precision != "bf16":
+    def choose_precision(self) -> None:
+        """Lets the VAE encode in bfloat16 where the run does and it moves latents little; every process must call it."""
+        if not self.encoding.may_choose_bf16:
             return
         count = min(NUM_COMPARED_IMAGES, len(self.source))
-        batch = next(self.read(self.source, draws, count, 0, count, share=False))
-        if "pixel_values" in batch:
-            agrees = agrees_in_bf16(self.vae, batch["pixel_values"])
-            self.encode_in_bf16 = broadcast_object_list([agrees])[0]
-            logger.info(f"the VAE encodes in {'bfloat16' if self.encode_in_bf16 else 'float32'}")
+        [first, *_] = next(self._read(self.source, no_numbers, count, 0, count, share=False))
+        if first.pixel_values is not None:
+            self.encoding.choose_precision(first.pixel_values.to(self.accelerator.device))
 
-    def end_features(self) -> None:
-        """Reads no features from now on, and makes none as soon as no cache waits for them; every process must call it."""
-        if self.encoder is None:
+    def first_latents(self, count: int) -> Iterator[torch.Tensor]:
+        """Yields latents (B, C, h, w) of the first `count` samples of a run, all of them in each process."""
+        numbers = PosteriorNumbers(self.options.seed)
+        for micro_batch in self._read(self.source, numbers, min(count, 16), 0, count, share=False):
+            for samples in map(self._to_device, micro_batch):
+                yield self._latents_of(samples, self._encode(samples))
+
+    def training_batches(self, numbers: Numbers, first: int, last: int) -> Iterator[list[Batch]]:
+        """Yields this process's micro-batches of the samples `first` to `last`, each a list of batches, one for each shape.
+
+        Until the cache holds every image it is written along the way, and reloaded at the end of each epoch.
+        """
+        epoch, batch_size = len(self.source), self.options.global_batch_size
+        while first < last:
+            writes = self.cache is not None and not self._all_hold_all()
+            end_of_epoch = -(-(first // epoch + 1) * epoch // batch_size) * batch_size
+            end = min(last, end_of_epoch) if writes else last
+            read = self._read(self.source, numbers, self.options.train_batch_size, first, end, self.cache)
+            yield from self._ahead(self._batches(micro_batch, trains=True) for micro_batch in read)
+            if writes:
+                self.reload_cache()
+            first = end
+
+    def validation_batches(self, source: Source, count: int) -> Iterator[Batch]:
+        """Yields this process's batches of the first `count` samples of `source`, under the same numbers whatever the seed."""
+        read = self._read(source, ValidationNumbers(), self.options.train_batch_size, 0, count, validates=True)
+        return chain.from_iterable(self._batches(micro_batch, trains=False) for micro_batch in read)
+
+    def narrow(self, needs: Iterable[str]) -> None:
+        """From now on gives training batches `pixel_values` and `vision_features` where `needs` names them alone.
+
+        Features are made as long as a cache waits for them. Every process must call it.
+        """
+        self.needs = frozenset(needs)
+        if FEATURES in self.needs or self.encoding.vision_encoder is None:
             return
         if self.cache is not None:
             self.cache.reads_features = False
         if self.cache is None or self._all_hold_all():
-            self.encoder = None
+            self.encoding.vision_encoder = None
 
-    def training_batches(self, draws: Draws, first: int, last: int) -> Iterator[dict]:
-        """This process's share of the samples `first` to `last`, with `latents` (B, C, h, w) as drawn from the posterior.
+    # ---- the cache
 
-        And with `vision_features` (B, z, h', w') of the same images, where there is an encoder.
-        Until the cache holds every image it is written along the way, and taken up at the end of each epoch.
-        """
-        epoch, batch = len(self.source), self.options.global_batch_size
-        while first < last:
-            writes = self.cache is not None and not self._all_hold_all()
-            end_of_epoch = -(-(first // epoch + 1) * epoch // batch) * batch
-            end = min(last, end_of_epoch) if writes else last
-            yield from self._ahead(self.read(self.source, draws, self.options.train_batch_size, first, end, self.cache))
-            if writes:
-                self.take_up_cache()
-            first = end
+    def fill_cache(self) -> Iterator[int]:
+        """Encodes what the cache lacks of this process's images, and yields after each micro-batch of one epoch how many."""
+        read = self._read(self.source, no_numbers, self.options.train_batch_size, 0, len(self.source), self.cache)
+        for micro_batch in read:
+            for samples in micro_batch:
+                self._count_skipped(samples)
+                self._encode(self._to_device(samples), self.cache, with_features=True)
+            yield sum(map(len, micro_batch))
 
-    def missing_batches(self, draws: Draws) -> Iterator[dict]:
-        """This process's share of one epoch, for the sake of what the cache is given by it."""
-        batch_size = self.options.train_batch_size
-        return self._ahead(self.read(self.source, draws, batch_size, 0, len(self.source), self.cache))
-
-    def flush(self) -> None:
+    def flush_cache(self) -> None:
         """Writes what the cache is still to hold of the images encoded so far."""
         if self.cache is not None:
             self.cache.flush()
 
-    def take_up_cache(self) -> None:
-        """Writes what is pending, and reads what all processes wrote; every process must call it."""
-        self.flush()
+    def reload_cache(self) -> None:
+        """Writes what is pending, and loads what all processes wrote; every process must call it."""
+        self.flush_cache()
         self.accelerator.wait_for_everyone()
         self.cache.reload()
-        if not self.cache.reads_features:
-            self.end_features()
+        self.narrow(self.needs)
         logger.info(f"the latents cache holds {self.cache.count(self.source.members)} of {len(self.source)} images")
 
     def _all_hold_all(self) -> bool:
@@ -136,150 +155,147 @@ class Feed:
         complete = torch.tensor([self.cache.holds(self.source.members)], device=self.accelerator.device)
         return bool(self.accelerator.gather(complete).all())
 
-    def read(
+    # ---- from rows to batches
+
+    def _read(
         self,
         source: Source,
-        draws: Draws,
+        numbers: Numbers,
         batch_size: int,
         first: int,
         last: int,
         cache: LatentsCache | None = None,
         share: bool = True,
-    ) -> Iterator[dict]:
-        """Batches of the samples `first` to `last` of any source; with `share` this process's part of them.
-
-        Each is one group of samples or, where their shapes differ, several after each other (see `read_batches`).
-        """
-        options, held_out = self.options, isinstance(draws, ValidationDraws)
+        validates: bool = False,
+    ) -> Iterator[list[Samples]]:
+        """Micro-batches of the samples `first` to `last`, on the host; with `share` this process's part of them."""
+        options, accelerator = self.options, self.accelerator
         preprocessing = Preprocessing(
             options.resolution,
-            options.center_crop or held_out,
-            options.random_flip and not held_out,
+            options.center_crop or validates,
+            options.random_flip and not validates,
             options.seed,
             self.buckets,
         )
-        batches = Batches(
+        reader = SampleReader(
             source,
+            self.latent_shape,
             preprocessing,
-            draws,
+            numbers,
             batch_size,
             first,
             last,
             options.num_streams,
             options.shuffle_buffer_size,
-            seed=0 if held_out else options.seed,
-            process=self.accelerator.process_index if share else 0,
-            num_processes=self.accelerator.num_processes if share else 1,
+            seed=0 if validates else options.seed,
+            process=accelerator.process_index if share else 0,
+            num_processes=accelerator.num_processes if share else 1,
             cache=cache,
+            has_posterior=has_posterior(self.encoding.vae),
         )
-        for batch in read_batches(batches, options.dataloader_num_workers, self.accelerator.device):
-            trains = share and not held_out  # what is only measured is read again
+        pin_memory = accelerator.device.type == "cuda"
+        return read_micro_batches(reader, options.dataloader_num_workers, pin_memory)
+
+    def _batches(self, micro_batch: list[Samples], trains: bool) -> list[Batch]:
+        """The batches of a micro-batch; what does not train is read once more some day, and neither counted nor cached."""
+        size = sum(map(len, micro_batch))
+        batches = []
+        for samples in micro_batch:
             if trains:
-                self._count_skipped(batch, cache)
-            batch |= self._encodings(batch, cache, with_features=trains)
-            batch["latents"] = sample_latents(self.vae, batch["moments"], batch["draws"]["posterior"])
-            if self.prompts is not None:
-                batch["text"] = self.prompts.condition(self._choose_captions(batch, held_out))
-            yield batch
+                self._count_skipped(samples)
+            text = None if self.prompts is None else self.prompts.condition(self._prompts_of(samples, trains))
+            samples = self._to_device(samples)
+            encoded = self._encode(samples, self.cache if trains else None, with_features=trains)
+            clean, numbers = self._latents_of(samples, encoded), dict(samples.numbers)
+            batches.append(
+                Batch(
+                    sample_indices=samples.sample_indices,
+                    share=len(samples) / size,
+                    latents=clean,
+                    noise=numbers.pop(NOISE).to(clean.dtype),
+                    t=numbers.pop(T).to(clean.dtype),
+                    labels=samples.labels,
+                    drop=numbers.pop(DROP),
+                    numbers={name: values for name, values in numbers.items() if name != POSTERIOR},
+                    text=text,
+                    pixel_values=samples.pixel_values if PIXELS in self.needs and trains else None,
+                    vision_features=encoded.get(FEATURES) if FEATURES in self.needs else None,
+                )
+            )
+        return batches
 
-    def _choose_captions(self, batch: dict, held_out: bool) -> list[str]:
-        """A caption of each sample, the empty prompt where it is dropped; of held-out samples the first."""
-        chosen = []
-        for ordinal, caption in zip(batch["ordinal"], batch["caption"], strict=True):
-            captions, seed = all_captions(caption), self.options.seed
-            drops = draw_uniform(seed, "drop", ordinal) < self.options.proportion_empty_prompts
-            chosen.append(captions[0] if held_out else "" if drops else choose_caption(captions, seed, ordinal))
-        return chosen
+    def _prompts_of(self, samples: Samples, trains: bool) -> list[str]:
+        rows = zip(samples.captions, samples.numbers[DROP].tolist(), samples.sample_indices, strict=True)
+        return [choose_prompt(caption, drop, self.options.seed if trains else None, i) for caption, drop, i in rows]
 
-    def _encodings(self, batch: dict, cache: LatentsCache | None, with_features: bool) -> dict[str, torch.Tensor]:
+    def _to_device(self, samples: Samples) -> Samples:
+        return samples.map_tensors(lambda tensor: tensor.to(self.accelerator.device, non_blocking=tensor.is_pinned()))
+
+    def _encode(
+        self, samples: Samples, cache: LatentsCache | None = None, with_features: bool = False
+    ) -> dict[str, torch.Tensor]:
         """Moments and features of each sample, those at hand or encoded now; as the cache holds them, or will."""
-        if "pixel_values" not in batch:
-            return {}
-        pixels = batch["pixel_values"]
-        encoded = self._encode(pixels, cache is not None, with_features)
+        at_hand = {MOMENTS: samples.moments, FEATURES: samples.vision_features}
+        at_hand = {kind: tensor for kind, tensor in at_hand.items() if tensor is not None}
+        pixels = samples.pixel_values
+        if pixels is None:
+            return at_hand
+        encoded = self.encoding.encode(pixels, with_features, one_by_one=cache is not None)
         if cache is not None:
-            encoded = {kind: rounded(tensor) for kind, tensor in encoded.items()}
-            self._keep(cache, batch, encoded, pixels)
-        if "moments" not in batch:
+            encoded, mirrored = rounded(encoded), {}
+            if cache.key.flips:
+                mirrored = rounded(self.encoding.encode(pixels.flip(-1), with_features=True, one_by_one=True))
+            cache.add_samples(samples, encoded, mirrored)
+        if not at_hand:
             return encoded
-        has_moments = torch.tensor(batch["has_moments"], device=pixels.device)
-        return {kind: _merge(has_moments, batch[kind], tensor) for kind, tensor in encoded.items() if kind in batch}
+        has_moments = torch.tensor(samples.has_moments, device=pixels.device)
+        return {kind: _merge(has_moments, at_hand[kind], encoded[kind]) for kind in encoded if kind in at_hand}
 
-    def _encode(self, pixels: torch.Tensor, one_by_one: bool, with_features: bool) -> dict[str, torch.Tensor]:
-        """What the VAE makes of images and, where it is wanted, the vision encoder."""
-        encoders = {MOMENTS: lambda part: encode_moments(self.vae, part, self.encode_in_bf16)}
-        if with_features and self.encoder is not None:
-            encoders[FEATURES] = self.encoder
-        # the images beside it in a batch must not change a bit of what a cache holds; on a GPU they may, by a rounding
-        parts = pixels.split(1) if one_by_one and pixels.device.type == "cpu" else [pixels]
-        return {kind: torch.cat([encode(part) for part in parts]) for kind, encode in encoders.items()}
+    def _latents_of(self, samples: Samples, encoded: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.encoding.sample_latents(encoded[MOMENTS], samples.numbers.get(POSTERIOR))
 
-    def _keep(self, cache: LatentsCache, batch: dict, encoded: dict[str, torch.Tensor], pixels: torch.Tensor) -> None:
-        """Gives the cache what it lacks: as each sample saw its image, and the other way round where images are flipped."""
-        samples = [i for i, has_moments in enumerate(batch["has_moments"]) if not has_moments]
-        as_seen = {kind: tensor.cpu().numpy() for kind, tensor in encoded.items()}
-        mirrored = {}
-        if cache.key.flips:
-            others = self._encode(pixels.flip(-1), one_by_one=True, with_features=True)
-            mirrored = {kind: rounded(tensor).cpu().numpy() for kind, tensor in others.items()}
-        labels = batch["condition"].tolist()
-        for place, i in enumerate(samples):
-            plain, flipped = (mirrored, as_seen) if batch["flipped"][i] else (as_seen, mirrored)
-            arrays = {kind: array[place] for kind, array in plain.items()}
-            arrays |= {kind + FLIPPED: array[place] for kind, array in flipped.items()}
-            cache.add(batch["index"][i], arrays, labels[i], batch["caption"][i])
-
-    def _count_skipped(self, batch: dict, cache: LatentsCache | None) -> None:
-        for index, line in batch["skipped"]:
+    def _count_skipped(self, samples: Samples) -> None:
+        for row in samples.skipped:
             self.num_skipped += 1
-            self.first_skipped = self.first_skipped or line
+            self.first_skipped = self.first_skipped or row
             if self.num_skipped <= MAX_NAMED_IMAGES:
-                logger.warning(f"skipped an image that cannot be read: {line}", main_process_only=False)
-            if cache is not None:
-                cache.add_unreadable(index, line.split("): ", 1)[-1])
+                logger.warning(f"skipped an image that cannot be read: {row}", main_process_only=False)
+            if self.cache is not None:
+                self.cache.add_unreadable(row.row_index, row.reason)
 
-    def _ahead(self, batches: Iterator[dict]) -> Iterator[dict]:
-        """On a GPU, queues the encoding of the next batch on a stream of its own, beside the step that trains on this one."""
+    def _ahead(self, micro_batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """On a GPU, queues the encoding of the next micro-batch on a stream of its own, beside the step that trains on one."""
         device = self.accelerator.device
         if device.type != "cuda":
-            yield from batches
+            yield from micro_batches
             return
         stream = torch.cuda.Stream(device)
 
-        def queue_next() -> dict | None:
+        def queue_next() -> list[Batch] | None:
             with torch.cuda.stream(stream):
-                return next(batches, None)
+                return next(micro_batches, None)
+
+        def use_here(tensor: torch.Tensor) -> torch.Tensor:
+            tensor.record_stream(torch.cuda.current_stream(device))
+            return tensor
 
         upcoming = queue_next()
         while upcoming is not None:
-            batch = upcoming
             torch.cuda.current_stream(device).wait_stream(stream)
-            used = [batch["latents"], batch["condition"], batch["draws"], batch.get("text", {})]
-            used += [batch.get(name, {}) for name in ("pixel_values", FEATURES)]
-            recursively_apply(lambda tensor: tensor.record_stream(torch.cuda.current_stream(device)), used)
+            micro_batch = [batch.map_tensors(use_here) for batch in upcoming]
             upcoming = queue_next()
-            yield batch
+            yield micro_batch
 
-    def _open_cache(self) -> LatentsCache:
-        """The cache of --latents_cache, checked against VAE, data and options."""
-        options, (channels, height, width) = self.options, self.latent_shape
-        folder, features = Path(options.latents_cache), {}
-        if self.encoder is not None:  # runs without one, or with another, keep theirs beside it
-            made_by = f"{checksum(self.encoder.model)} {self.encoder.preparation}"
-            folder = folder / f"vision-{blake2b(made_by.encode(), digest_size=8).hexdigest()}"
-            shape = (self.encoder.width, self.encoder.grid, self.encoder.grid)
-            features = {"encoder": made_by, "features_shape": shape}
-        key = CacheKey(
-            vae=checksum(self.vae),
-            images=self.source.storage.images,
-            resolution=options.resolution,
-            crop="centre",
-            flips=options.random_flip,
-            shape=(channels * (2 if has_posterior(self.vae) else 1), height, width),
-            buckets=self.buckets,
-            **features,
-        )
-        return LatentsCache(folder, key, len(self.source.members))
+    def _warn_of_few_streams(self) -> None:
+        options, processes = self.options, self.accelerator.num_processes
+        if self.source.storage.random_access:
+            return
+        num_streams, _ = stream_sizes(self.source, options.num_streams, options.shuffle_buffer_size)
+        if num_streams % (processes * max(1, options.dataloader_num_workers)):
+            logger.warning(
+                f"--num_streams {num_streams} is no multiple of {processes} processes x {options.dataloader_num_workers} "
+                "data workers: several read the same rows, to use each once"
+            )
 
 
 def _merge(is_kept: torch.Tensor, kept: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:

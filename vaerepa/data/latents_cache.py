@@ -1,7 +1,7 @@
 """The latents cache: what the VAE made of each image, on disk as Arrow files that are mapped into memory.
 
-A row holds the moments of the posterior (mean, then deviation, unscaled) with their height and width, so that each epoch draws
-anew from it, and features of a vision encoder where one is aligned to, both of the flipped image too where images are flipped;
+A row holds the moments of the posterior (mean, then deviation, unscaled) with their height and width, so that each epoch samples
+it anew, and features of a vision encoder where one is aligned to, both of the flipped image too where images are flipped;
 or the reason why its image cannot be read. Label and caption stand beside them for those who read the shards as a data set;
 a run takes its own from the data as they are now. A shard takes its name when it is whole; shards of several
 processes, or runs, lie beside each other.
@@ -21,7 +21,12 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from vaerepa.alignment.vision_encoder import VisionEncoder
+from vaerepa.data.batch import Samples, Shape
+from vaerepa.data.source import Source
 from vaerepa.errors import OptionError
+from vaerepa.options import Options
+from vaerepa.vae import has_posterior
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,7 @@ FLIPPED = "_flipped"
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What the content of a cache depends on."""
+    """All that the content of a cache depends on."""
 
     vae: str  # checksum of its weights
     images: str  # digest of those in the split that is trained on
@@ -60,6 +65,39 @@ class CachedRow(NamedTuple):
     moments: np.ndarray | None
     error: str | None = None
     features: np.ndarray | None = None
+
+
+def open_cache(
+    options: Options,
+    source: Source,
+    vae: nn.Module,
+    vision_encoder: VisionEncoder | None,
+    latent_shape: Shape,
+    buckets: tuple[tuple[int, int], ...],
+) -> "LatentsCache":
+    """The cache of --latents_cache, checked against VAE, data and options.
+
+    Raises:
+        OptionError: it was made from something else, or cannot be written.
+    """
+    folder, features = Path(options.latents_cache), {}
+    if vision_encoder is not None:  # runs without one, or with another, keep theirs beside it
+        made_by = f"{checksum(vision_encoder.model)} {vision_encoder.preparation}"
+        folder = folder / f"vision-{blake2b(made_by.encode(), digest_size=8).hexdigest()}"
+        shape = (vision_encoder.width, vision_encoder.grid, vision_encoder.grid)
+        features = {"encoder": made_by, "features_shape": shape}
+    channels, height, width = latent_shape
+    key = CacheKey(
+        vae=checksum(vae),
+        images=source.storage.images,
+        resolution=options.resolution,
+        crop="centre",
+        flips=options.random_flip,
+        shape=(channels * (2 if has_posterior(vae) else 1), height, width),
+        buckets=buckets,
+        **features,
+    )
+    return LatentsCache(folder, key, len(source.members))
 
 
 def checksum(module: nn.Module, sampled: bool = False) -> str:
@@ -98,7 +136,7 @@ class LatentsCache:
         return {**self.__dict__, "_shards": {}, "_pending": {}}  # each process maps the files itself
 
     def reload(self) -> None:
-        """Takes up what all processes have written so far."""
+        """Loads what all processes have written so far."""
         self._paths = sorted(self.folder.glob("*.arrow"))
         self._shards: dict[int, _Shard] = {}
         self._shard_of = np.full(self.num_rows, -1, dtype=np.int32)
@@ -149,6 +187,24 @@ class LatentsCache:
         if index not in self and index not in self._pending:
             arrays = dict.fromkeys(self.key.columns, np.zeros((0, 0, 0), DTYPE))
             self._pending[index] = {"label": -1, "caption": None, "error": error, **arrays}
+
+    def add_samples(self, samples: Samples, seen: dict[str, torch.Tensor], mirrored: dict[str, torch.Tensor]) -> None:
+        """Takes the rows of the samples that have pixels.
+
+        Args:
+            seen: by kind, as the samples saw their images, shape (number of these samples, ...), rounded.
+            mirrored: of the mirrored images, where the key says that images are flipped; else empty.
+        """
+        with_pixels = [i for i, has_moments in enumerate(samples.has_moments) if not has_moments]
+        seen, mirrored = (
+            {kind: tensor.cpu().numpy() for kind, tensor in tensors.items()} for tensors in (seen, mirrored)
+        )
+        labels = samples.labels.tolist()
+        for place, i in enumerate(with_pixels):
+            plain, flipped = (mirrored, seen) if samples.flipped[i] else (seen, mirrored)
+            arrays = {kind: array[place] for kind, array in plain.items()}
+            arrays |= {kind + FLIPPED: array[place] for kind, array in flipped.items()}
+            self.add(samples.row_indices[i], arrays, labels[i], samples.captions[i])
 
     def flush(self) -> None:
         """Writes what was taken as a shard of its own; where it cannot be written, the rows are encoded again some day."""
@@ -251,6 +307,6 @@ def _check_key(folder: Path, key: CacheKey) -> None:
         )
 
 
-def rounded(encoded: torch.Tensor) -> torch.Tensor:
-    """As the cache will hold it."""
-    return encoded.to(torch.float16)
+def rounded(encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors in the precision in which the cache holds them."""
+    return {kind: tensor.to(torch.float16) for kind, tensor in encoded.items()}

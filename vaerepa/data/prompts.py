@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from vaerepa.data.latents_cache import checksum
+from vaerepa.data.source import all_captions
 from vaerepa.errors import OptionError
 from vaerepa.families import TextFamily
 from vaerepa.randomness import draw_uniform
@@ -54,7 +55,7 @@ class Prompts:
         return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
     def condition(self, prompts: Sequence[str]) -> Any:
-        """What the transformer takes, on the device, a sample for each prompt."""
+        """The condition that the transformer takes, on the device, one sample for each prompt."""
         return self.family.collate([self.embed(prompt) for prompt in prompts])
 
     def embed(self, prompt: str) -> Embedding:
@@ -159,7 +160,7 @@ class EmbeddingsCache:
         return _hash(prompt) in self._file_of
 
     def reload(self) -> None:
-        """Takes up what all processes have written so far."""
+        """Loads what all processes have written so far."""
         self._file_of: dict[str, Any] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -196,9 +197,22 @@ class EmbeddingsCache:
             raise OptionError(f"--cache_text_embeddings: {path} cannot be written: {error}.") from error
 
 
-def choose_caption(captions: list[str], seed: int, ordinal: int) -> str:
-    """One caption of a sample: another draw in each epoch."""
-    return captions[int(draw_uniform(seed, "caption", ordinal) * len(captions))]
+def choose_prompt(caption: str | list[str] | None, drop: bool, seed: int | None, sample_index: int) -> str:
+    """The prompt of a sample: the empty one where its caption is dropped, else one of its captions.
+
+    Args:
+        caption: as the data have it.
+        seed: of the choice among several captions; None takes the first.
+    """
+    if drop:
+        return ""
+    captions = all_captions(caption)
+    return captions[0] if seed is None else choose_caption(captions, seed, sample_index)
+
+
+def choose_caption(captions: list[str], seed: int, sample_index: int) -> str:
+    """One of the captions of a sample, at random: another one in each epoch."""
+    return captions[int(draw_uniform(seed, "caption", sample_index) * len(captions))]
 
 
 def _hash(prompt: str) -> str:

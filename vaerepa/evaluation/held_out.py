@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable
 import torch
 from accelerate import Accelerator
 
+from vaerepa.data import Batch
+
 
 @torch.no_grad()
 def held_out_loss(
-    accelerator: Accelerator, batches: Iterable[dict], loss_of: Callable[[dict], tuple[torch.Tensor, torch.Tensor]]
+    accelerator: Accelerator, batches: Iterable[Batch], loss_of: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 ) -> dict[str, float]:
     """Mean loss, and the mean by noise level.
 

@@ -5,7 +5,7 @@ import types
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import diffusers
 import torch
@@ -33,6 +33,20 @@ class InputSpec:
     latent_size: int
     num_classes: int = 0
     text_components: dict[str, Any] = field(default_factory=dict)  # tokenizers and encoders by the pipeline's names
+
+
+class Conditions(Protocol):
+    """The fields of a batch that tell what each of its samples is conditioned on.
+
+    Attributes:
+        labels: class labels, shape (B,).
+        drop: whether each sample loses its label, boolean, shape (B,).
+        text: the condition made by `collate`, of empty prompts where captions are dropped; None without captions.
+    """
+
+    labels: torch.Tensor
+    drop: torch.Tensor
+    text: Any
 
 
 class Family(ABC):
@@ -88,7 +102,7 @@ class Family(ABC):
     # ---- the forward pass
 
     @abstractmethod
-    def inputs(self, transformer: nn.Module, timesteps: torch.Tensor, batch: dict) -> dict[str, Any]:
+    def inputs(self, transformer: nn.Module, timesteps: torch.Tensor, batch: Conditions) -> dict[str, Any]:
         """What `predict` takes beside the latents of a batch."""
 
     @abstractmethod

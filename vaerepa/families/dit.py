@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, Sch
 from torch import nn
 
 from vaerepa.errors import OptionError
-from vaerepa.families.base import Family, InputSpec, Size, initialize_linear, initialize_patches
+from vaerepa.families.base import Conditions, Family, InputSpec, Size, initialize_linear, initialize_patches
 from vaerepa.logs import get_logger
 from vaerepa.objectives import flow_scheduler
 from vaerepa.randomness import generator, seeded_weights
@@ -86,9 +86,9 @@ class DiT(Family):
             initialize_labels(transformer, len(id2label), seed)
 
     def inputs(
-        self, transformer: DiTTransformer2DModel, timesteps: torch.Tensor, batch: dict
+        self, transformer: DiTTransformer2DModel, timesteps: torch.Tensor, batch: Conditions
     ) -> dict[str, torch.Tensor]:
-        return model_inputs(transformer, timesteps, batch["condition"], batch["draws"]["drop"])
+        return model_inputs(transformer, timesteps, batch.labels, batch.drop)
 
     def predict(self, transformer: nn.Module, noisy: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         return transformer(noisy, **inputs, return_dict=False)[0]

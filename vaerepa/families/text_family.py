@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from vaerepa.families.base import Family
+from vaerepa.families.base import Conditions, Family
 
 Condition = dict[str, Any]  # tensors, or lists of them with one of each sample
 
@@ -27,9 +27,9 @@ class TextFamily(Family):
     ) -> torch.Tensor:
         """Noise, or velocity eps - z, of shape (B, C, H, W), from noisy latents of that shape and timesteps (B,)."""
 
-    def inputs(self, transformer: nn.Module, timesteps: torch.Tensor, batch: dict) -> dict[str, Any]:
+    def inputs(self, transformer: nn.Module, timesteps: torch.Tensor, batch: Conditions) -> dict[str, Any]:
         """Timesteps, and the condition of the batch's captions; dropped ones are empty prompts already."""
-        return {"timesteps": timesteps, "condition": batch["text"]}
+        return {"timesteps": timesteps, "condition": batch.text}
 
     def example_inputs(self, transformer: nn.Module, device: torch.device) -> dict[str, Any]:
         condition = self.example_condition(transformer, self.max_sequence_length, device)
