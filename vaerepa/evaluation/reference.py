@@ -159,7 +159,7 @@ def _images(source: Source, resolution: int, index: int, count: int) -> Iterator
     for block in range(index, len(source.block_sizes), count):
         for place, row in enumerate(source.read_block(block)):
             try:
-                pixels = to_square(row, ordinal=0)
+                pixels = to_square(row, sample_index=0)
             except Exception as error:  # each format's decoder raises in its own way
                 logger.warning(f"image {row.index} of the reference cannot be read and is left out: {error}")
                 continue
