@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
 from vaerepa.data import TrainingNumbers, open_sources
-from vaerepa.objectives import NoisePrediction, draw_timestep
+from vaerepa.objectives import NoisePrediction, sample_timestep
 
 NAMES = {"0": "ash", "1": "birch, white birch", "2": "cedar"}  # the data set's
 PRETRAINED = dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "patch_size"))
@@ -209,18 +209,18 @@ def test_min_snr_weights_as_its_paper():
 
 
 def test_the_mode_density_is_that_of_stable_diffusion_3():
-    """Its density is the inverse slope of t(u): the share of draws below t(u) is 1 - u."""
-    draws = torch.tensor([draw_timestep(0, ordinal, "mode", mode_scale=1.29) for ordinal in range(4000)])
-    assert draws.min() > 0
-    assert draws.max() < 1
+    """Its density is the inverse slope of t(u): the share of times below t(u) is 1 - u."""
+    times = torch.tensor([sample_timestep(0, index, "mode", mode_scale=1.29) for index in range(4000)])
+    assert times.min() > 0
+    assert times.max() < 1
     for u in (0.2, 0.5, 0.8):
         t = 1 - u - 1.29 * (torch.cos(torch.pi * torch.tensor(u) / 2) ** 2 - 1 + u)
-        assert (draws < t).float().mean().item() == pytest.approx(1 - u, abs=0.03)
+        assert (times < t).float().mean().item() == pytest.approx(1 - u, abs=0.03)
 
 
 def sorted_times(sampling: str, logit_mean: float, logit_std: float, mode_scale: float, shift: float) -> torch.Tensor:
     density = (sampling, logit_mean, logit_std, mode_scale, shift)
-    return torch.tensor([draw_timestep(0, index, *density) for index in range(4000)]).sort().values
+    return torch.tensor([sample_timestep(0, index, *density) for index in range(4000)]).sort().values
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,9 @@ def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     return (prediction.to(target.dtype) - target).square().flatten(1).mean(1)
 
 
-def draw_timestep(
+def sample_timestep(
     seed: int,
-    ordinal: int,
+    sample_index: int,
     sampling: str = "uniform",
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
@@ -135,9 +135,9 @@ def draw_timestep(
     s t / (1 + (s - 1) t), as schedulers of high resolutions shift their sigmas (same paper, equation 23).
     """
     if sampling == "logit_normal":
-        t = 1.0 / (1.0 + math.exp(logit_mean - logit_std * draw_normal(seed, "timestep", ordinal)))
+        t = 1.0 / (1.0 + math.exp(logit_mean - logit_std * draw_normal(seed, "timestep", sample_index)))
     else:
-        t = draw_uniform(seed, "timestep", ordinal)
+        t = draw_uniform(seed, "timestep", sample_index)
         if sampling == "mode":
             t = 1.0 - t - mode_scale * (math.cos(math.pi * t / 2.0) ** 2 - 1.0 + t)
     return shift * t / (1.0 + (shift - 1.0) * t)

@@ -1,4 +1,4 @@
-"""Named draws: everything random about a sample follows from (seed, name of the draw, ordinal of the sample in the run).
+"""Random numbers by name: all that is random about a sample follows from (seed, name of the number, sample index in the run).
 
 Never from rank, worker or micro-batch: so a restart needs no generator state to be exact, any number of processes sees
 the same steps, and two methods can be compared under the same noise. NVlabs/edm2 gets its exact resume the same way.
@@ -12,42 +12,42 @@ from statistics import NormalDist
 import torch
 
 
-def draw_seed(seed: int, name: str, *ordinals: int) -> int:
+def draw_seed(seed: int, name: str, *indices: int) -> int:
     """A 64-bit integer that depends on all arguments and on nothing else."""
-    key = f"{seed}/{name}/{'/'.join(map(str, ordinals))}".encode()
+    key = f"{seed}/{name}/{'/'.join(map(str, indices))}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-def draw_uniform(seed: int, name: str, ordinal: int) -> float:
+def draw_uniform(seed: int, name: str, index: int) -> float:
     """One number, uniform on (0, 1)."""
-    return ((draw_seed(seed, name, ordinal) >> 11) + 0.5) * 2.0**-53
+    return ((draw_seed(seed, name, index) >> 11) + 0.5) * 2.0**-53
 
 
-def draw_normal(seed: int, name: str, ordinal: int) -> float:
+def draw_normal(seed: int, name: str, index: int) -> float:
     """One standard normal number."""
-    return NormalDist().inv_cdf(draw_uniform(seed, name, ordinal))
+    return NormalDist().inv_cdf(draw_uniform(seed, name, index))
 
 
 def draw_noise(
-    seed: int, name: str, ordinal: int, shape: tuple[int, ...], out: torch.Tensor | None = None
+    seed: int, name: str, index: int, shape: tuple[int, ...], out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A standard normal float32 tensor of `shape`, on the CPU; into `out` where that is given."""
-    return torch.randn(shape, generator=generator(seed, name, ordinal), dtype=torch.float32, out=out)
+    return torch.randn(shape, generator=generator(seed, name, index), dtype=torch.float32, out=out)
 
 
-def draw_permutation(seed: int, name: str, size: int, *ordinals: int) -> torch.Tensor:
+def draw_permutation(seed: int, name: str, size: int, *indices: int) -> torch.Tensor:
     """A random order of `range(size)`, shape (size,)."""
-    return torch.randperm(size, generator=generator(seed, name, *ordinals))
+    return torch.randperm(size, generator=generator(seed, name, *indices))
 
 
 @contextmanager
 def seeded_weights(seed: int, name: str) -> Iterator[None]:
-    """While it lasts, fresh modules draw their weights from a seed of their own; other draws are not touched."""
+    """While it lasts, fresh modules take their weights from a seed of their own; other random numbers are not touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_seed(seed, name))
         yield
 
 
-def generator(seed: int, name: str, *ordinals: int) -> torch.Generator:
-    """A CPU generator of its own for one named draw; also seeds weights (name "transformer" or "head")."""
-    return torch.Generator().manual_seed(draw_seed(seed, name, *ordinals) & (2**63 - 1))
+def generator(seed: int, name: str, *indices: int) -> torch.Generator:
+    """A CPU generator for one random number, or tensor, by name; also seeds weights (name "transformer" or "head")."""
+    return torch.Generator().manual_seed(draw_seed(seed, name, *indices) & (2**63 - 1))

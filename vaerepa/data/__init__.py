@@ -1,7 +1,7 @@
 """Data: from files to latents on the device, one room after the other.
 
 folders, shards and tars (what lies where), columns and labels (what it means), source (rows, in blocks) and opening (which
-data set and splits, what is held out) -> order (permutation, or streams) and classes (how many a batch holds) -> images
+data set, training and validation split) -> order (permutation, or streams) and classes (how many a batch holds) -> images
 (decoding, crop), buckets (their sizes) and numbers (random ones, by name) -> reading, by workers (samples of all processes) ->
 encoding (VAE, vision encoder), latents_cache and prompts -> feed (batches of a run). `batch` says what a batch is.
 """

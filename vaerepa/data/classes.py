@@ -50,17 +50,17 @@ def classes_in_batch(
 
 
 def expected_classes(class_counts: np.ndarray, batch_size: int) -> float:
-    """Number of different classes among `batch_size` rows that are drawn without replacement."""
+    """Number of different classes among `batch_size` rows that are taken without replacement."""
     counts, times = np.unique(class_counts, return_counts=True)
     total = int(counts @ times)
     misses = [math.exp(_log_choices(total - n, batch_size) - _log_choices(total, batch_size)) for n in counts.tolist()]
     return float(times @ (1 - np.array(misses))) if batch_size < total else float(times.sum())
 
 
-def _log_choices(total: int, drawn: int) -> float:
-    if drawn > total:
+def _log_choices(total: int, taken: int) -> float:
+    if taken > total:
         return -math.inf
-    return math.lgamma(total + 1) - math.lgamma(drawn + 1) - math.lgamma(total - drawn + 1)
+    return math.lgamma(total + 1) - math.lgamma(taken + 1) - math.lgamma(total - taken + 1)
 
 
 def _cure(num_streams: int, buffer_size: int) -> str:

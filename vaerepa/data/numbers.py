@@ -17,7 +17,7 @@ from typing import Self
 import torch
 
 from vaerepa.data.batch import Shape
-from vaerepa.objectives import draw_timestep
+from vaerepa.objectives import sample_timestep
 from vaerepa.options import Options
 from vaerepa.randomness import draw_noise, draw_uniform
 
@@ -32,7 +32,7 @@ class TrainingNumbers:
     Args:
         seed: seed of the run.
         drop_rate: share of labels or captions that are dropped.
-        timestep_sampling, logit_mean, logit_std, mode_scale, timestep_shift: density of t, see `draw_timestep`.
+        timestep_sampling, logit_mean, logit_std, mode_scale, timestep_shift: density of t, see `sample_timestep`.
         names: names of further numbers, each uniform on (0, 1), that alignment methods ask for.
     """
 
@@ -63,7 +63,7 @@ class TrainingNumbers:
         density = (self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale, self.timestep_shift)
         numbers = {
             NOISE: stack_noise(self.seed, "noise", sample_indices, shape),
-            T: torch.tensor([draw_timestep(self.seed, i, *density) for i in sample_indices]),
+            T: torch.tensor([sample_timestep(self.seed, i, *density) for i in sample_indices]),
             DROP: torch.zeros(len(sample_indices), dtype=torch.bool),
         }
         if self.drop_rate > 0:

@@ -1,4 +1,4 @@
-"""Opens a data set, of whatever kind: its splits, what is trained on, what is held out."""
+"""Opens a data set, of whatever kind: its splits, rows to train on and rows for validation."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ HELD_OUT_NAMES = ("validation", "valid", "val", "test")
 
 @dataclass(frozen=True)
 class Sources:
-    """What is trained on, what is held out (None where nothing is), and the names of the classes."""
+    """Rows to train on, rows for validation (None where there are none), and the names of the classes."""
 
     train: Source
     validation: Source | None
@@ -94,9 +94,9 @@ def open_sources(
 
     Args:
         validation_split: a split's name, or a fraction in (0, 1) taken out of the training split by hash of the row's
-            ordinal; None takes the data set's own validation or test split.
+            index; None takes the data set's own validation or test split.
         image_column, label_column, caption_column: None finds them by their features and usual names.
-        max_train_samples: trains on so many rows, drawn by `seed`.
+        max_train_samples: trains on so many rows, taken at random by `seed`.
         by_caption: captions are needed, and labels are not.
 
     Raises:
@@ -135,7 +135,7 @@ def open_sources(
 def _open_held_out(
     collection: Collection, name: str, columns: Columns, classes: Classes, by_caption: bool, is_asked_for: bool
 ) -> Source | None:
-    """A split that is held out; None for one without labels, or captions, that was not asked for."""
+    """The validation split; None for one without labels, or captions, that was not asked for."""
     features = collection.features[name]
     if not by_caption and columns.caption not in features:
         columns = replace(columns, caption=None)

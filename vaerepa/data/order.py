@@ -37,7 +37,7 @@ class Reader:
         yield from self.rows_of_epoch(place)
 
     def begin_epoch(self) -> None:
-        """Draws what the order of `self.epoch` follows from."""
+        """Makes what the order of `self.epoch` follows from."""
         raise NotImplementedError
 
     def rows_of_epoch(self, place: int) -> Iterator[Row]:
@@ -53,7 +53,7 @@ def open_reader(source: Source, seed: int, num_streams: int | None, buffer_size:
 
 
 class PermutedReader(Reader):
-    """Reads rows in an order that is a permutation of all, drawn anew for each epoch."""
+    """Reads rows in an order that is a permutation of all, a new one for each epoch."""
 
     def begin_epoch(self) -> None:
         self.permutation = KeyedPermutation(self.seed, len(self.source), self.epoch)
@@ -74,11 +74,11 @@ class KeyedPermutation:
         self.size = size
         self.height = math.isqrt(max(size - 1, 0)) + 1
         self.width = -(-size // self.height)
-        draws = generator(seed, "rows", epoch)
+        random = generator(seed, "rows", epoch)
         self.rounds = [
             (
-                torch.randint(self.height, (self.width,), generator=draws).tolist(),
-                torch.randint(self.width, (self.height,), generator=draws).tolist(),
+                torch.randint(self.height, (self.width,), generator=random).tolist(),
+                torch.randint(self.width, (self.height,), generator=random).tolist(),
             )
             for _ in range(NUM_ROUNDS)
         ]

@@ -103,7 +103,7 @@ class Storage(Protocol):
 
 
 class Source:
-    """The rows of a storage that belong together: what is trained on, or what is held out.
+    """The rows of a storage that belong together: those to train on, or those for validation.
 
     Args:
         storage: where they lie.

@@ -97,7 +97,7 @@ def _tar_samples(path: str) -> Iterator[Sample]:
 
 
 def _with_json(sample: dict) -> Sample:
-    """A sample whose .json stands in for a label or a caption that has no file of its own."""
+    """A sample whose .json replaces a label or a caption that has no file of its own."""
     fields = sample.pop("json", None)
     for column, names in (("cls", LABEL_NAMES), ("txt", CAPTION_NAMES)):
         if isinstance(fields, dict) and not any(name in sample for name in names):
