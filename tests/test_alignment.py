@@ -146,7 +146,7 @@ def test_a_fine_tuned_text_model_is_aligned_more_weakly():
     options = settings.fill_in_defaults(parse_options([*given, "--alignment_weight", "1.0", "none"]))
     assert options.alignment_weight == (1.0, 0.2)
     assert options.alignment_weight_schedule == ("constant", "cosine")
-    assert options.alignment_stop_step == (None, 500)
+    assert settings.end_with_run(options, 30).alignment_stop_step == (None, 10)
 
 
 @pytest.mark.parametrize(

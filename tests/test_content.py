@@ -264,7 +264,7 @@ def test_accumulation_of_the_launcher_changes_nothing(train, monkeypatch, tmp_pa
     plain = train(output_dir=tmp_path / "plain")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert read_metrics(train(), "train/gradient_norm") == read_metrics(plain, "train/gradient_norm")
-    assert "gradient_accumulation_steps are not used" in caplog.text
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4" in caplog.text
 
 
 def test_an_older_checkpoint_goes_on(train, monkeypatch, capfd):
