@@ -116,7 +116,7 @@ def test_precomputed_rectangles_are_those_of_training(finetune, rectangles, tmp_
 
 
 def test_two_processes_take_the_steps_of_one(finetune, launch, captioned, pipelines, rectangles, tmp_path):
-    options = BUCKETS | {"dataset_name": rectangles, "learning_rate": 1e-4}
+    options = BUCKETS | {"dataset_name": rectangles, "learning_rate": 1e-4, "alignment_stop_step": 500}
     one = finetune("sd3", output_dir=tmp_path / "one", **options)
     fresh = dict.fromkeys(
         ("pretrained_vae_model_name_or_path", "model", "num_layers", "hidden_size", "num_attention_heads", "patch_size")
