@@ -99,7 +99,10 @@ def lacks_file(error: BaseException) -> bool:
 
 
 def _why_not_the_folder(path: Path, error: BaseException, expected: str) -> str:
-    if (path.parent / PIPELINE_INDEX).is_file() and not (path / PIPELINE_INDEX).is_file():
+    said = redact(" ".join(str(error).split()))[:200]
+    if (path / PIPELINE_INDEX).is_file():
+        return f"a part of the pipeline in this folder cannot be loaded ({said}). Expected {expected}."
+    if (path.parent / PIPELINE_INDEX).is_file():
         return f"this is a part of the pipeline in {path.parent}. Expected {expected}."
     if (path / "pytorch_lora_weights.safetensors").is_file():
         return f"the folder holds a LoRA. Expected {expected}."
@@ -108,7 +111,7 @@ def _why_not_the_folder(path: Path, error: BaseException, expected: str) -> str:
         return f"the folder holds others with pipelines, such as {nested[-1].parent.name}. Expected {expected}."
     if not os.access(path, os.R_OK | os.X_OK):
         return "the folder may not be read."
-    return f"the folder holds something else ({redact(' '.join(str(error).split()))[:200]}). Expected {expected}."
+    return f"the folder holds something else ({said}). Expected {expected}."
 
 
 def _looks_local(name: str) -> bool:
