@@ -6,9 +6,9 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
-import train_vaerepa
 from tests.conftest import CAPTIONS, read_metrics
 from tests.test_text import assert_same_run
+from vaerepa import objectives
 from vaerepa.data import (
     Preprocessing,
     SampleReader,
@@ -17,6 +17,7 @@ from vaerepa.data import (
     parse_buckets,
     read_micro_batches,
 )
+from vaerepa.logs import Window
 from vaerepa.options import Options
 
 SIZES = ((16, 16), (12, 20), (20, 12))
@@ -75,27 +76,36 @@ def test_workers_and_processes_change_no_sample(rectangles, num_processes, num_w
 
 @pytest.mark.parametrize("family", ["pixart_sigma", "sd3", "z_image"])
 def test_rectangles_train_and_restart_to_the_bit(family, finetune, rectangles, tmp_path, monkeypatch):
-    compute, losses = train_vaerepa.compute_losses, []
+    update, sample_losses, steps = Window.add, [], []
 
-    def record(run, batch):
-        computed = compute(run, batch)
-        losses.append((run.step, len(batch.sample_indices), computed["loss"].item()))
-        return computed
+    def record(loss):
+        def recorded(objective, *arguments):
+            sample_losses.append(loss(objective, *arguments))
+            return sample_losses[-1]
+
+        return recorded
+
+    def end_step(window, **values):
+        steps.append([losses.detach().clone() for losses in sample_losses])
+        sample_losses.clear()
+        update(window, **values)
 
     options = BUCKETS | {"dataset_name": rectangles, "gradient_accumulation_steps": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(train_vaerepa, "compute_losses", record)
+        for objective in (objectives.FlowMatching, objectives.NoisePrediction):
+            patch.setattr(objective, "loss", record(objective.loss))
+        patch.setattr(Window, "add", end_step)
         whole = finetune(family, output_dir=tmp_path / "whole", **options)
     finetune(family, output_dir=tmp_path / "parts", max_train_steps=2, **options)
     finetune(
         family, output_dir=tmp_path / "parts", resume_from_checkpoint="latest", dataloader_num_workers=2, **options
     )
     assert_same_run(whole, tmp_path / "parts", 4)
-    assert len(losses) > 8
-    for line in read_metrics(whole, "train/loss"):  # of each step the mean over its samples
-        shares = [(count, loss) for step, count, loss in losses if step == line["step"] - 1]
-        assert sum(count for count, _ in shares) == 8
-        assert line["train/loss"] == pytest.approx(sum(count * loss for count, loss in shares) / 8, rel=1e-5)
+    assert sum(map(len, steps)) > 8  # groups of one shape
+    for line, groups in zip(read_metrics(whole, "train/denoising_loss"), steps, strict=True):
+        losses = torch.cat(groups)  # of each sample of the step
+        assert len(losses) == 8
+        assert line["train/denoising_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
 def test_a_cache_of_rectangles_changes_no_bit(finetune, rectangles, tmp_path):

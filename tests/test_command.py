@@ -14,6 +14,7 @@ import yaml
 import train_vaerepa
 from tests.conftest import read_metrics
 from vaerepa import command
+from vaerepa.training.state import TrainingState
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +29,14 @@ def stop_at(monkeypatch):
     """Sends this process a signal in a step of the run."""
 
     def arm(step: int, number: int) -> None:
-        train_step = train_vaerepa.train_step
+        end_alignments = TrainingState.end_alignments  # called after each step
 
-        def step_and_stop(run, *arguments, **options):
-            train_step(run, *arguments, **options)
-            if run.step == step:
+        def stop_after_the_step(state):
+            end_alignments(state)
+            if state.step == step:
                 os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(train_vaerepa, "train_step", step_and_stop)
+        monkeypatch.setattr(TrainingState, "end_alignments", stop_after_the_step)
 
     return arm
 

@@ -24,7 +24,6 @@ import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image
 
-import train_vaerepa
 from tests.conftest import ROOT, launcher, read_metrics
 from tests.test_restart import EXACT, assert_same_end
 from vaerepa import checkpoints
@@ -242,7 +241,7 @@ def test_a_full_disk_spares_the_training(train, monkeypatch, caplog):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(PIL.Image.Image, "save", refuse)
-    monkeypatch.setattr(train_vaerepa, "plot_curves", refuse)
+    monkeypatch.setattr("vaerepa.training.publishing.plot_curves", refuse)
     monkeypatch.setattr(Accelerator, "log", refuse)
     monkeypatch.setattr(Accelerator, "end_training", refuse)
     run = train(max_train_steps=3, validation_steps=1, num_validation_images=2)

@@ -48,13 +48,13 @@ def test_cached_embeddings_change_no_bit_and_leave_no_text_encoder(family, finet
     plain = finetune(family, output_dir=tmp_path / "plain", **PROMPTS)
     loop, encoders = train_vaerepa.loop, []
 
-    def look(run):
+    def look(setup, *others):
         gc.collect()
         encoders.extend(
             o for o in gc.get_objects() if isinstance(o, T5EncoderModel | CLIPTextModelWithProjection | Qwen3Model)
         )
-        assert not run.prompts.encoders
-        loop(run)
+        assert not setup.conditioning.prompts.encoders
+        return loop(setup, *others)
 
     monkeypatch.setattr(train_vaerepa, "loop", look)
     options = {"cache_text_embeddings": True, "output_dir": tmp_path / "cached"}

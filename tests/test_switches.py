@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_vaerepa
 from tests.conftest import read_metrics
+from vaerepa.alignment import AlignedTransformer
 
 
 def test_compiled_blocks_compute_the_same(train, tmp_path):
@@ -68,10 +68,10 @@ def test_8bit_adam_without_bitsandbytes_says_what_to_install(train, capfd, monke
 
 
 def test_out_of_memory_names_the_next_lever(train, capfd, monkeypatch):
-    def out_of_memory(*args):
+    def out_of_memory(*args, **options):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(train_vaerepa, "train_step", lambda *args, **options: out_of_memory())
+    monkeypatch.setattr(AlignedTransformer, "forward", out_of_memory)
     levers = []
     for options in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload_ema": True}):
         train(code=1, **options, resume_from_checkpoint="latest")

@@ -22,7 +22,7 @@ import train_vaerepa
 from tests import text_models
 from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
-from vaerepa.alignment import VAEAlignment
+from vaerepa.alignment import AlignmentContext, VAEAlignment
 from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.data.prompts import choose_caption
 from vaerepa.families import Size, parse_preset, pipelines_of
@@ -200,18 +200,23 @@ def test_the_loss_is_that_of_the_stock_pipelines_convention(family, shift, finet
 def test_alignment_reaches_the_blocks_up_to_the_tap_and_what_trains_alone(family, rank, finetune, monkeypatch):
     seen = {}
 
-    def loop(run):
-        [batch] = next(run.feed.training_batches(run.training_numbers, 0, 8))
-        train_vaerepa.compute_losses(run, batch)["alignment_loss_vae"].backward()
-        blocks = run.family.blocks(run.transformer)
+    def align_alone(setup, state, *others):
+        """In place of the loop: the backward pass of the alignment loss of one batch."""
+        [batch] = next(setup.feed.training_batches(setup.numbers, 0, 8))
+        clean, noise, t = batch.latents, batch.noise, batch.t
+        noisy, _ = setup.objective.corrupt(clean, noise, t)
+        inputs = setup.family.inputs(setup.transformer, setup.objective.timesteps(t), batch)
+        _, outputs = state.model(noisy, **inputs)
+        (alignment,) = state.alignments
+        alignment.sample_losses(outputs["vae"], AlignmentContext(clean, noise, t)).mean().backward()
+        blocks = setup.family.blocks(setup.transformer)
         seen["reached"] = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in blocks]
-        graded = {n for n, p in run.transformer.named_parameters() if p.grad is not None}
-        seen["graded"], seen["trained"] = graded, set(run.trained_weights)
-        seen["heads"] = [bool(p.grad.any()) for p in run.aligned_transformer.heads.parameters()]
-        seen["types"] = {name: p.dtype for name, p in run.transformer.named_parameters()}
-        run.stop_reason = "a test"
+        graded = {n for n, p in setup.transformer.named_parameters() if p.grad is not None}
+        seen["graded"], seen["trained"] = graded, set(setup.trained_weights)
+        seen["heads"] = [bool(p.grad.any()) for p in state.aligned_transformer.heads.parameters()]
+        seen["types"] = {name: p.dtype for name, p in setup.transformer.named_parameters()}
 
-    monkeypatch.setattr(train_vaerepa, "loop", loop)
+    monkeypatch.setattr(train_vaerepa, "loop", align_alone)
     finetune(family, alignment_block=2, rank=rank, mixed_precision="bf16")
     assert seen["reached"] == [True, True, False, False]
     assert all(seen["heads"])

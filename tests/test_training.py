@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train_vaerepa
 from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
+from vaerepa import throughput
 from vaerepa.alignment import VAEAlignment
 from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.families import Size
@@ -192,7 +192,7 @@ def test_one_and_two_processes_make_the_same_steps(launch, tmp_path, accumulatio
 
 
 def test_utilisation_is_logged_where_the_peak_is_known(train, monkeypatch):
-    monkeypatch.setattr(train_vaerepa.throughput, "peak_flops", lambda device, precision: 1e12)
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 1e12)
     run = train(max_train_steps=2)
     transformer = new_transformer(Size(4, 32, 2), 2, 4, 8, 3)
     head = VAEAlignment(2).build_head(32, 4)

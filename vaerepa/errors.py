@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend."""
+"""Errors that are told in one sentence."""
 
 
 class OptionError(ValueError):
@@ -7,3 +7,7 @@ class OptionError(ValueError):
 
 class DataError(RuntimeError):
     """The data cannot be read; the message says where."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what is left."""

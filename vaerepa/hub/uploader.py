@@ -6,11 +6,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from accelerate import Accelerator
+
+from vaerepa.hub import access
 from vaerepa.layout import step_of
 from vaerepa.logs import get_logger
+from vaerepa.options import Options
 from vaerepa.privacy import redact
+from vaerepa.processes import on_main_process
 
 logger = get_logger(__name__)
 
@@ -142,3 +148,13 @@ class Uploader:
             self._process.kill()
             self._process.wait()
         self._process = self.uploading = self.waiting = None
+
+
+def uploading(options: Options, accelerator: Accelerator) -> AbstractContextManager[Uploader | None]:
+    """Who pushes to the Hub while the context lasts, and waits for it at its end; None on all but the main process."""
+    if not options.push_to_hub:
+        return nullcontext()
+    repo_id = on_main_process(accelerator, lambda: access.open_repository(options))
+    if not accelerator.is_main_process:
+        return nullcontext()
+    return Uploader(Path(options.output_dir), repo_id, options.hub_revision, options.hub_strategy)

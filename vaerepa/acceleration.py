@@ -1,5 +1,6 @@
-"""Switches that make a run faster or smaller and leave what it computes alone: compile, attention, checkpointing, profile."""
+"""The device and its processes, and switches that make a run faster or smaller and leave what it computes alone."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,12 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import nn
 
+from vaerepa import checks
 from vaerepa.errors import OptionError
 from vaerepa.logs import get_logger
 from vaerepa.options import Options
-from vaerepa.system import unless_out_of_space
+from vaerepa.system import num_cores, unless_out_of_space
 
 logger = get_logger(__name__)
 
@@ -23,6 +27,38 @@ MEMORY_LEVERS = {
     "use_8bit_adam": "Next lever: --use_8bit_adam (needs bitsandbytes).",
     "offload_ema": "Next lever: --offload_ema (every step copies the weights to the CPU).",
 }
+
+
+def build_accelerator(options: Options) -> Accelerator:
+    """The accelerator of this process: device, precision, trackers, and threads on a CPU.
+
+    Raises:
+        OptionError: the launcher or the machine cannot do what is asked for.
+    """
+    checks.check_launcher()
+    try:
+        accelerator = Accelerator(
+            # torchrun does not tell accelerate that its processes are to train together on CPUs
+            cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not checks.has_gpu(),
+            mixed_precision=options.mixed_precision,
+            log_with=None if options.report_to == "none" else options.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=options.output_dir, logging_dir=str(Path(options.output_dir, options.logging_dir))
+            ),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+    except (ValueError, ImportError) as error:
+        raise OptionError(f"--mixed_precision cannot be had here: {error}") from error
+    if accelerator.gradient_accumulation_steps != 1:
+        accelerator.gradient_accumulation_steps = 1  # or it would divide the loss by them, which is a mean already
+        logger.warning("the launcher's gradient_accumulation_steps are not used; --gradient_accumulation_steps is")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise OptionError("--mixed_precision fp16 needs a GPU; on the CPU take bf16, or no.")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
+    if accelerator.device.type == "cpu":
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # accelerate launch leaves one thread to each
+        torch.set_num_threads(max(1, num_cores() // local_processes))
+    return accelerator
 
 
 def apply_switches(options: Options, transformer: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:

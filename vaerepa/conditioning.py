@@ -1,0 +1,196 @@
+"""What a model is conditioned on, class labels or captions: sample grids, evaluation, and what is told of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL import Image
+from torch import nn
+
+from vaerepa import sampling
+from vaerepa.data import Prompts
+from vaerepa.evaluation import TrainingEvaluation
+from vaerepa.evaluation.samples import Draw
+from vaerepa.families import Family
+from vaerepa.families.dit import has_learned_sigma
+from vaerepa.options import Options
+
+
+class Conditioning(ABC):
+    """One kind of condition."""
+
+    summary: str  # for the log
+    pipeline_class: type[DiffusionPipeline]
+
+    @abstractmethod
+    def plot_grid(self, transformer: nn.Module, num_images: int, path: Path) -> Image.Image | None:
+        """Generates a sample grid by these weights and writes it as one PNG.
+
+        Returns:
+            The grid, None where there is nothing to show.
+        """
+
+    @abstractmethod
+    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[Draw, str]:
+        """What generates an evaluation's images by these weights, and the name of the sampler."""
+
+    @abstractmethod
+    def card_facts(self, transformer: nn.Module, output_dir: Path, step: int) -> dict[str, Any]:
+        """What the model card tells of the condition and of the pipeline that takes it.
+
+        Args:
+            output_dir: where samples/ lies.
+            step: number of finished steps.
+        """
+
+    def report(self) -> None:
+        """Says at the end of a run what was cut or left out on the way."""
+
+    @property
+    def load_with(self) -> str:
+        """Arguments that from_pretrained needs for the result."""
+        return ""
+
+    @property
+    def warning(self) -> str | None:
+        """What a user must know before training, if anything."""
+        return None
+
+
+class ClassLabels(Conditioning):
+    """Class labels, of a DiTPipeline."""
+
+    def __init__(
+        self, options: Options, family: Family, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str]
+    ):
+        self.options = options
+        self.family = family
+        self.pipeline_class = family.pipeline_class()
+        self.vae = vae
+        self.scheduler = scheduler
+        self.id2label = id2label
+        self.summary = f"{len(id2label)} classes"
+
+    @property
+    def warning(self) -> str | None:
+        if self.family.works_in_stock_pipeline(len(self.id2label)):
+            return None
+        return "DiTPipeline guides up to 1000 classes only: load this model with the pipeline_vaerepa.py beside it"
+
+    def plot_grid(self, transformer: nn.Module, num_images: int, path: Path) -> Image.Image:
+        options = self.options
+        return sampling.draw_grid(
+            self._pipeline(transformer),
+            sampling.grid_labels(num_images, len(self.id2label)),
+            options.validation_guidance_scale,
+            options.validation_num_inference_steps,
+            options.seed,
+            path,
+        )
+
+    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[Draw, str]:
+        pipeline = self._pipeline(transformer)
+        return evaluation.classes(pipeline), sampling.sampler_name(pipeline)
+
+    def card_facts(self, transformer: nn.Module, output_dir: Path, step: int) -> dict[str, Any]:
+        grids = sorted((output_dir / "samples").glob("*.png"))
+        return {
+            "family_tags": self.family.tags,
+            "left_out": (),
+            "pictures": [(f"Samples at step {step}", f"samples/{grids[-1].name}")] if grids else [],
+            "classes": self.id2label.values(),
+            "num_classes": len(self.id2label),
+            "label": min(7, len(self.id2label) - 1),
+            "has_learned_sigma": has_learned_sigma(transformer),
+            "works_in_stock": self.family.works_in_stock_pipeline(len(self.id2label)),
+            "draws_any_size": True,
+        }
+
+    def _pipeline(self, transformer: nn.Module) -> DiffusionPipeline:
+        return sampling.build_pipeline(transformer, self.vae, self.scheduler, self.id2label)
+
+
+class Captions(Conditioning):
+    """Captions, of a stock text-to-image pipeline.
+
+    Args:
+        pipeline: the stock pipeline around the trained transformer.
+        prompts: encodes captions and prompts.
+        image_size: height and width of a sample in pixels.
+        left_out: text encoders and tokenizers that the pipeline came without.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        pipeline: DiffusionPipeline,
+        prompts: Prompts,
+        image_size: tuple[int, int],
+        left_out: tuple[str, ...],
+    ):
+        self.options = options
+        self.pipeline = pipeline
+        self.prompts = prompts
+        self.image_size = image_size
+        self.pipeline_class = type(pipeline)
+        self.summary = type(pipeline).__name__
+        self.left_out = left_out
+
+    def report(self) -> None:
+        self.prompts.report_cuts()  # but for those that a cache told of
+
+    @property
+    def load_with(self) -> str:
+        return "".join(f", {name}=None" for name in self.left_out)
+
+    def plot_grid(self, transformer: nn.Module, num_images: int, path: Path) -> Image.Image | None:
+        options = self.options
+        if not options.validation_prompts:
+            return None
+        with self._holding(transformer), torch.no_grad():
+            return sampling.draw_prompt_grid(
+                self.pipeline,
+                self.prompts,
+                list(options.validation_prompts),
+                options.negative_prompt,
+                max(1, num_images // len(options.validation_prompts)),
+                self.image_size,
+                options.validation_guidance_scale,
+                options.validation_num_inference_steps,
+                options.seed,
+                path,
+            )
+
+    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[Draw, str]:
+        draw = evaluation.texts(self.pipeline, self.prompts, self.image_size)
+
+        def draw_by(numbers: list[int]) -> list:
+            with self._holding(transformer):
+                return draw(numbers)
+
+        return draw_by, sampling.sampler_name(self.pipeline)
+
+    def card_facts(self, transformer: nn.Module, output_dir: Path, step: int) -> dict[str, Any]:
+        pictures = sorted((output_dir / "samples" / sampling.LATEST).glob("*.png"))
+        places = [picture.relative_to(output_dir).as_posix() for picture in pictures]
+        return {
+            "family_tags": self.prompts.family.tags,
+            "left_out": self.left_out,
+            "pictures": list(zip(self.options.validation_prompts, places, strict=False)),
+            "has_learned_sigma": False,
+            "draws_any_size": "use_resolution_binning" not in self.prompts.family.call_options,
+        }
+
+    @contextmanager
+    def _holding(self, transformer: nn.Module) -> Iterator[None]:
+        """The pipeline with other weights in the transformer's place."""
+        trained = self.pipeline.transformer
+        self.pipeline.register_modules(transformer=transformer)
+        try:
+            yield
+        finally:
+            self.pipeline.register_modules(transformer=trained)

@@ -1,0 +1,91 @@
+"""Export: what a checkpoint holds for others, a whole stock pipeline or a LoRA alone."""
+
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from vaerepa import frozen, lora
+from vaerepa.checkpoints import link_tree
+from vaerepa.families import Family
+
+PIPELINE_INDEX = "model_index.json"
+
+
+class Export(ABC):
+    """Writes what is trained in the form that stock diffusers loads."""
+
+    how_to_load: ClassVar[str]
+    ships_heads: ClassVar[bool]  # whether the alignment heads lie beside the result
+
+    @abstractmethod
+    def write_frozen_parts(self) -> None:
+        """Writes what does not train, once, into the output folder; each checkpoint links it."""
+
+    @abstractmethod
+    def write(self, folder: Path, transformer: nn.Module) -> None:
+        """Writes a checkpoint's files of the pipeline, with the weights of this transformer."""
+
+
+class StockExport(Export):
+    """A whole stock pipeline.
+
+    Args:
+        pipeline: the stock pipeline around the transformer in training form; its text encoders may leave it later.
+        frozen_parts: VAE, text encoders and tokenizers by their names in the pipeline; None where it has none.
+        pipeline_file: code of the opt-in pipeline to lay beside it.
+    """
+
+    how_to_load, ships_heads = "loads with from_pretrained", True
+
+    def __init__(
+        self,
+        output_dir: Path,
+        family: Family,
+        pipeline: DiffusionPipeline,
+        frozen_parts: dict[str, Any],
+        pipeline_file: Path | None = None,
+    ):
+        self.output_dir = output_dir
+        self.family = family
+        self.scheduler = pipeline.scheduler
+        self.index = pipeline.to_json_string()
+        self.frozen_parts = {name: part for name, part in frozen_parts.items() if part is not None}
+        self.pipeline_file = pipeline_file
+
+    def write_frozen_parts(self) -> None:
+        frozen.write(self.output_dir, self.frozen_parts)
+        if self.pipeline_file:
+            shutil.copyfile(self.pipeline_file, self.output_dir / self.pipeline_file.name)
+        self.frozen_parts = dict.fromkeys(self.frozen_parts)  # text encoders may leave memory
+
+    def write(self, folder: Path, transformer: nn.Module) -> None:
+        (folder / PIPELINE_INDEX).write_text(self.index, encoding="utf-8")
+        self.family.to_stock_form(transformer).save_pretrained(folder / "transformer")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        for name in self.frozen_parts:
+            link_tree(self.output_dir / name, folder / name)
+        if self.pipeline_file:
+            shutil.copyfile(self.pipeline_file, folder / self.pipeline_file.name)
+
+
+class LoRAExport(Export):
+    """The LoRA layers alone, for load_lora_weights or for peft.
+
+    Args:
+        pipeline_class: the stock pipeline that loads them.
+    """
+
+    how_to_load, ships_heads = "is a LoRA; its README.md shows how to load it", False  # heads are larger than a LoRA
+
+    def __init__(self, pipeline_class: type[DiffusionPipeline]):
+        self.pipeline_class = pipeline_class
+
+    def write_frozen_parts(self) -> None:
+        """Writes nothing: the base model is not ours."""
+
+    def write(self, folder: Path, transformer: nn.Module) -> None:
+        lora.save_lora(folder, transformer, self.pipeline_class)

@@ -1,0 +1,182 @@
+"""The monitor: progress bar, log lines, metrics.jsonl and trackers of a run, and what ends it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from vaerepa import checks, past, throughput
+from vaerepa.cli import as_plain
+from vaerepa.data import classes_in_batch
+from vaerepa.data.order import ORDER
+from vaerepa.ema import share_of_start
+from vaerepa.errors import TrainingError
+from vaerepa.layout import all_checkpoints
+from vaerepa.logs import MetricsFile, get_logger
+from vaerepa.options import changed_options
+from vaerepa.training.setup import Setup
+from vaerepa.training.state import TrainingState
+
+logger = get_logger(__name__)
+
+
+def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, trainer_state: dict[str, Any]) -> None:
+    """Says what is about to happen; every process must call it.
+
+    Args:
+        checkpoint: the one to go on from, None for a new run.
+        trainer_state: of this checkpoint.
+    """
+    options, accelerator = setup.options, setup.accelerator
+    changes = changed_options(trainer_state.get("options", {}), options, "schedule")
+    changes += past.changes_of_rounding(trainer_state, past.environment_of(options, accelerator))
+    if changes:
+        logger.warning(f"{'; '.join(changes)}: from here on the restart is not exact")
+    if checkpoint and trainer_state.get("order", 1) != ORDER:
+        logger.warning(
+            f"{checkpoint.name} was written when images came in another order: from here on the restart is not exact, and "
+            "some images of this epoch come twice, or not at all"
+        )
+    size = sum(parameter.numel() for parameter in setup.transformer.parameters()) / 1e6
+    trained = sum(parameter.numel() for parameter in setup.trained_weights.values()) / 1e6
+    heads = sum(parameter.numel() for parameter in state.aligned_transformer.heads.parameters()) / 1e6
+    logger.info(
+        f"{options.pretrained_model_name_or_path or options.model}: {size:.2f} M parameters, "
+        + (f"of which a LoRA of rank {options.rank} trains {trained:.2f} M, " if options.rank else "")
+        + f"alignment heads {heads:.2f} M, {setup.conditioning.summary}"
+    )
+    for alignment in state.alignments:
+        until = f", {alignment.weight_schedule} to 0 at step {alignment.stop_step}" if alignment.stop_step else ""
+        logger.info(
+            f"alignment `{alignment.name}` of block {alignment.block} with {alignment.method.target_name}, weight "
+            f"{alignment.weight}{until}"
+        )
+    logger.info(
+        f"{throughput.describe_machine(accelerator)}; {setup.max_train_steps} steps into {setup.output_dir}, with a log line "
+        f"every {options.logging_steps} and a checkpoint every {options.checkpointing_steps}"
+    )
+    logger.info(
+        f"{len(setup.sources.train)} images, {len(setup.sources.validation or ())} held out; batch "
+        f"{options.global_batch_size} = {options.train_batch_size} x {accelerator.num_processes} processes x "
+        f"{options.gradient_accumulation_steps} accumulated"
+    )
+    if accelerator.is_main_process:
+        _announce_classes(setup)
+    for decay in state.ema.transformers if state.ema else ():
+        share = share_of_start(decay, setup.max_train_steps)
+        logger.log(
+            logging.WARNING if share > 0.05 else logging.INFO,
+            f"after {setup.max_train_steps} steps the EMA of decay {decay} holds {share:.1%} of the initial weights",
+        )
+    if setup.conditioning.warning:
+        logger.warning(setup.conditioning.warning)
+    if checkpoint:
+        logger.info(f"going on from {checkpoint}, step {state.step}")
+
+
+def _announce_classes(setup: Setup) -> None:
+    """Says how well the images are shuffled, where they have classes."""
+    options = setup.options
+    sizes = options.num_streams, options.shuffle_buffer_size
+    classes = classes_in_batch(setup.sources.train, options.seed, *sizes, options.global_batch_size)
+    if classes:
+        logger.info(f"classes in a batch: {classes}")
+        if classes.warning:
+            logger.warning(classes.warning)
+
+
+class Monitor:
+    """What a run tells of itself; every process has one, and the main process writes."""
+
+    def __init__(self, setup: Setup, state: TrainingState):
+        accelerator = setup.accelerator
+        self.setup = setup
+        self.state = state
+        self.stopwatch = throughput.Stopwatch(state.step)
+        self.metrics = MetricsFile(setup.output_dir / "metrics.jsonl")
+        self.progress = tqdm(
+            total=setup.max_train_steps,
+            initial=state.step,
+            desc="steps",
+            disable=not accelerator.is_local_main_process,
+        )
+        if accelerator.is_main_process:
+            goes_on = state.step < setup.max_train_steps
+            self.metrics.keep_until(state.step, is_window_open=bool(state.running_means) and goes_on)
+        values = {name: str(value) for name, value in as_plain(setup.options).items()}
+        accelerator.init_trackers("vaerepa", values)
+
+    def log(self) -> None:
+        """Means since the last log line, to metrics.jsonl, the trackers and the progress bar; every process must call it."""
+        setup, state, options, accelerator = self.setup, self.state, self.setup.options, self.setup.accelerator
+        values = state.running_means.means(accelerator)
+        ratios = state.aligned_transformer.gradient_ratios()
+        values |= {f"alignment_gradient_ratio_{name}": ratio.item() for name, ratio in ratios.items()}
+        values |= {"learning_rate": state.learning_rate(state.step - 1)}
+        values |= {"epoch": state.step * options.global_batch_size / len(setup.sources.train)}
+        values |= self.stopwatch.read(state.step, options.global_batch_size)
+        peak = throughput.peak_flops(accelerator.device, accelerator.mixed_precision)
+        if peak:  # the backward pass costs two forward passes, or one where the weights are frozen
+            passes = 2 if options.rank else 3
+            flops_per_second = passes * self._flops_per_image() * values["images_per_second"]
+            values |= {"mfu": flops_per_second / (peak * accelerator.num_processes)}
+        values |= {"skipped_images": state.count_skipped_images()}
+        self.write({f"train/{name}": value for name, value in values.items()})
+        if state.step % options.logging_steps == 0:  # at the end of a run it stays, for one that goes on from there
+            state.running_means.clear()
+        self.progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
+
+    def write(self, values: dict[str, float]) -> None:
+        """Writes values of the current step to metrics.jsonl and the trackers."""
+        accelerator = self.setup.accelerator
+        if accelerator.is_main_process:
+            self.metrics.write(self.state.step, values)
+        try:
+            accelerator.log({name: value for name, value in values.items() if value is not None}, step=self.state.step)
+        except Exception as error:  # a tracker may be out of reach, or its disk full
+            self._drop_trackers(error)
+
+    def close(self) -> None:
+        """Closes the progress bar and the trackers."""
+        self.progress.close()
+        try:
+            self.setup.accelerator.end_training()
+        except Exception as error:  # it closes trackers
+            self._drop_trackers(error)
+
+    def _drop_trackers(self, error: Exception) -> None:
+        """Goes on without trackers, which do not recover from an error; metrics.jsonl has what they lack."""
+        accelerator = self.setup.accelerator
+        names = ", ".join(tracker.name for tracker in accelerator.trackers)
+        logger.error(f"the tracker {names} failed and is left out from now on: {error}")
+        accelerator.trackers = []
+
+    def check(self) -> None:
+        """Stops a run that has diverged, or whose data are damaged beyond --max_bad_fraction; every process must call it.
+
+        Raises:
+            TrainingError: it has, or they are.
+        """
+        state, options = self.state, self.setup.options
+        if state.skipped_in_a_row >= options.max_skipped_steps:
+            kept = all_checkpoints(self.setup.output_dir)
+            raise TrainingError(
+                f"the gradients were not finite in the last {int(state.skipped_in_a_row)} steps, up to step {state.step}; the "
+                f"weights were not touched by them. The last checkpoint is {kept[-1].name if kept else 'not there yet'}. "
+                "Try bf16 instead of fp16, a lower --learning_rate, or a lower --alignment_weight."
+            )
+        count, seen = state.count_skipped_images(), state.step * options.global_batch_size
+        if count >= checks.MIN_BAD_IMAGES and count > options.max_bad_fraction * seen:
+            raise TrainingError(
+                f"{count} of {seen} images could not be read, more than --max_bad_fraction {options.max_bad_fraction}; the "
+                f"first: {self.setup.feed.first_skipped or 'named by another process'}. Mend the data, or raise it."
+            )
+
+    def _flops_per_image(self) -> int:
+        """FLOPs of one image's forward pass through the transformer and its heads."""
+        setup, device = self.setup, self.setup.accelerator.device
+        inputs = setup.family.example_inputs(setup.transformer, device)
+        noise = torch.zeros(1, *setup.feed.latent_shape, device=device)
+        return throughput.forward_flops(lambda: self.state.aligned_transformer(noise, **inputs))

@@ -1,0 +1,206 @@
+"""The setup of a run: all that its steps work with and do not change, built before the first of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from vaerepa import checks, model_card, objectives, past
+from vaerepa.alignment import Alignment, settings
+from vaerepa.alignment.stored_heads import StoredHeads
+from vaerepa.components import Components, build_alignments, build_transformer, open_components
+from vaerepa.conditioning import Captions, ClassLabels, Conditioning
+from vaerepa.data import Feed, Prompts, Sources, TrainingNumbers
+from vaerepa.evaluation import TrainingEvaluation, open_evaluation
+from vaerepa.export import Export, LoRAExport, StockExport
+from vaerepa.families import Family
+from vaerepa.logs import get_logger
+from vaerepa.options import Options
+from vaerepa.processes import on_main_process
+from vaerepa.vae import downsampling_factor, shape_of_latents
+
+logger = get_logger(__name__)
+
+NUM_MEASURED_LATENTS = 64
+PIPELINE_FILE = Path(__file__).parents[2] / "pipeline_vaerepa.py"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that the steps of a run work with.
+
+    Attributes:
+        transformer: what is trained, in training form.
+        latent_statistics: mean and standard deviation of the latents per channel.
+        content: digests of data and frozen models, which a restart compares.
+        alignments: all of the run, those too that have ended.
+        base_heads: alignment heads that lie beside the pipeline which is fine-tuned.
+        base_weights: on the main process' CPU, the weights that are fine-tuned.
+    """
+
+    options: Options
+    accelerator: Accelerator
+    output_dir: Path
+    family: Family
+    conditioning: Conditioning
+    export: Export
+    sources: Sources
+    feed: Feed
+    numbers: TrainingNumbers
+    objective: objectives.Objective
+    transformer: nn.Module
+    max_train_steps: int
+    latent_statistics: list[list[float]]
+    content: past.Digests
+    alignments: list[Alignment]
+    base_heads: StoredHeads | None
+    base_weights: dict[str, torch.Tensor]
+    evaluation: TrainingEvaluation | None
+
+    @property
+    def trained_weights(self) -> dict[str, nn.Parameter]:
+        """All weights of the transformer, or those of its LoRA."""
+        return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+
+    @property
+    def alignment_facts(self) -> list[dict[str, Any]]:
+        """What the model card tells of each alignment."""
+        return [model_card.describe_alignment(alignment) for alignment in self.alignments]
+
+
+def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[str, Any]) -> Setup:
+    """Opens data and models and builds all that the options ask for; every process must call it.
+
+    Args:
+        trainer_state: of the checkpoint to go on from, or {} for a new run.
+
+    Raises:
+        OptionError: something is not there, does not fit, or is not what the checkpoint was trained with.
+    """
+    with accelerator.main_process_first():
+        components = open_components(options)
+        content = past.content_of(options, components)
+    past.check_content(trainer_state, content, len(components.sources.train))
+    max_train_steps = checks.steps_in(options, len(components.sources.train))
+    options = checks.fit_to_run(options, max_train_steps)
+
+    family, sources, objective = components.family, components.sources, components.objective
+    vae = components.vae.to(accelerator.device)
+    transformer = build_transformer(options, components).to(accelerator.device)
+    latent_shape = shape_of_latents(vae, options.resolution)
+    conditioning, export, prompts = build_conditioning(options, accelerator, components, transformer, latent_shape)
+    feed = Feed(options, accelerator, vae, sources.train, latent_shape, prompts, components.encoder)
+    _, height, width = latent_shape
+    num_tokens = height * width // family.patch_size(transformer) ** 2
+    names = tuple(name for method in settings.classes_of(options) for name in method.numbers)
+    numbers = TrainingNumbers.from_options(options, objectives.shift_of(objective.scheduler, num_tokens), names)
+    if "latent_statistics" in trainer_state:
+        latent_statistics, feed.encoding.in_bf16 = trainer_state["latent_statistics"], trainer_state["encode_in_bf16"]
+    else:
+        latent_statistics = measure_latents(options, accelerator, feed)
+    base_weights = {}
+    if components.pretrained_transformer and not options.rank and accelerator.is_main_process:
+        base_weights = {name: p.detach().to("cpu", copy=True) for name, p in transformer.named_parameters()}
+    return Setup(
+        options=options,
+        accelerator=accelerator,
+        output_dir=Path(options.output_dir),
+        family=family,
+        conditioning=conditioning,
+        export=export,
+        sources=sources,
+        feed=feed,
+        numbers=numbers,
+        objective=objective,
+        transformer=transformer,
+        max_train_steps=max_train_steps,
+        latent_statistics=latent_statistics,
+        content=content,
+        alignments=build_alignments(options, components, transformer, latent_statistics),
+        base_heads=components.heads,
+        base_weights=base_weights,
+        evaluation=open_evaluation(options, accelerator, sources.train, len(sources.id2label)),
+    )
+
+
+def build_conditioning(
+    options: Options,
+    accelerator: Accelerator,
+    components: Components,
+    transformer: nn.Module,
+    latent_shape: tuple[int, int, int],
+) -> tuple[Conditioning, Export, Prompts | None]:
+    """The condition of the samples, the form in which they are exported and, for captions, what encodes these."""
+    family, output_dir = components.family, Path(options.output_dir)
+    vae, scheduler = components.vae, components.objective.scheduler
+    if family.conditioning == "labels":
+        id2label = components.sources.id2label
+        pipeline = family.build_pipeline(family.pipeline_class(), transformer, vae, scheduler, id2label=id2label)
+        export = StockExport(output_dir, family, pipeline, {"vae": vae}, PIPELINE_FILE)
+        return ClassLabels(options, family, vae, scheduler, id2label), export, None
+    pipeline = build_text_pipeline(options, accelerator, components, transformer)
+    frozen_parts = {"vae": vae, **components.given.text_components}
+    export = StockExport(output_dir, family, pipeline, frozen_parts)
+    if options.rank:
+        export = LoRAExport(type(pipeline))
+    if accelerator.is_main_process:
+        export.write_frozen_parts()  # now: text encoders may leave memory, or move to half precision
+    prompts = open_prompts(options, accelerator, components, pipeline)
+    factor = downsampling_factor(vae)
+    image_size = (factor * latent_shape[1], factor * latent_shape[2])
+    left_out = tuple(sorted(name for name, part in components.given.text_components.items() if part is None))
+    return Captions(options, pipeline, prompts, image_size, left_out), export, prompts
+
+
+def build_text_pipeline(
+    options: Options, accelerator: Accelerator, components: Components, transformer: nn.Module
+) -> DiffusionPipeline:
+    """The stock pipeline around a text-to-image transformer; what a LoRA leaves frozen goes to half precision."""
+    half, given = _half_precision(accelerator), components.given
+    if half and options.rank:  # what does not train needs no more
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(half)
+    pipeline = components.family.build_pipeline(
+        given.pipeline_class, transformer, components.vae, components.objective.scheduler, given.text_components
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def open_prompts(
+    options: Options, accelerator: Accelerator, components: Components, pipeline: DiffusionPipeline
+) -> Prompts:
+    """What encodes prompts: the text encoders, or a cache in their place."""
+    length = options.max_sequence_length or components.family.max_sequence_length
+    prompts = Prompts(components.family, pipeline, length, accelerator.device)
+    for encoder in prompts.encoders.values():
+        encoder.to(accelerator.device, _half_precision(accelerator))
+    if options.cache_text_embeddings:
+        sources = (components.sources.train, components.sources.validation)
+        captions = {caption for source in sources if source for several in source.captions() for caption in several}
+        own = {"", options.negative_prompt, *options.validation_prompts}
+        prompts.replace_encoders(Path(options.latents_cache or options.output_dir), captions | own, accelerator)
+    return prompts
+
+
+def measure_latents(options: Options, accelerator: Accelerator, feed: Feed) -> list[list[float]]:
+    """Mean and standard deviation per channel over the first images; a warning when they are far from unit scale."""
+    count = min(NUM_MEASURED_LATENTS, len(feed.source))
+    feed.choose_precision()
+    values = torch.cat([z.transpose(0, 1).flatten(1) for z in feed.first_latents(count)], dim=1)  # (C, all values)
+    logger.info(f"latents of the first {count} images: mean {values.mean():.3f}, standard deviation {values.std():.3f}")
+    checks_scale = any(method.expects_unit_scale(options) for method in settings.classes_of(options))
+    if checks_scale and not options.text_conditioning and not 0.5 <= values.std() <= 2.0:
+        logger.warning(
+            f"the latents' standard deviation {values.std():.3f} is far from 1: the alignment loss may swamp the denoising "
+            "loss, or vanish beside it. --alignment_normalize normalises its target per channel."
+        )
+    return on_main_process(accelerator, lambda: [values.mean(1).tolist(), values.std(1).tolist()])
+
+
+def _half_precision(accelerator: Accelerator) -> torch.dtype | None:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)

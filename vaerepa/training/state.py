@@ -1,0 +1,206 @@
+"""The training state: all that steps change, and how a checkpoint keeps it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vaerepa import acceleration, checkpoints, objectives, optimization, past
+from vaerepa.alignment import AlignedTransformer, Alignment, stored_heads
+from vaerepa.cli import as_plain
+from vaerepa.data.order import ORDER
+from vaerepa.ema import EMA
+from vaerepa.errors import OptionError
+from vaerepa.logs import Window, get_logger
+from vaerepa.privacy import public_values
+from vaerepa.processes import on_main_process
+from vaerepa.training.setup import Setup
+
+logger = get_logger(__name__)
+
+
+class TrainingState:
+    """Weights, heads, EMA weights, optimizer, counters and running means of a run.
+
+    Args:
+        setup: what the steps work with.
+        step: number of finished steps.
+
+    Attributes:
+        model: AlignedTransformer, as accelerate prepared it.
+        alignments: those that have not ended.
+        ema: None where no EMA weights are kept.
+        running_means: of losses, since the last log line.
+        skipped_in_a_row: steps whose gradients were not finite, counted on the device.
+        skipped_images_before: images that could not be read before the restart, by all processes.
+    """
+
+    def __init__(self, setup: Setup, step: int):
+        options, accelerator, transformer = setup.options, setup.accelerator, setup.transformer
+        self.setup = setup
+        self.step = step
+        self.ema = EMA(transformer, options.ema_decay, options.offload_ema) if options.use_ema else None
+        self.alignments = [alignment for alignment in setup.alignments if alignment.is_active(step)]
+        self.learning_rate: Callable[[int], float] = optimization.learning_rate_schedule(options, setup.max_train_steps)
+        self.running_means = Window()
+        self.skipped_in_a_row = torch.zeros((), device=accelerator.device)
+        self.skipped_images_before = 0
+        aligned = _align(setup, self.alignments)
+        if setup.base_heads and not step:
+            _keep_base_heads(aligned, setup.base_heads, self.alignments)
+        acceleration.apply_switches(options, transformer, setup.family.blocks(transformer), accelerator.device)
+        heads = [head.parameters() for head in aligned.heads.values()]
+        optimizer = optimization.build_optimizer([setup.trained_weights.values(), *heads], options)
+        self.model, self.optimizer = accelerator.prepare(aligned, optimizer)
+        self._narrow_feed()
+
+    @property
+    def aligned_transformer(self) -> AlignedTransformer:
+        """The model without the wrapper that accelerate lays around it."""
+        return self.setup.accelerator.unwrap_model(self.model)
+
+    @property
+    def exported_transformer(self) -> torch.nn.Module:
+        """The weights that checkpoints are made of: the first EMA's, or the trained ones."""
+        return self.ema.exported if self.ema else self.setup.transformer
+
+    # ---- steps
+
+    def set_learning_rate(self) -> None:
+        """Gives the optimizer the learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+
+    def skip_step_if_nonfinite(self, gradient_norm: torch.Tensor) -> None:
+        """Lets AdamW skip a step with NaN or Inf in its gradients, alike on all processes."""
+        nonfinite = (~torch.isfinite(gradient_norm)).float()
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * nonfinite
+        if self.setup.accelerator.scaler is None:  # which skips such steps itself
+            optimization.skip_step_if(nonfinite, self.optimizer.optimizer)
+
+    def end_alignments(self) -> None:
+        """Lets the heads of alignments that are over leave module, optimizer and wrapper."""
+        ended = [alignment.name for alignment in self.alignments if not alignment.is_active(self.step)]
+        if not ended:
+            return
+        accelerator, optimizer = self.setup.accelerator, self.optimizer.optimizer
+        aligned = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        for name in ended:
+            optimization.drop_group(optimizer, aligned.heads[name])
+        aligned.drop_heads(ended)
+        self.alignments = [alignment for alignment in self.alignments if alignment.name not in ended]
+        self._narrow_feed()
+        self.model = self.optimizer = None
+        accelerator.free_memory()  # the old DDP wrapper must be gone before its parameters are wrapped again
+        self.model, self.optimizer = accelerator.prepare(aligned, optimizer)
+        logger.info(f"step {self.step}: alignment `{'`, `'.join(ended)}` is over, its head is dropped")
+
+    def count_skipped_images(self) -> int:
+        """Images that could not be read so far, over all processes; every process must call it."""
+        counts = torch.tensor(self.setup.feed.num_skipped, device=self.setup.accelerator.device)
+        return self.skipped_images_before + int(self.setup.accelerator.reduce(counts, reduction="sum"))
+
+    def _narrow_feed(self) -> None:
+        """Leaves out of batches what no alignment that has not ended reads."""
+        self.setup.feed.narrow({need for alignment in self.alignments for need in alignment.method.needs})
+
+    # ---- checkpoints
+
+    def save(self, keep: Callable[[], tuple[Path, ...]]) -> None:
+        """Writes checkpoint-N, then removes what --checkpoints_total_limit does not allow; every process must call it.
+
+        Args:
+            keep: checkpoints that must not be removed, asked for on the main process.
+
+        Raises:
+            CheckpointError: it cannot be written; no earlier checkpoint was touched.
+        """
+        setup, options, accelerator = self.setup, self.setup.options, self.setup.accelerator
+        # collectives first, on all processes
+        setup.feed.flush_cache()
+        trainer_state = {
+            "step": self.step,
+            "options": public_values(as_plain(options)),
+            "num_images": len(setup.sources.train),
+            "content": setup.content,
+            "environment": past.environment_of(options, accelerator),
+            "order": ORDER,
+            "density": objectives.DENSITY,
+            "latent_statistics": setup.latent_statistics,
+            "encode_in_bf16": setup.feed.encoding.in_bf16,
+            "window": self.running_means.reduce(accelerator),
+            "skipped_in_a_row": self.skipped_in_a_row.item(),
+            "skipped_images": self.count_skipped_images(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        }
+        tensors = {
+            "transformer": setup.trained_weights,
+            "optimizer": checkpoints.optimizer_tensors(self.optimizer.optimizer, self._names()),
+        }
+        for decay, ema_weights in self.ema.transformers.items() if self.ema else ():
+            tensors[f"ema_{decay}"] = dict(ema_weights.named_parameters())
+
+        def write_pipeline(folder: Path) -> None:
+            setup.export.write(folder, self.exported_transformer)
+            stored_heads.save_heads(folder, self.aligned_transformer.heads, self.alignments)
+
+        def write() -> None:
+            checkpoints.save(setup.output_dir, self.step, write_pipeline, tensors, trainer_state)
+            checkpoints.purge(setup.output_dir, options.checkpoints_total_limit, spared=keep())
+
+        on_main_process(accelerator, write)
+
+    def load(self, checkpoint: Path, trainer_state: dict[str, Any]) -> None:
+        """Puts back what `save` wrote; every process must call it.
+
+        Raises:
+            OptionError: an alignment is to go on whose head was dropped.
+            CheckpointError: the checkpoint holds another model.
+        """
+        accelerator = self.setup.accelerator
+        checkpoints.copy_parameters(self.setup.trained_weights, checkpoints.load_tensors(checkpoint, "transformer"))
+        for decay, ema_weights in self.ema.transformers.items() if self.ema else ():
+            checkpoints.load_parameters(ema_weights, checkpoints.load_tensors(checkpoint, f"ema_{decay}"))
+        if self.alignments:
+            heads = stored_heads.load_heads(checkpoint)
+            ended = [a.name for a in self.alignments if heads is None or a.name not in heads.block_of]
+            if ended:
+                raise OptionError(
+                    f"--alignment_stop_step cannot be raised: the head of {ended[0]} was dropped before this checkpoint."
+                )
+            aligned_heads = self.aligned_transformer.heads
+            checkpoints.load_parameters(aligned_heads, heads.of(aligned_heads))
+        moments = checkpoints.load_tensors(checkpoint, "optimizer")
+        checkpoints.load_optimizer(self.optimizer.optimizer, self._names(), moments)
+        self.running_means = Window(trainer_state["window"])
+        self.skipped_in_a_row.fill_(trainer_state["skipped_in_a_row"])
+        self.skipped_images_before = trainer_state["skipped_images"]
+        if accelerator.scaler and trainer_state["scaler"]:
+            accelerator.scaler.load_state_dict(trainer_state["scaler"])
+
+    def _names(self) -> dict[torch.nn.Parameter, str]:
+        return {parameter: name for name, parameter in self.aligned_transformer.named_parameters()}
+
+
+def _align(setup: Setup, alignments: list[Alignment]) -> AlignedTransformer:
+    """The transformer with a head for each alignment."""
+    family, transformer, options = setup.family, setup.transformer, setup.options
+    width, channels = family.inner_width(transformer), setup.feed.latent_shape[0]
+    return AlignedTransformer(
+        transformer,
+        family.blocks(transformer),
+        {a.name: a.method.build_head(width, channels, options.seed) for a in alignments},
+        {a.name: a.block for a in alignments},
+        family,
+        {a.name: a.method.target_blocks for a in alignments},
+    ).to(setup.accelerator.device)
+
+
+def _keep_base_heads(aligned: AlignedTransformer, heads: stored_heads.StoredHeads, alignments: list[Alignment]) -> None:
+    """Goes on with the heads that lie beside the pipeline which is fine-tuned, where they fit."""
+    if stored_heads.fits(heads, aligned.heads, alignments):
+        checkpoints.load_parameters(aligned.heads, heads.tensors)
+        logger.info("its alignment heads are kept")
+    else:
+        logger.info("its alignment heads are for another alignment: new ones are drawn")
