@@ -274,7 +274,7 @@ def test_no_foreign_flag_is_an_option():
         ("output_dir", "[a, b]", "text"),
         ("mixed_precision", "fp8", "one of no, fp16, bf16"),
         ("objective", "ddim", "one of flow_matching, ddpm"),
-        ("alignment", "rope", "one or more values, each one of none, vae, repa, sra"),
+        ("alignment", "rope", "one or more values, each one of none, vae, repa, sra, layersync"),
         ("alignment_loss", "true", "one or more values, each one of smooth_l1, l1, l2, cosine"),
         ("alignment_block", "[2, x]", "one or more values, each a whole number"),
         ("alignment_t_range", "[0, half]", "one or more values of type float"),

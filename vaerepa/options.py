@@ -221,43 +221,41 @@ class Options:
     )
 
     # --- Alignment -----------------------------------------------------------------------------------------------
-    alignment: tuple[Literal["none", "vae", "repa", "sra"], ...] = option(
+    alignment: tuple[Literal["none", "vae", "repa", "sra", "layersync"], ...] = option(
         ("vae",),
         "Representation alignment, one method or several: `vae` is VAE-REPA, `repa` aligns to a vision encoder (REPA), `sra` "
-        "to the average of the weights (SRA), `none` is the plain transformer. The options below that differ by method take one "
-        "value for all, or one per method, in order; there `none` leaves a method its default.",
+        "to the EMA weights (SRA), `layersync` to a deeper block (LayerSync), `none` is the plain transformer. The options below "
+        "that differ by method take one value for all, or one per method, in order; there `none` leaves a method its default.",
         resume="fixed",
         group="Alignment",
     )
     alignment_block: tuple[int | None, ...] | None = option(
         None,
-        "Block whose output is aligned, counted from 1. Default of vae: 2 up to 12 blocks, 8 above; of repa: 4 up to 12, 8 "
-        "above; of sra: 3 of 12, 6 of 24, 8 of 28, else after a quarter of the blocks.",
+        "Block whose output is aligned, counted from 1. Default: the method's own, see docs/alignment.md.",
         resume="fixed",
         above=0,
     )
     alignment_weight: tuple[float | None, ...] | None = option(
         None,
-        "Weight of the alignment loss (lambda). Default of vae: 1.0; of repa: 0.5; of sra: 0.5 with cosine, else 0.2. Where a "
-        "text-to-image model is fine-tuned 0.2, falling to 0 by cosine over the first third of the run.",
+        "Weight of the alignment loss (lambda). Default: the method's own, see docs/alignment.md; where a text-to-image "
+        " model is fine-tuned 0.2, falling to 0 by cosine over the first third of the run.",
         resume="schedule",
         at_least=0,
     )
     alignment_loss: tuple[Literal["smooth_l1", "l1", "l2", "cosine"] | None, ...] | None = option(
         None,
-        "Distance of head output and target; cosine is taken over the values of a token. Default of vae: smooth_l1; of repa "
-        "and sra: cosine.",
+        "Distance of head output and target; cosine is taken over the values of a token. Default: the method's own.",
         resume="schedule",
     )
     alignment_beta: tuple[float, ...] = option(
         (0.05,), "Where smooth_l1 turns from quadratic to linear.", resume="schedule", above=0
     )
     alignment_layers: tuple[int | None, ...] | None = option(
-        None, "Linear layers of the head. Default of vae: 5; of repa: 3; of sra: 2.", resume="fixed", above=0
+        None, "Linear layers of the head. Default: the method's own.", resume="fixed", above=0
     )
     alignment_width: tuple[int | None, ...] | None = option(
         None,
-        "Width of the head's inner layers. Default of vae and sra: twice the transformer's width; of repa: 2048.",
+        "Width of the head's inner layers. Default: the method's own.",
         resume="fixed",
         above=0,
     )
@@ -300,7 +298,8 @@ class Options:
     )
     alignment_teacher_block: int | None = option(
         None,
-        "Block of the average that `sra` aligns to. Default: 8 of 12, 16 of 24, 20 of 28, else after two thirds of the blocks.",
+        "Block that a method which learns from the model itself aligns to, counted from 1: of the EMA weights for `sra`, of the "
+        "same forward pass for `layersync`. Default: the method's own.",
         resume="fixed",
     )
     alignment_normalize: bool = option(

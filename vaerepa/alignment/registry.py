@@ -1,5 +1,6 @@
 """The alignment methods by their names, in the order in which --help lists them."""
 
+from vaerepa.alignment.layersync import LayerSyncAlignment
 from vaerepa.alignment.method import AlignmentMethod
 from vaerepa.alignment.repa import REPAAlignment
 from vaerepa.alignment.sra import SRAAlignment
@@ -11,5 +12,6 @@ METHODS: dict[str, type[AlignmentMethod]] = {
         VAEAlignment,
         REPAAlignment,
         SRAAlignment,
+        LayerSyncAlignment,
     )
 }

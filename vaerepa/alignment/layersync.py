@@ -1,0 +1,82 @@
+"""LayerSync (arXiv 2510.12581): an early block should point where a deeper block of the same forward pass points."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vaerepa.alignment.distances import distance
+from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts
+from vaerepa.errors import OptionError
+from vaerepa.options import Options
+
+PUBLISHED_BLOCKS = {28: (8, 16)}  # of XL, as its authors' code is started: the aligned one and the one aligned to
+
+
+def default_blocks(num_layers: int) -> tuple[int, int]:
+    """Aligned block and the one aligned to, counted from 1: the paper's for XL, else a quarter and half of the depth."""
+    aligned = max(1, round(num_layers / 4))
+    return PUBLISHED_BLOCKS.get(num_layers, (aligned, max(aligned + 1, round(num_layers / 2))))
+
+
+class LayerSyncAlignment(AlignmentMethod):
+    """Aligns to hidden states of a deeper block, without gradient. It has no head and no parameters.
+
+    Args:
+        teacher_block: block of the same forward pass that is aligned to, counted from 1.
+        distance: cosine (the paper's, per token), smooth_l1, l1 or l2.
+        beta: where smooth_l1 turns from quadratic to linear.
+    """
+
+    name, title = "layersync", "LayerSync"
+    citation = Citation("layersync2025", "LayerSync: Self-aligning Intermediate Layers", 2025, "2510.12581")
+    default_loss, default_layers = "cosine", None
+
+    def __init__(self, teacher_block: int, distance: str = default_loss, beta: float = 0.05):
+        self.target_blocks = (teacher_block,)
+        self.distance = distance
+        self.beta = beta
+
+    @property
+    def target_name(self) -> str:
+        return f"block {self.target_blocks[0]} of the same forward pass"
+
+    @staticmethod
+    def default_block(num_layers: int) -> int:
+        """The aligned block, counted from 1."""
+        return default_blocks(num_layers)[0]
+
+    @staticmethod
+    def default_teacher_block(num_layers: int) -> int:
+        """The block aligned to, counted from 1."""
+        return default_blocks(num_layers)[1]
+
+    @staticmethod
+    def default_weight(distance: str) -> float:
+        """The paper's."""
+        return 0.2
+
+    @classmethod
+    def from_options(cls, options: Options, head_and_loss: dict[str, Any], parts: MethodParts) -> "LayerSyncAlignment":
+        """The method with --alignment_teacher_block.
+
+        Raises:
+            OptionError: a head is asked for.
+        """
+        if head_and_loss["num_layers"] is not None or head_and_loss["width"] is not None:
+            raise OptionError("--alignment_layers and --alignment_width: layersync has no head.")
+        teacher_block = cls.teacher_block(options, parts.num_layers)
+        return cls(teacher_block, head_and_loss["distance"], head_and_loss["beta"])
+
+    def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Identity:
+        """The hidden states as they are."""
+        return nn.Identity()
+
+    def target(self, context: AlignmentContext) -> torch.Tensor:
+        """Tokens of the deeper block, shape (B, N, d)."""
+        return context.tokens[self.target_blocks[0]].to(context.latents.dtype)
+
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Distance of tokens (B, N, d), mean per sample, shape (B,); of cosine minus the similarity."""
+        losses = distance(prediction, target, self.distance, self.beta)
+        return losses - 1.0 if self.distance == "cosine" else losses
