@@ -149,14 +149,16 @@ def test_the_quickstart_streams_from_and_pushes_to_a_hub_that_fails_meanwhile(hu
 
     wait_for(lambda: ("model", "ann/digits-sit") in hub.repos and "step-8" in hub.model("ann/digits-sit").tags)
     hub.stop()
-    wait_for(lambda: "could not be pushed" in (tmp_path / "log").read_text())
+    # whichever needs the Hub first: the next push, or the next rows of the data set
+    signs = ("could not be pushed", "Got disconnected from remote data host")
+    wait_for(lambda: any(sign in (tmp_path / "log").read_text() for sign in signs))
     hub.start()
     assert process.wait(timeout=120) == 0
     output = (tmp_path / "log").read_text()
 
     tags = hub.model("ann/digits-sit").tags
     assert {"step-8", "step-80"} <= tags.keys()
-    assert output.count("could not be pushed") == 1
+    assert output.count("could not be pushed") <= 1
     overtaken = re.findall(r"\d+", " ".join(re.findall(r"overtook them: step ([\d, ]+)", output)))
     assert {f"step-{step}" for step in overtaken} | tags.keys() == {f"step-{step}" for step in range(8, 81, 8)}
     files = hub.files("ann/digits-sit")

@@ -26,5 +26,5 @@ def test_the_quickstart_draws_the_digits_asked_for(tmp_path, config, share, step
     assert classifier > 97
     assert samples >= share
     grids = {path.name for path in (tmp_path / "samples").iterdir()}
-    assert grids == {f"step-{step:07d}.png" for step in steps}
+    assert {f"step-{step:07d}.png" for step in (0, *steps)} <= grids
     assert (tmp_path / "training_curves.png").exists()
