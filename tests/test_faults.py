@@ -364,7 +364,7 @@ def test_too_many_bad_images_stop_the_run(train, tmp_path, capfd):
 
 STUCK = """
 import multiprocessing, time
-from vaerepa.stopping import ignore_signals
+from vaerepa.stopping import ignore_signals, kill_workers_at_exit
 
 def work():
     ignore_signals(0)
@@ -372,6 +372,7 @@ def work():
 
 process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
 process.start()
+kill_workers_at_exit()
 time.sleep(1)
 print(process.pid, flush=True)
 """

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import cache
 from types import FrameType
 
 import torch
@@ -97,8 +98,7 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
-def kill_workers() -> None:
-    """Before multiprocessing asks them to end by a signal that they ignore, and waits for one that is stuck for ever."""
-    for process in multiprocessing.active_children():
-        process.kill()
+@cache
+def kill_workers_at_exit() -> None:
+    """Ends data workers with this process: multiprocessing would ask by a signal that they ignore, and wait for ever."""
+    atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])

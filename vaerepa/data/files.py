@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import BinaryIO
 
+import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from datasets.utils.file_utils import xopen
@@ -38,6 +39,11 @@ def named(path: str) -> Iterator[None]:
 def is_local(path: str) -> bool:
     """Whether a path is no URL."""
     return "://" not in path
+
+
+def wait_for_storage() -> None:
+    """Lets `datasets` try again for an hour where the Hub, or other storage, does not answer: 720 times, every 5 s."""
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 720
 
 
 def open_file(path: str) -> BinaryIO:

@@ -20,7 +20,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import RepoCard
 
 from vaerepa.data.columns import find_columns, find_image_column
-from vaerepa.data.files import UNREADABLE
+from vaerepa.data.files import UNREADABLE, wait_for_storage
 from vaerepa.data.folders import Folder, look_into, open_image_folder, split_shards
 from vaerepa.data.labels import Classes, classes_of, distinct_labels, lacks_labels
 from vaerepa.data.shards import Collection, Split, open_parquet, open_streamed, open_tabled
@@ -33,7 +33,6 @@ from vaerepa.options import Options
 from vaerepa.randomness import draw_permutation, draw_uniform
 
 logger = logging.getLogger(__name__)
-datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 720  # an hour of 5 s
 
 HELD_OUT_NAMES = ("validation", "valid", "val", "test")
 
@@ -195,6 +194,7 @@ def open_collection(
     Raises:
         OptionError: nothing is there, or nothing that can be read.
     """
+    wait_for_storage()
     path = Path(name_or_path)
     try:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):

@@ -22,9 +22,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from vaerepa.data.batch import Samples
+from vaerepa.data.files import wait_for_storage
 from vaerepa.data.images import quiet_pillow
 from vaerepa.errors import DataError
-from vaerepa.stopping import ignore_signals
+from vaerepa.stopping import ignore_signals, kill_workers_at_exit
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def run_processes(samples: Parts, num_workers: int) -> Iterator[list[Samples]]:
         worker_init_fn=begin_worker,
         timeout=WORKER_POLL,
     )
+    kill_workers_at_exit()
     others = set(multiprocessing.active_children())
     try:
         with _undisturbed():
@@ -135,6 +137,7 @@ def begin_worker(worker: int) -> None:
     """Sets up the process of a data worker."""
     ignore_signals(worker)
     quiet_pillow()
+    wait_for_storage()
 
 
 def to_share(part: list[Samples]) -> list[Samples]:
