@@ -225,6 +225,20 @@ def test_an_unknown_flag_names_the_nearest(argument, nearest):
     assert f"there is no argument `{argument.split('=')[0]}`; did you mean `--{nearest}`?" in str(error.value)
 
 
+def test_values_of_several_methods_are_named(config):
+    methods = ["--alignment", "vae", "sra"]
+    expected = replace(Options(), alignment=("vae", "sra"), alignment_weight=(None, 0.5), alignment_beta=(0.1, 0.05))
+    named = ["--alignment_weight", "sra=0.5", "--alignment_beta", "vae=0.1"]
+    assert parse_options([*named, *methods]) == expected
+    assert parse_yaml(config, "alignment_weight: {sra: 0.5}\nalignment_beta: {vae: 0.1}", *methods) == expected
+    ranges = parse_options([*methods, "--alignment_t_range", "sra=0.4,0.7"]).alignment_t_range
+    assert ranges == parse_yaml(config, "alignment_t_range: {sra: [0.4, 0.7]}", *methods).alignment_t_range
+    assert ranges == (0.0, 1.0, 0.4, 0.7)
+    for line, words in ((["repa=1"], "names of --alignment vae sra"), (["vae=much"], "a number")):
+        with pytest.raises(OptionError, match=f"--alignment_weight.*{words}|--alignment_weight: expected"):
+            parse_options([*methods, "--alignment_weight", *line])
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

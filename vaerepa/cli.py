@@ -47,6 +47,7 @@ def option(
     below: float | None = None,
     at_most: float | None = None,
     goes_with: str | None = None,
+    named_by: str | None = None,
 ) -> Any:
     """A dataclass field with all that is to be known of an option.
 
@@ -60,9 +61,11 @@ def option(
         path: a local path, or a Hub id where no such path is: `~` and $VARIABLES are expanded.
         above, at_least, below, at_most: bounds of a number, or of each of several.
         goes_with: name of the option without which this one says nothing.
+        named_by: name of an option of several names; this one then takes one value for all of them, or `name=value` for each.
     """
     bounds = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
     metadata = {"help": help, "resume": resume, "group": group, "secret": secret, "path": path, "goes_with": goes_with}
+    metadata["named_by"] = named_by
     metadata["bounds"] = {name: bound for name, bound in bounds.items() if bound is not None}
     return field(default=default, repr=not secret, metadata=metadata)
 
@@ -105,7 +108,7 @@ def parse(
     for path in paths:
         values |= read_config(kind, path, row, aliases, foreign)
     values |= {name: convert(known[name], value) for name, value in given.items()}
-    return kind(**values)
+    return kind(**_in_order(values, known))
 
 
 def read_config(
@@ -168,13 +171,39 @@ def _load(path: str | Path) -> dict[str, Any]:
     return values
 
 
+class Named(dict):
+    """Values of an option by the names that another option lists, each a tuple."""
+
+
+def _in_order(values: dict[str, Any], known: dict[str, Field]) -> dict[str, Any]:
+    """The values, those that were given by name in the order of the option that lists these names.
+
+    Raises:
+        OptionError: a name that is not listed there.
+    """
+    ordered = dict(values)
+    for name, value in values.items():
+        if isinstance(value, Named):
+            listed_by = known[name].metadata["named_by"]
+            names = values.get(listed_by, known[listed_by].default)
+            unknown = [one for one in value if one not in names]
+            if unknown:
+                raise OptionError(f"--{name} {unknown[0]}=...: expected names of --{listed_by} {' '.join(names)}.")
+            default = known[name].default or (None,)
+            ordered[name] = tuple(part for one in names for part in value.get(one, default))
+    return ordered
+
+
 def convert(spec: Field, value: Any) -> Any:
     """A value of YAML or of the command line in the type of a field.
 
     Raises:
         OptionError: it cannot be had in that type.
     """
+    named = _named(value) if spec.metadata["named_by"] else None
     try:
+        if named is not None:
+            return Named({name: _convert(spec.type, str(one).split(",")) for name, one in named.items()})
         converted = _convert(spec.type, value)
     except (TypeError, ValueError) as error:
         got = "something else" if spec.metadata["secret"] else repr(value)
@@ -183,6 +212,16 @@ def convert(spec: Field, value: Any) -> Any:
     if spec.metadata["path"]:
         return expand(converted, f"--{spec.name}") if isinstance(converted, str) else converted
     return converted
+
+
+def _named(value: Any) -> dict[str, Any] | None:
+    """What `name=value`, or a mapping of YAML, gives by name; None for values without names."""
+    if isinstance(value, dict):
+        return {str(name): ",".join(map(str, one)) if isinstance(one, list) else one for name, one in value.items()}
+    pairs = [str(one).partition("=") for one in value] if isinstance(value, list) else []
+    if not pairs or not all(equals for _, equals, _ in pairs):
+        return None
+    return {name: one for name, _, one in pairs}
 
 
 def expand(path: str, flag: str) -> str:

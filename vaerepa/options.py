@@ -225,7 +225,7 @@ class Options:
         ("vae",),
         "Representation alignment, one method or several: `vae` is VAE-REPA, `repa` aligns to a vision encoder (REPA), `sra` "
         "to the EMA weights (SRA), `layersync` to a deeper block (LayerSync), `none` is the plain transformer. The options below "
-        "that differ by method take one value for all, or one per method, in order; there `none` leaves a method its default.",
+        "that differ by method take one value for all, or method=value for each; a method that is not named keeps its default.",
         resume="fixed",
         group="Alignment",
     )
@@ -234,6 +234,7 @@ class Options:
         "Block whose output is aligned, counted from 1. Default: the method's own, see docs/alignment.md.",
         resume="fixed",
         above=0,
+        named_by="alignment",
     )
     alignment_weight: tuple[float | None, ...] | None = option(
         None,
@@ -241,35 +242,46 @@ class Options:
         " model is fine-tuned 0.2, falling to 0 by cosine over the first third of the run.",
         resume="schedule",
         at_least=0,
+        named_by="alignment",
     )
     alignment_loss: tuple[Literal["smooth_l1", "l1", "l2", "cosine"] | None, ...] | None = option(
         None,
         "Distance of head output and target; cosine is taken over the values of a token. Default: the method's own.",
         resume="schedule",
+        named_by="alignment",
     )
     alignment_beta: tuple[float, ...] = option(
-        (0.05,), "Where smooth_l1 turns from quadratic to linear.", resume="schedule", above=0
+        (0.05,),
+        "Where smooth_l1 turns from quadratic to linear.",
+        resume="schedule",
+        above=0,
+        named_by="alignment",
     )
     alignment_layers: tuple[int | None, ...] | None = option(
-        None, "Linear layers of the head. Default: the method's own.", resume="fixed", above=0
+        None, "Linear layers of the head. Default: the method's own.", resume="fixed", above=0, named_by="alignment"
     )
     alignment_width: tuple[int | None, ...] | None = option(
         None,
         "Width of the head's inner layers. Default: the method's own.",
         resume="fixed",
         above=0,
+        named_by="alignment",
     )
     alignment_t_range: tuple[float, ...] = option(
-        (0.0, 1.0), "Only samples whose t lies in this range, two numbers, are aligned.", resume="schedule"
+        (0.0, 1.0),
+        "Only samples whose t lies in this range, two numbers (of one method: vae=0,0.5), are aligned.",
+        resume="schedule",
+        named_by="alignment",
     )
     alignment_weight_schedule: tuple[Literal["constant", "linear", "cosine"], ...] = option(
-        ("constant",), "How the weight falls to 0 at --alignment_stop_step.", resume="schedule"
+        ("constant",), "How the weight falls to 0 at --alignment_stop_step.", resume="schedule", named_by="alignment"
     )
     alignment_stop_step: tuple[int | None, ...] | None = option(
         None,
         "After this step the head is dropped and training goes on without it. Default: never.",
         resume="schedule",
         above=0,
+        named_by="alignment",
     )
     alignment_target: Literal[
         "latent",
