@@ -23,12 +23,12 @@ GREY_LEVELS = 16  # of scikit-learn's digits
 
 
 def fit_classifier() -> tuple[SVC, float]:
-    """A support vector machine on the training digits (8x8 values), and its accuracy on the held-out ones."""
+    """A support vector machine on the training digits (8x8 values), and its accuracy on the validation digits."""
     sources = open_sources("configs/quickstart/digits")
-    train, held_out = (read_digits(source) for source in (sources.train, sources.validation))
-    assert len(train[0]) + len(held_out[0]) == len(load_digits().data)
+    train, validation = (read_digits(source) for source in (sources.train, sources.validation))
+    assert len(train[0]) + len(validation[0]) == len(load_digits().data)
     classifier = SVC(gamma=0.001, C=10).fit(*train)
-    return classifier, classifier.score(*held_out)
+    return classifier, classifier.score(*validation)
 
 
 def read_digits(source) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=100)
     args = parser.parse_args()
 
-    classifier, held_out_accuracy = fit_classifier()
+    classifier, validation_accuracy = fit_classifier()
     pipeline = DiffusionPipeline.from_pretrained(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     labels = np.arange(args.num_samples) % 10
@@ -75,7 +75,7 @@ def main() -> None:
             generator=generator,
         ).images
     correct = classifier.predict(to_values(images)) == labels
-    print(f"classifier on held-out real digits: {held_out_accuracy:.1%}")
+    print(f"classifier on real validation digits: {validation_accuracy:.1%}")
     print(
         f"{type(pipeline).__name__}, scale {args.guidance_scale}, {args.num_inference_steps} steps, seed {args.seed}: "
         f"{correct.mean():.1%} of {len(labels)} samples are the digit asked for"

@@ -1,4 +1,4 @@
-"""Compares rows of options under equal seeds and budgets: held-out loss, FID and its like, arithmetic, memory and time.
+"""Compares rows of options under equal seeds and budgets: validation loss, FID and other metrics, arithmetic, memory and time.
 
     python -m benchmarks.compare --rows configs/compare_digits.yaml --output_dir outputs/compare_digits
 
@@ -42,7 +42,7 @@ from matplotlib import pyplot
 
 TRAINER = Path(__file__).resolve().parent.parent / "train_vaerepa.py"
 RECORD = "comparison.json"  # in the folder of a run that is finished
-HELD_OUT_LOSS = "validation/loss"
+VALIDATION_LOSS = "validation/loss"
 NO_STATISTICS = [[0.0], [1.0]]  # of latents; of no weight for sizes
 HOW = """\
 Time of a step: median over the log lines of a run, from their images per second, of training alone (validation, evaluation
@@ -256,7 +256,7 @@ def read_record(options: Options) -> dict[str, Any] | None:
 
 def read_run(options: Options) -> Run:
     """What a finished run has measured."""
-    average = (
+    ema = (
         f"validation/ema_{options.ema_decay[0]}/loss" if options.use_ema and len(options.ema_decay or ()) > 1 else None
     )
     metrics: dict[str, dict[int, float]] = {}
@@ -264,8 +264,8 @@ def read_run(options: Options) -> Run:
     images = options.logging_steps * checks.resolve_batch_sizes(options, 1).global_batch_size
     for line in MetricsFile(Path(options.output_dir, "metrics.jsonl")).read():
         for name, value in line.items():
-            name = HELD_OUT_LOSS if name == average else name
-            if value is not None and (name == HELD_OUT_LOSS or name.startswith("evaluation/")):
+            name = VALIDATION_LOSS if name == ema else name
+            if value is not None and (name == VALIDATION_LOSS or name.startswith("evaluation/")):
                 metrics.setdefault(name, {})[line["step"]] = value
         if "train/images_per_second" in line:
             windows[line["step"]] = images / line["train/images_per_second"]
@@ -322,13 +322,13 @@ def cost_cells(of_row: list[Run], cost: Cost) -> list[str]:
 
 def difference(metric: str, value: float, reference: float) -> str:
     """How far a value lies above (+) or below (-) the first row's: a loss in percent, others as they are."""
-    return f"{value / reference - 1:+.2%}" if metric == HELD_OUT_LOSS else f"{value - reference:+.4f}"
+    return f"{value / reference - 1:+.2%}" if metric == VALIDATION_LOSS else f"{value - reference:+.4f}"
 
 
 def metrics_of(runs: Runs) -> list[str]:
-    """Metrics that all runs have, the held-out loss first."""
+    """Metrics that all runs have, the validation loss first."""
     shared = set.intersection(*(set(run.metrics) for of_row in runs.values() for run in of_row))
-    return [metric for metric in sorted(shared, key=lambda m: (m != HELD_OUT_LOSS, m)) if steps_of(runs, metric)]
+    return [metric for metric in sorted(shared, key=lambda m: (m != VALIDATION_LOSS, m)) if steps_of(runs, metric)]
 
 
 def steps_of(runs: Runs, metric: str) -> list[int]:
@@ -337,7 +337,7 @@ def steps_of(runs: Runs, metric: str) -> list[int]:
 
 
 def title_of(metric: str) -> str:
-    return "Held-out denoising loss" if metric == HELD_OUT_LOSS else metric.removeprefix("evaluation/")
+    return "Validation denoising loss" if metric == VALIDATION_LOSS else metric.removeprefix("evaluation/")
 
 
 def clock_of(of_row: list[Run]) -> Callable[[list[int]], np.ndarray]:
@@ -362,7 +362,7 @@ def plot(runs: Runs, costs: dict[str, Cost], path: Path) -> None:
                 for axis, places in zip(pair, (steps, clock_of(of_row)(steps)), strict=True):
                     (handles[name],) = axis.plot(places, values, color=f"C{number}", alpha=0.7, marker=".")
         for axis, label in zip(pair, ("step", "minutes of training"), strict=True):
-            axis.set(xlabel=label, ylabel=title_of(metric), yscale="log" if metric == HELD_OUT_LOSS else "linear")
+            axis.set(xlabel=label, ylabel=title_of(metric), yscale="log" if metric == VALIDATION_LOSS else "linear")
             axis.grid(alpha=0.3, which="both")
     keys = ("", " + heads ", ", training an image ", ", a step ", ", peak memory ")
     labels = [

@@ -652,8 +652,8 @@ def test_held_out_labels_must_be_known(tmp_path):
         ({"validation_split": "train"}, "--validation_split train is the training split"),
         ({"validation_split": "1.5"}, "--validation_split 1.5: a fraction must lie between 0 and 1"),
         ({"validation_split": "0"}, "--validation_split 0: a fraction must lie between 0 and 1"),
-        ({"validation_split": "0.00001"}, "--validation_split 1e-05 holds out 0 of 4 images"),
-        ({"validation_split": "0.99999"}, "--validation_split 0.99999 holds out 4 of 4 images"),
+        ({"validation_split": "0.00001"}, "--validation_split 1e-05 takes 0 of 4 images"),
+        ({"validation_split": "0.99999"}, "--validation_split 0.99999 takes 4 of 4 images"),
         ({"config_name": "large"}, "the data set .* cannot be opened: .*large"),
     ],
 )

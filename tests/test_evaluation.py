@@ -21,7 +21,7 @@ from vaerepa.data import open_images
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.features import Measured, measure
 from vaerepa.evaluation.reference import measure_source, open_npz, write_statistics
-from vaerepa.evaluation.samples import balanced, choose_labels, draw_missing, image_path, read_pixels, write_npz
+from vaerepa.evaluation.samples import balanced, choose_labels, generate_missing, image_path, read_pixels, write_npz
 from vaerepa.evaluation.statistics import Statistics, Sums, frechet_distance
 from vaerepa.families import Size
 from vaerepa.families.dit import DiT, new_transformer
@@ -199,9 +199,9 @@ def test_a_failing_draw_leaves_whole_images_only(accelerator, tmp_path):
         return [Image.new("RGB", (4, 4), (number, 0, 0)) for number in numbers]
 
     with pytest.raises(KeyboardInterrupt):
-        draw_missing(accelerator, tmp_path, 6, 2, draw)
+        generate_missing(accelerator, tmp_path, 6, 2, draw)
     assert drawn == [0, 1, 2, 3]
-    draw_missing(accelerator, tmp_path, 4, 3, draw)
+    generate_missing(accelerator, tmp_path, 4, 3, draw)
     assert drawn == [0, 1, 2, 3]
 
 
@@ -284,7 +284,7 @@ def test_a_noise_model_is_sampled_by_its_own_scheduler(pipeline, sample, tmp_pat
     sample(code=2, pretrained_model_name_or_path=noise_model, **refused)
     assert "--sampler goes with flow models; this one is sampled by its DDIMScheduler" in capsys.readouterr().err
     sample(code=2, pretrained_model_name_or_path=tmp_path / "DDPMScheduler", output_dir=tmp_path / "refused")
-    assert "draws noise that no seed of an image reaches" in capsys.readouterr().err
+    assert "adds noise that the seed of an image does not control" in capsys.readouterr().err
 
 
 # ---- the reference
@@ -410,7 +410,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(sample, capsys, options, word
 def test_other_settings_do_not_mix_with_the_images_that_are_there(sample, capsys):
     sample()
     sample(code=2, guidance_scale=3.0)
-    assert "drawn otherwise: guidance_scale was 1.0 and is 3.0. Choose another" in capsys.readouterr().err
+    assert "with other settings: guidance_scale was 1.0 and is 3.0. Choose another" in capsys.readouterr().err
 
 
 def test_without_the_library_nothing_is_drawn(sample, data, monkeypatch, capsys, tmp_path):

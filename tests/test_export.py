@@ -124,7 +124,7 @@ def test_validation_writes_losses_grids_and_curves(train):
     assert (run / "training_curves.png").stat().st_size > 0
 
 
-def test_held_out_loss_is_the_stock_models_loss(train, data, vae):
+def test_the_validation_loss_is_the_stock_models_loss(train, data, vae):
     """The number in metrics.jsonl, computed again from the exported folder with nothing but diffusers and the random numbers."""
     from diffusers import AutoencoderKL
 

@@ -37,7 +37,7 @@ def test_a_card_tells_the_run(train, data):
     assert card.data.datasets in (None, [])
     assert "| learning_rate | 0.0003 |" in card.text
     assert "samples/step-0000004.png" in card.text
-    assert "| held-out denoising loss |" in card.text
+    assert "| validation loss |" in card.text
     assert "aligns block 2" in card.text
     assert str(data.parent) not in card.content
     assert "variance" not in card.text
@@ -78,7 +78,7 @@ def test_the_metadata_are_the_hubs(train):
     (result,) = card.data.eval_results
     assert isinstance(result, EvalResult)
     assert (result.task_type, result.metric_type) == (card.data.pipeline_tag, "loss")
-    assert f"| held-out denoising loss | {result.metric_value:.5f} |" in card.text
+    assert f"| validation loss | {result.metric_value:.5f} |" in card.text
     (entry,) = yaml.safe_load(card.content.split("---")[1])["model-index"]
     assert entry["name"] == "run"
     assert entry["results"][0]["metrics"][0]["value"] == result.metric_value
@@ -138,7 +138,7 @@ HOSTILE = ["a: b\n---\nlicense: mit", "'\"}{%- for -%}", "[x](javascript:alert(1
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_name_breaks_the_card(tmp_path, name):
     options = Options(train_data_dir=name, pretrained_model_name_or_path=name, alignment_width=(7,))
-    facts = {"num_classes": 2, "classes": [name, name], "held_out_loss": 0.5, "works_in_stock": True, "steps": 3}
+    facts = {"num_classes": 2, "classes": [name, name], "validation_loss": 0.5, "works_in_stock": True, "steps": 3}
     facts["alignments"] = [describe_alignment(Alignment("vae", VAEAlignment(2), block=2))]
     write_card(tmp_path / "README.md", ROOT / "model_card_template.md", options, name, facts)
     card = ModelCard.load(tmp_path / "README.md")

@@ -1,4 +1,4 @@
-"""What a model is conditioned on, class labels or captions: sample grids, evaluation, and what is told of them."""
+"""Conditioning on class labels or on captions: sample grids, images for evaluation, and facts for the model card."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from torch import nn
 from vaerepa import sampling
 from vaerepa.data import Prompts
 from vaerepa.evaluation import TrainingEvaluation
-from vaerepa.evaluation.samples import Draw
+from vaerepa.evaluation.samples import GenerateImages
 from vaerepa.families import Family
 from vaerepa.families.dit import has_learned_sigma
 from vaerepa.options import Options
 
 
 class Conditioning(ABC):
-    """One kind of condition."""
+    """Kind of condition that a model is trained with."""
 
     summary: str  # for the log
     pipeline_class: type[DiffusionPipeline]
@@ -35,12 +35,12 @@ class Conditioning(ABC):
         """
 
     @abstractmethod
-    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[Draw, str]:
-        """What generates an evaluation's images by these weights, and the name of the sampler."""
+    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[GenerateImages, str]:
+        """Generation of an evaluation's images by these weights, and the name of the sampler."""
 
     @abstractmethod
     def card_facts(self, transformer: nn.Module, output_dir: Path, step: int) -> dict[str, Any]:
-        """What the model card tells of the condition and of the pipeline that takes it.
+        """Facts for the model card: classes or prompts, pictures, and how the pipeline is called.
 
         Args:
             output_dir: where samples/ lies.
@@ -48,7 +48,7 @@ class Conditioning(ABC):
         """
 
     def report(self) -> None:
-        """Says at the end of a run what was cut or left out on the way."""
+        """Logs at the end of a run which captions were cut."""
 
     @property
     def load_with(self) -> str:
@@ -57,12 +57,12 @@ class Conditioning(ABC):
 
     @property
     def warning(self) -> str | None:
-        """What a user must know before training, if anything."""
+        """Warning that the log prints before training, if there is one."""
         return None
 
 
 class ClassLabels(Conditioning):
-    """Class labels, of a DiTPipeline."""
+    """Class labels, as a DiTPipeline takes them."""
 
     def __init__(
         self, options: Options, family: Family, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str]
@@ -83,7 +83,7 @@ class ClassLabels(Conditioning):
 
     def plot_grid(self, transformer: nn.Module, num_images: int, path: Path) -> Image.Image:
         options = self.options
-        return sampling.draw_grid(
+        return sampling.plot_grid(
             self._pipeline(transformer),
             sampling.grid_labels(num_images, len(self.id2label)),
             options.validation_guidance_scale,
@@ -92,9 +92,9 @@ class ClassLabels(Conditioning):
             path,
         )
 
-    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[Draw, str]:
+    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[GenerateImages, str]:
         pipeline = self._pipeline(transformer)
-        return evaluation.classes(pipeline), sampling.sampler_name(pipeline)
+        return evaluation.images_of_labels(pipeline), sampling.sampler_name(pipeline)
 
     def card_facts(self, transformer: nn.Module, output_dir: Path, step: int) -> dict[str, Any]:
         grids = sorted((output_dir / "samples").glob("*.png"))
@@ -115,7 +115,7 @@ class ClassLabels(Conditioning):
 
 
 class Captions(Conditioning):
-    """Captions, of a stock text-to-image pipeline.
+    """Captions, as a stock text-to-image pipeline takes them.
 
     Args:
         pipeline: the stock pipeline around the trained transformer.
@@ -152,7 +152,7 @@ class Captions(Conditioning):
         if not options.validation_prompts:
             return None
         with self._holding(transformer), torch.no_grad():
-            return sampling.draw_prompt_grid(
+            return sampling.plot_prompt_grid(
                 self.pipeline,
                 self.prompts,
                 list(options.validation_prompts),
@@ -165,14 +165,14 @@ class Captions(Conditioning):
                 path,
             )
 
-    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[Draw, str]:
-        draw = evaluation.texts(self.pipeline, self.prompts, self.image_size)
+    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[GenerateImages, str]:
+        generate = evaluation.images_of_prompts(self.pipeline, self.prompts, self.image_size)
 
-        def draw_by(numbers: list[int]) -> list:
+        def generate_by(numbers: list[int]) -> list:
             with self._holding(transformer):
-                return draw(numbers)
+                return generate(numbers)
 
-        return draw_by, sampling.sampler_name(self.pipeline)
+        return generate_by, sampling.sampler_name(self.pipeline)
 
     def card_facts(self, transformer: nn.Module, output_dir: Path, step: int) -> dict[str, Any]:
         pictures = sorted((output_dir / "samples" / sampling.LATEST).glob("*.png"))
@@ -187,7 +187,7 @@ class Captions(Conditioning):
 
     @contextmanager
     def _holding(self, transformer: nn.Module) -> Iterator[None]:
-        """The pipeline with other weights in the transformer's place."""
+        """Puts this transformer into the pipeline in place of the trained one, for as long as the context lasts."""
         trained = self.pipeline.transformer
         self.pipeline.register_modules(transformer=transformer)
         try:

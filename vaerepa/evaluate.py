@@ -1,9 +1,10 @@
-"""Evaluates a trained pipeline: draws images by all processes, and measures FID, sFID, KID, precision, recall and more.
+"""Evaluates a trained pipeline: generates images on all processes, and measures FID, sFID, KID, precision, recall and more.
 
     accelerate launch -m vaerepa.evaluate --pretrained_model_name_or_path outputs/quickstart \
         --reference configs/quickstart/digits --num_samples 1000 --output_dir outputs/quickstart-evaluation
 
-Image i depends on the seed and i alone: any number of processes draws the same set, and a killed run goes on where it was.
+Image i depends on the seed and i alone: any number of processes generates the same set, and a run that was killed continues
+with the missing images.
 """
 
 import logging
@@ -34,14 +35,14 @@ from vaerepa.data.prompts import choose_caption
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.samples import (
     NPZ,
-    Draw,
+    GenerateImages,
     LabelSampling,
     balanced,
     choose_labels,
     claim_folder,
-    draw_classes,
-    draw_missing,
-    draw_prompts,
+    generate_missing,
+    images_of_labels,
+    images_of_prompts,
     write_npz,
 )
 from vaerepa.families import TextFamily
@@ -59,9 +60,15 @@ STOCK_STEPS = 50
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: how it draws, the pixels of its images, and what these depend on."""
+    """Pipeline under evaluation.
 
-    draw: Draw
+    Attributes:
+        generate: returns the images of these numbers.
+        resolution: of the images in pixels.
+        settings: what the images depend on.
+    """
+
+    generate: GenerateImages
     resolution: int
     settings: dict[str, Any]
 
@@ -80,13 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="Folder for images and numbers; the same goes on with its images.",
     )
-    add("--num_samples", type=int, default=50_000, help="Images to draw (default: 50000).")
-    add("--batch_size", type=int, default=16, help="Images that a process draws at once (default: 16).")
+    add("--num_samples", type=int, default=50_000, help="Images to generate (default: 50000).")
+    add("--batch_size", type=int, default=16, help="Images that a process generates at once (default: 16).")
     add("--seed", type=int, default=0, help="Noise, labels and prompts follow from it (default: 0).")
     add(
         "--label_sampling",
         choices=get_args(LabelSampling),
-        help="Classes at random, as REPA, SRA and SiT draw them, or all equally often (default: random).",
+        help="Classes at random, as REPA, SRA and SiT choose them, or all equally often (default: random).",
     )
     add(
         "--sampler",
@@ -113,12 +120,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--npz", action="store_true", help="Also write samples.npz (arr_0), which the evaluator of ADM takes.")
     add(
         "--reference",
-        help="Real images: a data set, or statistics as .npz. Without it, images are drawn and not measured.",
+        help="Real images: a data set, or statistics as .npz. Without it, images are generated and not measured.",
     )
     add("--reference_split", default="train", help="Split of that data set (default: train).")
     add("--reference_config_name", help="Config of that data set.")
     add("--reference_revision", help="Its revision on the Hub.")
-    add("--num_reference_images", type=int, help="Take so many of its images, drawn at random. Default: all.")
+    add("--num_reference_images", type=int, help="Take so many of its images, chosen at random. Default: all.")
     add("--image_column", help="Its column with the images. Default: found from the features.")
     add("--caption_column", help="Its column with the captions. Default: found from the features.")
     add("--inception_weights", help="File of the FID Inception's weights. Default: torch-fidelity downloads its own.")
@@ -143,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """The story: check, open, draw, measure."""
+    """The story: check, open, generate, measure."""
     check_arguments(args)
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":  # accelerate launch leaves one thread to each
@@ -163,12 +170,12 @@ def evaluate(args: argparse.Namespace) -> None:
         with accelerator.main_process_first():
             claim_folder(folder, settings)
         if reference is None:
-            draw_missing(accelerator, folder, args.num_samples, args.batch_size, subject.draw)
+            generate_missing(accelerator, folder, args.num_samples, args.batch_size, subject.generate)
         else:
             about = {"dataset": public_name(args.reference), "split": args.reference_split}
             about |= {"resolution": subject.resolution}
             evaluator = evaluation.open_evaluator(accelerator, args.inception_weights, reference, about, args.cache_dir)
-            report = evaluator.evaluate(folder, args.num_samples, args.batch_size, subject.draw, settings)
+            report = evaluator.evaluate(folder, args.num_samples, args.batch_size, subject.generate, settings)
             if accelerator.is_main_process:
                 print("\n".join(report.lines()))
         if args.npz and accelerator.is_main_process:
@@ -178,10 +185,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Checks what needs neither model nor data.
+    """Checks what can be checked without a model or data.
 
     Raises:
-        OptionError: a value outside its range, or a file that is not there.
+        OptionError: a value is outside its range, or a file does not exist.
     """
     for name in (
         "num_samples",
@@ -204,10 +211,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def open_reference(args: argparse.Namespace, with_captions: bool) -> Path | Source | None:
-    """The real images, or their statistics.
+    """Opens the real images, or returns the path of their statistics.
 
     Raises:
-        OptionError: they are not there.
+        OptionError: they do not exist.
     """
     if args.reference is None:
         return None
@@ -227,14 +234,14 @@ def open_reference(args: argparse.Namespace, with_captions: bool) -> Path | Sour
 
 
 def open_classes(args: argparse.Namespace, pipeline: DiTPipeline) -> Subject:
-    """A class-conditional pipeline: the shipped one samples flows, the stock one others.
+    """A class-conditional pipeline. Flow models are sampled by VAEREPAPipeline, others by the stock pipeline.
 
     Raises:
-        OptionError: an argument that goes with flows or with text-to-image only, or a scheduler that no seed reaches.
+        OptionError: an argument goes with flow or text-to-image models only, or the scheduler adds noise of its own.
     """
     for flag in ("prompts", "negative_prompt", "max_sequence_length", "resolution"):
         if getattr(args, flag):
-            raise OptionError(f"--{flag} goes with text-to-image pipelines; this one draws classes.")
+            raise OptionError(f"--{flag} goes with text-to-image pipelines; this one generates by class labels.")
     transformer, scheduler = pipeline.transformer, pipeline.scheduler
     id2label = {number: name for name, number in pipeline.labels.items()}
     scale = 1.0 if args.guidance_scale is None else args.guidance_scale
@@ -255,7 +262,7 @@ def open_classes(args: argparse.Namespace, pipeline: DiTPipeline) -> Subject:
                 )
         if isinstance(scheduler, DDPMScheduler):
             raise OptionError(
-                "its DDPMScheduler draws noise that no seed of an image reaches; save it with a DDIMScheduler."
+                "its DDPMScheduler adds noise that the seed of an image does not control; save it with a DDIMScheduler."
             )
         sampler = type(scheduler).__name__
     pipeline.set_progress_bar_config(disable=True)
@@ -268,23 +275,23 @@ def open_classes(args: argparse.Namespace, pipeline: DiTPipeline) -> Subject:
         "label_sampling": args.label_sampling or "random",
     }
     labels = choose_labels(args.num_samples, num_classes, args.seed, settings["label_sampling"])
-    draw = draw_classes(pipeline, labels, args.seed, **call)
-    return Subject(draw, transformer.config.sample_size * downsampling_factor(pipeline.vae), settings)
+    generate = images_of_labels(pipeline, labels, args.seed, **call)
+    return Subject(generate, transformer.config.sample_size * downsampling_factor(pipeline.vae), settings)
 
 
 def open_texts(
     args: argparse.Namespace, pipeline: DiffusionPipeline, family: TextFamily, reference: Path | Source | None
 ) -> Subject:
-    """A text-to-image pipeline, asked by captions of the reference or by the prompts of a file.
+    """A text-to-image pipeline; prompts are the reference's captions or the lines of a file.
 
     Raises:
-        OptionError: no prompts, no resolution, or an argument that goes with class-conditional pipelines.
+        OptionError: prompts or resolution are missing, or an argument goes with class-conditional pipelines only.
     """
     for flag in ("sampler", "guidance_interval"):
         if getattr(args, flag):
             raise OptionError(f"--{flag} goes with class-conditional flows; this pipeline has its own scheduler.")
     if args.label_sampling:
-        raise OptionError("--label_sampling goes with class-conditional pipelines; this one draws prompts.")
+        raise OptionError("--label_sampling goes with class-conditional pipelines; this one generates by prompts.")
     size = pipeline.transformer.config.get("sample_size")
     resolution = args.resolution or (size and size * downsampling_factor(pipeline.vae))
     if resolution is None:
@@ -304,14 +311,14 @@ def open_texts(
         "max_sequence_length": length,
         "prompts": f"{public_name(str(args.prompts or args.reference))}, {digest(texts)}",
     }
-    draw = draw_prompts(
+    generate = images_of_prompts(
         pipeline, prompts, texts, args.negative_prompt, args.seed, height=resolution, width=resolution, **call
     )
-    return Subject(draw, resolution, settings | {"resolution": resolution})
+    return Subject(generate, resolution, settings | {"resolution": resolution})
 
 
 def read_prompts(args: argparse.Namespace, reference: Path | Source | None) -> list[str]:
-    """All prompts to choose from: lines of a file, or a caption of each reference image.
+    """Prompts to choose from: lines of a file, or one caption of each reference image.
 
     Raises:
         OptionError: there are none.
@@ -323,12 +330,14 @@ def read_prompts(args: argparse.Namespace, reference: Path | Source | None) -> l
     else:
         texts = []
     if not texts:
-        raise OptionError("this pipeline draws from text: give --prompts, or a data set with captions as --reference.")
+        raise OptionError(
+            "this pipeline generates from text: give --prompts, or a data set with captions as --reference."
+        )
     return texts
 
 
 def describe(args: argparse.Namespace, pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Which pipeline, and which weights."""
+    """Name, class and checksums of the pipeline and its weights."""
     name = args.pretrained_model_name_or_path
     return {
         "pipeline": public_name(name),
@@ -341,7 +350,7 @@ def describe(args: argparse.Namespace, pipeline: DiffusionPipeline) -> dict[str,
 
 
 def trained(folder: Path) -> str | None:
-    """Steps and average of a pipeline that this trainer wrote, as far as the folder tells them."""
+    """Number of steps and EMA decay of a pipeline that this trainer wrote; None where the folder does not say."""
     if (folder / STATE / POSITION).is_file():  # a checkpoint
         position = checkpoints.load_position(folder)
         return in_words(position["step"], position["options"])
@@ -352,8 +361,8 @@ def trained(folder: Path) -> str | None:
 
 
 def in_words(step: int, options: dict[str, Any]) -> str:
-    average = f"EMA {options['ema_decay'][0]}" if options["use_ema"] else "no EMA"
-    return f"{step} steps, {average}"
+    ema = f"EMA {options['ema_decay'][0]}" if options["use_ema"] else "no EMA"
+    return f"{step} steps, {ema}"
 
 
 def digest(texts: list[str]) -> str:

@@ -178,7 +178,7 @@ def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step:
 
 
 def plot_curves(metrics: list[dict], path: Path) -> None:
-    """Draws training losses, held-out loss and alignment over the steps."""
+    """Plots training losses, validation loss and alignment over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,7 +186,7 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
 
     panels = {
         "training loss": [name for name in _names(metrics) if name.endswith("denoising_loss")],
-        "held-out loss": [
+        "validation loss": [
             n for n in _names(metrics) if n.startswith("validation") and n.count("/") == 1 and "loss" in n
         ],
         "alignment loss": [name for name in _names(metrics) if name.startswith("train/alignment_loss")],

@@ -35,7 +35,7 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
     Args:
         name: the repository, user/name, or the name of the run.
         facts: what the template asks for beyond the options; what is missing leaves no empty heading. `classes` are the
-            names of the classes, `held_out_loss` is the exported weights' loss, `report` the newest of --eval_steps,
+            names of the classes, `validation_loss` is the exported weights' loss, `report` the newest of --eval_steps,
             `pipeline_class` is the stock pipeline's name where it draws from text, `pictures` are the captions and places of
             samples, `left_out` the parts that the pipeline does without, `dtype` is the one to load it in.
     """
@@ -81,7 +81,7 @@ class CardData(ModelCardData):
 
 def card_metadata(options: Options, name: str, facts: dict[str, Any]) -> ModelCardData:
     """The card's head; libraries write it as YAML, so that no name can break it."""
-    held_out_loss, report = facts.get("held_out_loss"), facts.get("report")
+    validation_loss, report = facts.get("validation_loss"), facts.get("report")
     methods = settings.methods_of(options)
     base, vae = options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path
     task = TEXT_TASK if options.text_conditioning else CLASS_TASK
@@ -91,16 +91,16 @@ def card_metadata(options: Options, name: str, facts: dict[str, Any]) -> ModelCa
     else:
         tags += ["class-conditional", *([] if methods else ["sit"])]
     results, dataset = [], public_name(_dataset(options))
-    if held_out_loss is not None:
+    if validation_loss is not None:
         results.append(
             EvalResult(
                 task_type=task,
                 dataset_type=dataset,
                 dataset_name=dataset,
-                dataset_split=options.validation_split or "held out",
+                dataset_split=options.validation_split or "validation",
                 metric_type="loss",
-                metric_name="Held-out denoising loss",
-                metric_value=held_out_loss,
+                metric_name="Validation denoising loss",
+                metric_value=validation_loss,
             )
         )
     for metric, value in report.metrics.items() if report else ():

@@ -1,4 +1,4 @@
-"""Sample grids: the pictures of a run, drawn through the pipeline that is shipped with it."""
+"""Sample grids: pictures generated during a run, by the pipeline that is shipped with the result."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from vaerepa import objectives
 from vaerepa.data import Prompts
 from vaerepa.families import DiT
 
-LATEST = "latest"  # folder of single pictures
+LATEST = "latest"  # folder of single images
 MAX_COLUMNS = 10
 FONT_SIZE = 11
 MARGIN = 4
@@ -24,7 +24,7 @@ MARGIN = 4
 def build_pipeline(
     transformer: nn.Module, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str]
 ) -> DiffusionPipeline:
-    """The shipped pipeline around a transformer in training form; the stock one where the noise is predicted."""
+    """VAEREPAPipeline around a transformer in training form; the stock pipeline where the transformer predicts noise."""
     family = DiT()
     if objectives.name_of(scheduler) == "flow_matching":
         pipeline = VAEREPAPipeline(transformer, vae, scheduler, id2label)
@@ -37,7 +37,7 @@ def build_pipeline(
 
 
 def sampler_name(pipeline: DiffusionPipeline) -> str:
-    """By what a pipeline samples by default: Euler's method the shipped one, its scheduler any other."""
+    """Name of a pipeline's default sampler: `euler` for VAEREPAPipeline, the scheduler's class for any other."""
     return "euler" if isinstance(pipeline, VAEREPAPipeline) else type(pipeline.scheduler).__name__
 
 
@@ -49,11 +49,11 @@ def grid_labels(num_images: int, num_classes: int) -> list[int]:
 
 
 def noise_generator(seed: int) -> torch.Generator:
-    """A CPU generator of this seed, whatever its size; `manual_seed` takes 64 bits."""
+    """A CPU generator of this seed, modulo 2^64 because `manual_seed` takes 64 bits."""
     return torch.Generator().manual_seed(seed % 2**64)
 
 
-def draw_grid(
+def plot_grid(
     pipeline: DiffusionPipeline,
     labels: list[int],
     guidance_scale: float,
@@ -61,7 +61,7 @@ def draw_grid(
     seed: int,
     path: Path,
 ) -> Image.Image:
-    """Samples one picture per label, always from the same noise, writes them as one PNG and returns it."""
+    """Generates one image per label, always from the same noise; writes them as one PNG and returns it."""
     generators = [noise_generator(seed + i) for i in range(len(labels))]
     images = pipeline(
         labels, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, generator=generators
@@ -76,7 +76,7 @@ def draw_grid(
     return grid
 
 
-def draw_prompt_grid(
+def plot_prompt_grid(
     pipeline: DiffusionPipeline,
     prompts: Prompts,
     texts: list[str],
@@ -88,9 +88,9 @@ def draw_prompt_grid(
     seed: int,
     path: Path,
 ) -> Image.Image:
-    """Samples a column of pictures per prompt, always from the same noise, with the prompt under each, as one PNG.
+    """Generates a column of images per prompt, always from the same noise, and writes them as one PNG over their prompts.
 
-    The first picture of each prompt lies by itself in `latest/` beside it.
+    The first image of each prompt is also written as a file of its own, into `latest/` beside it.
 
     Args:
         size: height and width in pixels.
@@ -100,8 +100,8 @@ def draw_prompt_grid(
     """
     every = [text for _ in range(images_per_prompt) for text in texts]
     images = []
-    for start, text in enumerate(every):  # one by one: the picture of a prompt does not depend on the others
-        images += draw_texts(
+    for start, text in enumerate(every):  # one by one: the image of a prompt does not depend on the others
+        images += generate_images(
             pipeline,
             prompts,
             [text],
@@ -121,7 +121,7 @@ def draw_prompt_grid(
     return grid
 
 
-def draw_texts(
+def generate_images(
     pipeline: DiffusionPipeline,
     prompts: Prompts,
     texts: list[str],
@@ -129,7 +129,7 @@ def draw_texts(
     generators: list[torch.Generator],
     **call: Any,
 ) -> list[Image.Image]:
-    """Samples a picture of each text by a stock pipeline; `call` are further arguments of its call."""
+    """Generates one image per text by a stock pipeline; `call`: further arguments of its call."""
     both = prompts.family.pipeline_inputs(prompts.condition([*texts, *[negative_prompt] * len(texts)]))
     inputs = {name: embeddings[: len(texts)] for name, embeddings in both.items()}
     inputs |= {f"negative_{name}": embeddings[len(texts) :] for name, embeddings in both.items()}
@@ -137,7 +137,7 @@ def draw_texts(
 
 
 def labelled_grid(images: list[Image.Image], texts: list[str], columns: int) -> Image.Image:
-    """A grid of the pictures, row by row, each over its text, in cells of one size, with a gap to the right."""
+    """Grid of images, row by row, each with its text below, in cells of equal size with a margin to the right."""
     labelled = [write_below(image, text) for image, text in zip(images, texts, strict=True)]
     width, height = (max(side) for side in zip(*(image.size for image in labelled), strict=True))
     cells = [_lay_on_white(image, (width + MARGIN, height)) for image in labelled]
@@ -145,7 +145,7 @@ def labelled_grid(images: list[Image.Image], texts: list[str], columns: int) -> 
 
 
 def write_below(image: Image.Image, text: str) -> Image.Image:
-    """The picture with a text under it, in as many lines as that needs; wider where a word is."""
+    """Image with a text below, wrapped at the image's width; the result is wider where one word is."""
     font, words, lines = ImageFont.load_default(FONT_SIZE), text.split() or [""], [""]
     width = max(image.width, *(int(font.getlength(word)) + MARGIN for word in words))
     for word in words:

@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset_name", required=True, help="Data set: a Hub id, or a local folder in the Hub's layout.")
     add("--train_split", default="train", help="Split to train on.")
-    add("--validation_split", default="validation", help="Held-out split, on which the PSNR is measured.")
+    add("--validation_split", default="validation", help="Split on which the PSNR is measured.")
     add("--max_images", type=int, default=20_000, help="Read at most this many of a split; they stay in memory.")
     add("--resolution", type=int, default=32, help="Images are resized and centre-cropped to this many pixels square.")
     add("--autoencoder_config", required=True, help="JSON file with the config of a diffusers AutoencoderKL.")
@@ -61,7 +61,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autoencoder = build_autoencoder(args.autoencoder_config, args.resolution).to(device)
     train_images = load_images(args.dataset_name, args.train_split, args.resolution, args.max_images).to(device)
-    held_out = load_images(args.dataset_name, args.validation_split, args.resolution, args.max_images).to(device)
+    validation_images = load_images(args.dataset_name, args.validation_split, args.resolution, args.max_images).to(
+        device
+    )
 
     train(autoencoder, train_images, args)
     autoencoder.half().float()  # what is measured below are the weights as saved
@@ -71,7 +73,9 @@ def main() -> None:
 
     print(f"latents: mean {format_values(mean)}, std {format_values(std)} before scaling")
     print(f"scaling_factor {autoencoder.config.scaling_factor}")
-    print(f"held-out PSNR {measure_psnr(autoencoder.float(), held_out):.2f} dB on {len(held_out)} images")
+    print(
+        f"validation PSNR {measure_psnr(autoencoder.float(), validation_images):.2f} dB on {len(validation_images)} images"
+    )
     print(f"saved to {args.output_dir}")
 
 

@@ -25,7 +25,7 @@ CARD = """\
 
 A transformer of DINOv2's architecture for 32-pixel pictures: {size:.2f} M parameters, 4x4 patch tokens of width {width}, fp16
 weights. It learned to classify the training digits beside it from the mean of its patch tokens, and is what `--alignment repa`
-aligns to where no published encoder is at hand. Made by `make_vision_encoder.py` in {steps} steps (seed 0); of {count} held-out
+aligns to where no published encoder is at hand. Made by `make_vision_encoder.py` in {steps} steps (seed 0); of {count} validation
 digits it names {accuracy:.1%}.
 """
 
@@ -67,7 +67,7 @@ def shifted(images: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     torch.manual_seed(0)
     splits = load_dataset(str(FOLDER.with_name("digits")))
-    (images, labels), (held_out, answers) = read(splits["train"]), read(splits["validation"])
+    (images, labels), (validation_images, answers) = read(splits["train"]), read(splits["validation"])
     model = Classifier()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
@@ -78,7 +78,7 @@ def main() -> None:
         optimizer.zero_grad()
         schedule.step()
     with torch.no_grad():
-        accuracy = (model.eval()(held_out).argmax(1) == answers).float().mean().item()
+        accuracy = (model.eval()(validation_images).argmax(1) == answers).float().mean().item()
     shutil.rmtree(FOLDER, ignore_errors=True)
     model.encoder.half().save_pretrained(FOLDER)
     size = {"height": SIDE, "width": SIDE}

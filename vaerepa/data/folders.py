@@ -184,8 +184,8 @@ def split_shards(folder: Folder, paths: list[str]) -> dict[str, list[str]]:
         else:
             splits.setdefault(split or "train", []).append(path)
     if None in named_splits.values() and found - {"train"}:
-        held_out = next(path for path, split in named_splits.items() if split not in (None, "train"))
-        logger.warning(f"{folder.path(held_out)} is taken for the split `{named_splits[held_out]}`, by its name")
+        by_name = next(path for path, split in named_splits.items() if split not in (None, "train"))
+        logger.warning(f"{folder.path(by_name)} is taken for the split `{named_splits[by_name]}`, by its name")
     return {split: splits[split] for split in sorted(splits, key=lambda name: (name != "train", name))}
 
 

@@ -34,7 +34,7 @@ from vaerepa.randomness import draw_permutation, draw_uniform
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_NAMES = ("validation", "valid", "val", "test")
+VALIDATION_NAMES = ("validation", "valid", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def open_sources(
     fraction = _as_fraction(validation_split)
     is_asked_for = validation_split is not None
     if not is_asked_for:
-        validation_split = next((name for name in HELD_OUT_NAMES if name in splits and name != train_split), None)
+        validation_split = next((name for name in VALIDATION_NAMES if name in splits and name != train_split), None)
     for flag, name in (("train_split", train_split), ("validation_split", None if fraction else validation_split)):
         if name is not None and name not in splits:
             raise OptionError(f"--{flag} {name}: {name_or_path} has the splits {', '.join(splits)}.")
@@ -125,13 +125,13 @@ def open_sources(
     columns = replace(columns, class_names=classes.names)
     source, validation = _source(train, columns, train_split), None
     if fraction is not None:
-        source, validation = _hold_out(source, fraction)
+        source, validation = _split_at_random(source, fraction)
     elif validation_split is not None:
-        validation = _open_held_out(collection, validation_split, columns, classes, by_caption, is_asked_for)
+        validation = _open_validation(collection, validation_split, columns, classes, by_caption, is_asked_for)
     return Sources(take_at_random(source, max_train_samples, seed), validation, classes.id2label)
 
 
-def _open_held_out(
+def _open_validation(
     collection: Collection, name: str, columns: Columns, classes: Classes, by_caption: bool, is_asked_for: bool
 ) -> Source | None:
     """The validation split; None for one without labels, or captions, that was not asked for."""
@@ -151,7 +151,7 @@ def _open_held_out(
             f"--validation_split {name}: this split has no {lacking[0]}; give another, or a fraction such as 0.02."
         )
     logger.warning(
-        f"the split `{name}` has no {lacking[0]}, and is left out: nothing is held out. --validation_split takes another "
+        f"the split `{name}` has no {lacking[0]}, and is left out: there is no validation. --validation_split takes another "
         "split, or a fraction of the training split such as 0.02."
     )
     return None
@@ -347,14 +347,15 @@ def _source(split: Split, columns: Columns, name: str) -> Source:
     return source
 
 
-def _hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
-    held_out = np.array([draw_uniform(0, "held out", index) < fraction for index in range(len(source))])
-    if not 0 < held_out.sum() < len(source):
+def _split_at_random(source: Source, fraction: float) -> tuple[Source, Source]:
+    # "held out" names these random numbers: with another name the images would change sides
+    is_validation = np.array([draw_uniform(0, "held out", index) < fraction for index in range(len(source))])
+    if not 0 < is_validation.sum() < len(source):
         raise OptionError(
-            f"--validation_split {fraction} holds out {held_out.sum()} of {len(source)} images; "
+            f"--validation_split {fraction} takes {is_validation.sum()} of {len(source)} images; "
             "expected at least one on either side."
         )
-    return source.subset(~held_out), source.subset(held_out)
+    return source.subset(~is_validation), source.subset(is_validation)
 
 
 def take_at_random(source: Source, count: int | None, seed: int = 0) -> Source:

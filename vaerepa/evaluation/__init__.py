@@ -1,14 +1,15 @@
-"""Evaluation: how good a model is, by its loss on held-out images and by the images that it draws.
+"""Evaluation: how good a model is, by its loss on validation images and by the images that it generates.
 
-held_out (the loss); samples (seeded images, resumable) -> extractor (their Inception features) -> statistics (mean and
-covariance, Fréchet distance) -> reference (those of real images, cached) -> metrics (FID and its like) -> evaluator (all
-of it in one call) and report (what is said about it). `python -m vaerepa.evaluate` and `--eval_steps` measure alike.
+validation_loss: the denoising loss of validation images. For generated images: samples (seeded, resumable) -> extractor
+(Inception features) -> statistics (mean, covariance, Fréchet distance) -> reference (those of real images, cached) ->
+metrics (FID and others) -> evaluator (all of it in one call, and its report). `python -m vaerepa.evaluate` and
+`--eval_steps` (in_training) use the same code.
 """
 
 from vaerepa.evaluation.evaluator import Evaluator, Report, check, open_evaluator
-from vaerepa.evaluation.held_out import held_out_loss
 from vaerepa.evaluation.in_training import TrainingEvaluation, newest_report, open_evaluation
 from vaerepa.evaluation.metrics import NAMES
+from vaerepa.evaluation.validation_loss import validation_loss
 
 __all__ = [
     "NAMES",
@@ -16,8 +17,8 @@ __all__ = [
     "Report",
     "TrainingEvaluation",
     "check",
-    "held_out_loss",
     "newest_report",
     "open_evaluation",
     "open_evaluator",
+    "validation_loss",
 ]

@@ -1,4 +1,4 @@
-"""All of it in one call: draws images, measures them, compares them with real ones and says what the numbers depend on."""
+"""Evaluator: generates images, measures them, compares them with real ones and reports what the numbers depend on."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from vaerepa.evaluation.extractor import Extractor, check_installed, open_extrac
 from vaerepa.evaluation.features import measure
 from vaerepa.evaluation.metrics import MIN_SAMPLES, NAMES, compute_metrics, left_out
 from vaerepa.evaluation.reference import Reference, measure_source, open_npz
-from vaerepa.evaluation.samples import Draw, draw_missing, read_pixels, write_whole
+from vaerepa.evaluation.samples import GenerateImages, generate_missing, read_pixels, write_whole
 
 REPORT = "evaluation.json"
 PACKAGES = ("torch-fidelity", "torch", "diffusers")
@@ -22,14 +22,16 @@ PACKAGES = ("torch-fidelity", "torch", "diffusers")
 
 @dataclass(frozen=True)
 class Report:
-    """Numbers, and what they depend on.
+    """Metrics of one evaluation, and what they depend on.
 
     Attributes:
-        metrics: by the names of `vaerepa.evaluation.metrics.NAMES`; `left_out` says which cannot be had, and why.
-        num_samples: images drawn.
-        samples: what they were drawn by.
-        reference: what they were compared with.
-        extractor: by what.
+        metrics: values by the names in `vaerepa.evaluation.metrics.NAMES`.
+        left_out: metrics that could not be computed, with the reason.
+        num_samples: number of generated images.
+        samples: settings that the images depend on (weights, sampler, guidance, seed).
+        reference: facts on the real images.
+        extractor: name of the network that computed the features.
+        versions: of the packages that the numbers depend on.
     """
 
     metrics: dict[str, float]
@@ -41,23 +43,23 @@ class Report:
     versions: dict[str, str]
 
     def context(self) -> str:
-        """All that a number depends on, in one line."""
+        """One line with everything that the metrics depend on."""
         parts = [f"{self.num_samples} samples", _in_words(self.samples), f"reference: {_in_words(self.reference)}"]
         parts += [f"extractor {self.extractor}", _in_words(self.versions)]
         return "; ".join(parts)
 
     def lines(self) -> list[str]:
-        """One line for each number, with what it depends on."""
+        """One line per metric, with everything that it depends on."""
         lines = [f"{NAMES[name]}: {value:.5g} ({self.context()})" for name, value in self.metrics.items()]
         return lines + [f"{NAMES[name]}: left out, {reason}" for name, reason in self.left_out.items()]
 
     def write(self, folder: Path) -> None:
-        """Writes it as JSON beside the images."""
+        """Writes the report as JSON beside the images."""
         write_whole(folder / REPORT, json.dumps(asdict(self), indent=2).encode())
 
 
 def read_report(path: Path) -> Report:
-    """What `Report.write` wrote."""
+    """Reads the JSON file of `Report.write`."""
     return Report(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -69,14 +71,16 @@ class Evaluator:
         self.extractor = extractor
         self.reference = reference
 
-    def evaluate(self, folder: Path, count: int, batch_size: int, draw: Draw, settings: dict[str, Any]) -> Report:
-        """Draws the images that the folder lacks and measures all; every process must call it.
+    def evaluate(
+        self, folder: Path, count: int, batch_size: int, generate: GenerateImages, settings: dict[str, Any]
+    ) -> Report:
+        """Generates the images that are missing in the folder and measures all; every process must call it.
 
         Args:
-            settings: what the images depend on, for the report.
+            settings: what the images depend on; the report lists it.
         """
         accelerator = self.accelerator
-        draw_missing(accelerator, folder, count, batch_size, draw)
+        generate_missing(accelerator, folder, count, batch_size, generate)
         own = range(accelerator.process_index, count, accelerator.num_processes)
         samples = measure(accelerator, self.extractor, read_pixels(folder, own), count)
         reference = self.reference
@@ -96,7 +100,7 @@ class Evaluator:
 
 
 def check(num_samples: int, statistics: str | None) -> None:
-    """Checks what needs neither model nor data; `statistics` is an .npz, if that is the reference.
+    """Checks what can be checked without a model or data. `statistics`: path of the .npz where that is the reference.
 
     Raises:
         OptionError: a package or a file is missing, or there are too few samples.
@@ -115,15 +119,15 @@ def open_evaluator(
     about: dict[str, Any],
     cache_dir: str | None,
 ) -> Evaluator:
-    """Opens extractor and reference; real images are measured, once. Every process must call it.
+    """Opens extractor and reference; real images are measured once and cached. Every process must call it.
 
     Args:
         weights: a file of the Inception weights; None downloads them.
         reference: statistics as .npz, or images.
-        about: what the images are, with their `dataset` and `resolution`.
+        about: facts on the reference images, `dataset` and `resolution` among them.
 
     Raises:
-        OptionError: something is missing, or they do not fit each other.
+        OptionError: a package or file is missing, or the reference was made by another extractor.
     """
     with accelerator.local_main_process_first():
         extractor = open_extractor(weights, accelerator.device)

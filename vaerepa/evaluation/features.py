@@ -1,4 +1,4 @@
-"""Features of many images, shared out over all processes: their statistics, and those that are kept themselves."""
+"""Inception features of many images, computed by all processes: their statistics, and some of the features themselves."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,17 +11,17 @@ from tqdm.auto import tqdm
 from vaerepa.evaluation.extractor import Extractor, batches_of
 from vaerepa.evaluation.statistics import Statistics, Sums
 
-KEPT = ("pool", "logits")  # KID, precision and recall, and the Inception Score need them one by one
+KEPT = ("pool", "logits")  # KID, precision, recall and the Inception Score need the features of single images
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a set of images.
+    """Measurements of a set of images.
 
     Attributes:
-        count: images that the statistics are over.
-        statistics: of the features `pool` and `spatial`, as far as they are known.
-        features: `pool` and `logits`, (n, d) in the order of the images, of all of them or of fewer.
+        count: number of images that the statistics are computed over.
+        statistics: mean and covariance of the features `pool` and `spatial`, where known.
+        features: `pool` and `logits`, each (n, d) in the order of the images, of all images or of every k-th.
     """
 
     count: int
@@ -36,12 +36,12 @@ def measure(
     count: int,
     keep_every: int = 1,
 ) -> Measured:
-    """Features of all images; every process must call it with its own share.
+    """Computes the features of all images; every process must call it with its own part of them.
 
     Args:
-        images: numbers, and images as uint8 tensors of shape (3, H, W), of this process.
-        count: images of all processes together, for the progress bar.
-        keep_every: keeps the features of each image whose number divides by it.
+        images: pairs of image number and uint8 tensor of shape (3, H, W), of this process.
+        count: number of images of all processes together, for the progress bar.
+        keep_every: the features of every image whose number is a multiple of it are kept.
 
     Raises:
         ValueError: there are fewer than two images.

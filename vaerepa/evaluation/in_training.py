@@ -13,7 +13,7 @@ from vaerepa.data.prompts import choose_caption
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.evaluator import REPORT, Evaluator, Report, open_evaluator, read_report
 from vaerepa.evaluation.reference import MAX_KEPT
-from vaerepa.evaluation.samples import Draw, balanced, choose_labels, draw_classes, draw_prompts
+from vaerepa.evaluation.samples import GenerateImages, balanced, choose_labels, images_of_labels, images_of_prompts
 from vaerepa.layout import step_of
 from vaerepa.options import Options
 from vaerepa.privacy import public_name
@@ -23,27 +23,33 @@ FOLDER = "evaluation"  # in the output folder
 
 @dataclass(frozen=True)
 class TrainingEvaluation:
-    """What is opened once, before the first step."""
+    """Evaluation during training; opened once, before the first step.
+
+    Attributes:
+        choices: class label or caption of each image.
+    """
 
     options: Options
     evaluator: Evaluator
-    choices: list[Any]  # a class or a caption for each image
+    choices: list[Any]
 
-    def classes(self, pipeline: DiffusionPipeline) -> Draw:
-        """Draws by a class-conditional pipeline of vaerepa.sampling."""
-        return draw_classes(pipeline, self.choices, self.options.seed, **self._call())
+    def images_of_labels(self, pipeline: DiffusionPipeline) -> GenerateImages:
+        """Generation by a class-conditional pipeline of vaerepa.sampling."""
+        return images_of_labels(pipeline, self.choices, self.options.seed, **self._call())
 
-    def texts(self, pipeline: DiffusionPipeline, prompts: Prompts, size: tuple[int, int]) -> Draw:
-        """Draws by a stock text-to-image pipeline; `size` is height and width in pixels."""
+    def images_of_prompts(self, pipeline: DiffusionPipeline, prompts: Prompts, size: tuple[int, int]) -> GenerateImages:
+        """Generation by a stock text-to-image pipeline; `size` is height and width in pixels."""
         options = self.options
         more = self._call() | {"height": size[0], "width": size[1]}
-        return draw_prompts(pipeline, prompts, self.choices, options.negative_prompt, options.seed, **more)
+        return images_of_prompts(pipeline, prompts, self.choices, options.negative_prompt, options.seed, **more)
 
-    def run(self, step: int, draw: Draw, weights: str, sampler: str) -> Report:
-        """Draws and measures; every process must call it. The report stays in the output folder, the images do not.
+    def run(self, step: int, generate: GenerateImages, weights: str, sampler: str) -> Report:
+        """Generates images and measures them; every process must call it.
+
+        The report stays in the output folder, the images do not.
 
         Args:
-            weights: which are evaluated, as for example "EMA 0.9999".
+            weights: name of the evaluated weights, for example "EMA 0.9999".
         """
         options, accelerator = self.options, self.evaluator.accelerator
         folder = Path(options.output_dir, FOLDER, f"step-{step}")
@@ -55,7 +61,7 @@ class TrainingEvaluation:
         if not options.text_conditioning:
             settings["label_sampling"] = options.label_sampling
         settings["precision"] = f"mixed precision {accelerator.mixed_precision}"
-        report = self.evaluator.evaluate(folder, options.num_eval_samples, options.train_batch_size, draw, settings)
+        report = self.evaluator.evaluate(folder, options.num_eval_samples, options.train_batch_size, generate, settings)
         if accelerator.is_main_process:
             shutil.rmtree(folder / "images")
         return report
@@ -77,13 +83,13 @@ def newest_report(output_dir: Path, step: int) -> Report | None:
 def open_evaluation(
     options: Options, accelerator: Accelerator, source: Source, num_classes: int
 ) -> TrainingEvaluation | None:
-    """Opens extractor and reference, where --eval_steps asks for them; every process must call it.
+    """Opens extractor and reference if --eval_steps is given; every process must call it.
 
     Args:
-        source: the training images; of more than 10 000 so many are the reference.
+        source: training images; at most 10 000 of them are the reference, unless --eval_reference is given.
 
     Raises:
-        OptionError: something is missing or does not fit.
+        OptionError: a package or file is missing, or the reference does not fit.
     """
     if options.eval_steps is None:
         return None

@@ -1,4 +1,4 @@
-"""The metrics, from the features of samples and of real images; all but the Fréchet distances are torch-fidelity's."""
+"""Metrics, computed from the features of generated and of real images; all but the Fréchet distances by torch-fidelity."""
 
 from vaerepa.evaluation.features import Measured
 from vaerepa.evaluation.statistics import frechet_distance
@@ -21,11 +21,11 @@ SEED = 2020  # torch-fidelity's
 
 
 def compute_metrics(samples: Measured, reference: Measured) -> dict[str, float]:
-    """The metrics that features and reference allow.
+    """Computes the metrics that samples and reference allow.
 
     FID (arXiv 1706.08500) and sFID (arXiv 2103.03841, on the features of ADM's evaluator); KID (arXiv 1801.01401), the mean
-    over 100 subsets of 1000 images or of all, if they are fewer; precision and recall (arXiv 1904.06991) with 3 neighbours;
-    Inception Score (arXiv 1606.03498) over 10 splits.
+    over 100 subsets of 1000 images, or of all images where there are fewer; precision and recall (arXiv 1904.06991) with 3
+    neighbours; Inception Score (arXiv 1606.03498) over 10 splits.
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -41,8 +41,8 @@ def compute_metrics(samples: Measured, reference: Measured) -> dict[str, float]:
         kid = kid_features_to_metric(*both, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False)
         values["kid"] = kid["kernel_inception_distance_mean"]
         values["kid_std"] = kid["kernel_inception_distance_std"]
-        shares = prc_features_to_metric(*both, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
-        values |= {name: shares[name] for name in ("precision", "recall")}
+        found = prc_features_to_metric(*both, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+        values |= {name: found[name] for name in ("precision", "recall")}
     if "logits" in samples.features:
         score = isc_features_to_metric(samples.features["logits"], SPLITS, rng_seed=SEED)
         values["inception_score"] = score["inception_score_mean"]
@@ -51,7 +51,7 @@ def compute_metrics(samples: Measured, reference: Measured) -> dict[str, float]:
 
 
 def left_out(samples: Measured, reference: Measured) -> dict[str, str]:
-    """The metrics that cannot be computed, with the reason."""
+    """Metrics that cannot be computed, each with the reason."""
     reasons = {}
     for name, metric in (("pool", "fid"), ("spatial", "sfid")):
         if name not in reference.statistics:

@@ -1,4 +1,4 @@
-"""The real images that samples are compared with: measured once, kept as .npz; or statistics that others made."""
+"""Reference of an evaluation: real images, measured once and kept as .npz, or statistics that others published."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images, measured; `about` says which and how many."""
+    """Measurements of the real images; `about` says which images and how many."""
 
     measured: Measured
     about: dict[str, Any]
@@ -36,10 +36,10 @@ class Reference:
 def measure_source(
     accelerator: Accelerator, extractor: Extractor, source: Source, about: dict[str, Any], cache_dir: str | None
 ) -> Reference:
-    """Features of a data set's images, centre-cropped as in training; kept for the next time. All processes must call it.
+    """Measures a data set's images, centre-cropped as in training, and caches the result. All processes must call it.
 
     Args:
-        about: what the images are: data set, split, `resolution`; with `extractor` the key of what is kept.
+        about: facts on the images (data set, split, `resolution`); together with the extractor the key of the cache.
 
     Raises:
         OptionError: the source holds latents, or fewer than two readable images.
@@ -65,13 +65,13 @@ def measure_source(
 
 
 def open_npz(accelerator: Accelerator, extractor: Extractor, path: Path) -> Reference:
-    """Statistics that this room wrote, or a reference batch of ADM: mu, sigma, mu_s, sigma_s and images arr_0, or some.
+    """Opens an .npz of `write_statistics`, or a reference batch of ADM: mu, sigma, mu_s, sigma_s, arr_0, or some of these.
 
-    ADM's statistics are taken with the published weights only, which they were made with (by TensorFlow); what they lack,
-    and what KID, precision and recall need, comes from the images. All processes must call it.
+    ADM's statistics were made with the published Inception weights and are only valid with them. Statistics that are
+    missing, and what KID, precision and recall need, are computed from the images arr_0. All processes must call it.
 
     Raises:
-        OptionError: it is neither, or made by another extractor.
+        OptionError: the file is neither, or was made by another extractor.
     """
     with _open(path) as arrays:
         names = set(arrays.files)
@@ -111,10 +111,10 @@ def open_npz(accelerator: Accelerator, extractor: Extractor, path: Path) -> Refe
 
 
 def read_statistics(path: Path, extractor: Extractor) -> Reference:
-    """What `write_statistics` wrote.
+    """Reads the .npz of `write_statistics`.
 
     Raises:
-        OptionError: it is damaged, or made by another extractor.
+        OptionError: the file is damaged, or was made by another extractor.
     """
     with _open(path) as arrays:
         try:
@@ -136,7 +136,7 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
 
 
 def write_statistics(path: Path, reference: Reference) -> None:
-    """Writes an .npz under ADM's names (which pytorch-fid reads too), with `features`, `count`, `extractor` and `about`."""
+    """Writes an .npz with ADM's names (pytorch-fid reads them too), and `features`, `count`, `extractor` and `about`."""
     arrays = {}
     for name, pair in STATISTICS.items():
         statistics = reference.measured.statistics[name]
@@ -154,7 +154,7 @@ def write_statistics(path: Path, reference: Reference) -> None:
 
 
 def _images(source: Source, resolution: int, index: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Numbers, and images as uint8 tensors of shape (3, R, R), of each `count`-th block from the `index`-th on."""
+    """Yields image numbers and uint8 tensors of shape (3, R, R), of every `count`-th block from the `index`-th on."""
     starts, to_square = np.cumsum([0, *source.block_sizes]), Preprocessing(resolution)
     for block in range(index, len(source.block_sizes), count):
         for place, row in enumerate(source.read_block(block)):

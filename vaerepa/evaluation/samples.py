@@ -1,8 +1,8 @@
-"""Samples: images that follow from the seed and their number alone, drawn by all processes into one folder.
+"""Generated images: each follows from the seed and its number alone; all processes write them into one folder.
 
 FOLDER/settings.json              what the images depend on
-FOLDER/images/000000.png ...      each takes its name when it is whole; a killed run goes on with those that lack
-FOLDER/samples.npz                the same as one array, for evaluators that take that
+FOLDER/images/000000.png ...      complete files only; a run that was killed continues with the missing ones
+FOLDER/samples.npz                all images as one array, for the evaluator of ADM
 """
 
 import json
@@ -25,44 +25,44 @@ from vaerepa.data.images import to_pixels
 from vaerepa.errors import OptionError
 from vaerepa.randomness import draw_permutation, draw_uniform, generator
 
-Draw = Callable[[list[int]], list[Image.Image]]  # from the numbers of images to the images
+GenerateImages = Callable[[list[int]], list[Image.Image]]  # takes the numbers of images, returns the images
 LabelSampling = Literal["random", "equal"]
 SETTINGS = "settings.json"
 NPZ = "samples.npz"
 
 
 def balanced(count: int, choices: int, seed: int) -> list[int]:
-    """A choice in [0, choices) for each image: each comes equally often, up to one; the i-th follows from the seed and i."""
+    """A choice in [0, choices) for each image; numbers of occurrences differ by at most one; the i-th needs seed and i only."""
     order = draw_permutation(seed, "evaluation", choices).tolist()
     return [order[i % choices] for i in range(count)]
 
 
 def choose_labels(count: int, num_classes: int, seed: int, sampling: LabelSampling) -> list[int]:
-    """A class for each image: drawn at random, each by its own number, as REPA, SRA and SiT do; or each equally often."""
+    """A class for each image: random and independent, as REPA, SRA and SiT do ("random"), or each equally often ("equal")."""
     if sampling == "equal":
         return balanced(count, num_classes, seed)
     return [int(draw_uniform(seed, "evaluation label", i) * num_classes) for i in range(count)]
 
 
-def draw_classes(pipeline: DiffusionPipeline, labels: list[int], seed: int, **call: Any) -> Draw:
-    """Draws image i of class labels[i] by a class-conditional pipeline; `call` are further arguments of its call."""
+def images_of_labels(pipeline: DiffusionPipeline, labels: list[int], seed: int, **call: Any) -> GenerateImages:
+    """Generation of image i with class labels[i] by a class-conditional pipeline; `call`: further arguments of its call."""
 
-    def draw(numbers: list[int]) -> list[Image.Image]:
+    def generate(numbers: list[int]) -> list[Image.Image]:
         return pipeline([labels[i] for i in numbers], generator=_generators(seed, numbers), **call).images
 
-    return draw
+    return generate
 
 
-def draw_prompts(
+def images_of_prompts(
     pipeline: DiffusionPipeline, prompts: Prompts, texts: list[str], negative_prompt: str, seed: int, **call: Any
-) -> Draw:
-    """Draws image i of the prompt texts[i] by a text-to-image pipeline; `call` are further arguments of its call."""
+) -> GenerateImages:
+    """Generation of image i with the prompt texts[i] by a text-to-image pipeline; `call`: further arguments of its call."""
 
-    def draw(numbers: list[int]) -> list[Image.Image]:
+    def generate(numbers: list[int]) -> list[Image.Image]:
         wanted = [texts[i] for i in numbers]
-        return sampling.draw_texts(pipeline, prompts, wanted, negative_prompt, _generators(seed, numbers), **call)
+        return sampling.generate_images(pipeline, prompts, wanted, negative_prompt, _generators(seed, numbers), **call)
 
-    return draw
+    return generate
 
 
 def _generators(seed: int, numbers: list[int]) -> list[torch.Generator]:
@@ -70,10 +70,10 @@ def _generators(seed: int, numbers: list[int]) -> list[torch.Generator]:
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder, or finds it again: what lies there must have been drawn alike.
+    """Creates the folder; images that are already there must have been generated with the same settings.
 
     Raises:
-        OptionError: it holds other images, or cannot be written.
+        OptionError: the folder holds other images, or cannot be written.
     """
     path = folder / SETTINGS
     settings = json.loads(json.dumps(settings))
@@ -84,7 +84,8 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
             changed = [f"{k} was {before.get(k)} and is {v}" for k, v in settings.items() if before.get(k) != v]
             if changed:
                 raise OptionError(
-                    f"--output_dir {folder} holds images that were drawn otherwise: {'; '.join(changed)}. Choose another."
+                    f"--output_dir {folder} holds images that were generated with other settings: {'; '.join(changed)}. "
+                    "Choose another."
                 )
             return
         if next((folder / "images").iterdir(), None):
@@ -96,8 +97,10 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
         raise OptionError(f"{path} is damaged; remove the folder, or choose another --output_dir.") from error
 
 
-def draw_missing(accelerator: Accelerator, folder: Path, count: int, batch_size: int, draw: Draw) -> None:
-    """Draws those of the images 0 to `count` - 1 that the folder lacks, shared out over all processes."""
+def generate_missing(
+    accelerator: Accelerator, folder: Path, count: int, batch_size: int, generate: GenerateImages
+) -> None:
+    """Generates those of the images 0 to `count` - 1 that are missing in the folder; all processes must call it."""
     missing = [i for i in range(count) if not image_path(folder, i).exists()]
     accelerator.wait_for_everyone()  # until all have seen the same
     own = missing[accelerator.process_index :: accelerator.num_processes]
@@ -110,7 +113,7 @@ def draw_missing(accelerator: Accelerator, folder: Path, count: int, batch_size:
     for start in range(0, len(own), batch_size):
         numbers = own[start : start + batch_size]
         with accelerator.autocast():
-            images = draw(numbers)
+            images = generate(numbers)
         for number, image in zip(numbers, images, strict=True):
             _write_image(image_path(folder, number), image)
         progress.update(min(len(numbers) * accelerator.num_processes, count - progress.n))
@@ -119,19 +122,19 @@ def draw_missing(accelerator: Accelerator, folder: Path, count: int, batch_size:
 
 
 def image_path(folder: Path, number: int) -> Path:
-    """Where an image lies."""
+    """Path of an image in the folder."""
     return folder / "images" / f"{number:06d}.png"
 
 
 def read_pixels(folder: Path, numbers: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields the numbers, and the images as uint8 tensors of shape (3, H, W)."""
+    """Yields numbers and images, the latter as uint8 tensors of shape (3, H, W)."""
     for number in numbers:
         with Image.open(image_path(folder, number)) as image:
             yield number, to_pixels(image.convert("RGB"))
 
 
 def write_npz(folder: Path, count: int) -> Path:
-    """Writes the images as `arr_0`, uint8 of shape (N, H, W, 3), as the evaluator of ADM (openai/guided-diffusion) reads."""
+    """Writes the images as `arr_0`, uint8 (N, H, W, 3), the form that the evaluator of ADM (openai/guided-diffusion) reads."""
     path = folder / NPZ
     unfinished = path.with_name(f".{NPZ}.unfinished")
     with Image.open(image_path(folder, 0)) as first:
@@ -145,7 +148,7 @@ def write_npz(folder: Path, count: int) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that takes its name when it is whole."""
+    """Writes a file under a temporary name and renames it when it is complete."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_bytes(content)
     os.replace(unfinished, path)

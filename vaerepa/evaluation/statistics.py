@@ -1,4 +1,4 @@
-"""Mean and covariance of features, summed up over batches and processes, and the distance of two Gaussians."""
+"""Mean and covariance of features over all batches and processes, and the Fréchet distance of two Gaussians."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Statistics:
 
 
 class Sums:
-    """Sums of features and of their products in float64: what statistics are made of, however the images were shared out."""
+    """Sums of features and of their products in float64; statistics do not depend on how images are split over processes."""
 
     def __init__(self):
         self.count = 0
@@ -30,13 +30,13 @@ class Sums:
         self.products = self.products + features.T @ features
 
     def statistics(self) -> Statistics:
-        """Over all processes, each of which must call it.
+        """Statistics over the sums of all processes; every process must call it.
 
         Raises:
             ValueError: there are fewer than two images.
         """
-        shares = gather_object([(self.count, self.total, self.products)])
-        count, total, products = (sum(parts) for parts in zip(*shares, strict=True))
+        of_all = gather_object([(self.count, self.total, self.products)])
+        count, total, products = (sum(parts) for parts in zip(*of_all, strict=True))
         if count < 2:
             raise ValueError(f"the covariance of {count} images: expected at least 2.")
         mu = total / count

@@ -58,7 +58,7 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
         f"every {options.logging_steps} and a checkpoint every {options.checkpointing_steps}"
     )
     logger.info(
-        f"{len(setup.sources.train)} images, {len(setup.sources.validation or ())} held out; batch "
+        f"{len(setup.sources.train)} images, {len(setup.sources.validation or ())} for validation; batch "
         f"{options.global_batch_size} = {options.train_batch_size} x {accelerator.num_processes} processes x "
         f"{options.gradient_accumulation_steps} accumulated"
     )

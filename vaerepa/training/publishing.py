@@ -73,7 +73,7 @@ def card_facts(setup: Setup, state: TrainingState, monitor: Monitor) -> dict[str
         "grid": f"samples/{grids[-1].name}" if grids else None,
         "grid_step": step_of(Path(grids[-1].stem)) if grids else None,
         "curves": "training_curves.png" if (root / "training_curves.png").exists() else None,
-        "held_out_loss": _last_validation_loss(setup, monitor),
+        "validation_loss": _last_validation_loss(setup, monitor),
         "report": newest_report(root, state.step),
         "is_flow": objectives.name_of(setup.objective.scheduler) == "flow_matching",
         "pipeline_class": setup.conditioning.pipeline_class.__name__,

@@ -1,4 +1,4 @@
-"""Validation: loss on held-out images, sample grids, and evaluation by FID and its like."""
+"""Validation: loss on validation images, sample grids, and evaluation by FID and other metrics."""
 
 from contextlib import nullcontext
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from vaerepa.data import Batch
-from vaerepa.evaluation import held_out_loss
+from vaerepa.evaluation import validation_loss
 from vaerepa.logs import get_logger, log_picture
 from vaerepa.sampling import MAX_COLUMNS
 from vaerepa.system import unless_out_of_space
@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 
 def validate(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
-    """Validation loss of all EMA weights, and a sample grid of the exported ones; every process must call it."""
+    """Validation loss of each of the EMA weights, and a sample grid of the exported weights; every process must call it."""
     with state.ema.on_device() if state.ema else nullcontext():
         measure_validation_loss(setup, state, monitor)
     plot_grid(setup, state)
@@ -26,12 +26,12 @@ def validate(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
 
 
 def plot_grid(setup: Setup, state: TrainingState) -> None:
-    """A sample grid of the exported weights, into samples/ and to the trackers; the main process makes it."""
+    """Plots a sample grid of the exported weights into samples/ and to the trackers, on the main process alone."""
     if not setup.accelerator.is_main_process or not setup.options.num_validation_images:
         return
     path = setup.output_dir / "samples" / f"step-{state.step:07d}.png"
     num_images = setup.options.num_validation_images
-    if state.step == 0:  # one row, which only shows that and from what they are generated
+    if state.step == 0:  # one row: it only shows that generation works
         num_images = min(num_images, MAX_COLUMNS)
     with unless_out_of_space("the sample grid"), state.ema.on_device() if state.ema else nullcontext():
         with setup.accelerator.autocast():
@@ -51,12 +51,12 @@ def measure_validation_loss(setup: Setup, state: TrainingState, monitor: Monitor
         weights = {f"ema_{decay}": ema_weights for decay, ema_weights in state.ema.transformers.items()}
     for name, transformer in weights.items():
         batches = setup.feed.validation_batches(source, count)
-        losses = held_out_loss(
+        losses = validation_loss(
             setup.accelerator, batches, lambda batch, model=transformer: _losses_of(setup, model, batch)
         )
         prefix = f"validation/{name}" if len(weights) > 1 else "validation"
         monitor.write({f"{prefix}/{key}": value for key, value in losses.items()})
-        logger.info(f"step {state.step}: held-out loss {losses['loss']:.5f} ({name})")
+        logger.info(f"step {state.step}: validation loss {losses['loss']:.5f} ({name})")
 
 
 def _losses_of(setup: Setup, transformer: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,11 +69,11 @@ def _losses_of(setup: Setup, transformer: nn.Module, batch: Batch) -> tuple[torc
 
 
 def evaluate(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
-    """FID and its like of images that the exported weights generate, on all processes; every process must call it."""
+    """FID and other metrics of images that the exported weights generate; every process must call it."""
     with state.ema.on_device() if state.ema else nullcontext():
-        draw, sampler = setup.conditioning.evaluation_images(state.exported_transformer.eval(), setup.evaluation)
+        generate, sampler = setup.conditioning.evaluation_images(state.exported_transformer.eval(), setup.evaluation)
         weights = f"EMA {setup.options.ema_decay[0]}" if state.ema else "no EMA"
-        report = setup.evaluation.run(state.step, draw, weights, sampler)
+        report = setup.evaluation.run(state.step, generate, weights, sampler)
     monitor.write({f"evaluation/{name}": value for name, value in report.metrics.items()})
     for line in report.lines():
         logger.info(f"step {state.step}: {line}")
