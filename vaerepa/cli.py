@@ -12,7 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, field, fields
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -70,6 +70,13 @@ def option(
     return field(default=default, repr=not secret, metadata=metadata)
 
 
+def fields_of(kind: type) -> dict[str, Field]:
+    """Fields by name, part by part in the order in which a class of options lists its parts; dataclasses reverse it."""
+    known = {spec.name: spec for spec in fields(kind)}
+    parts = [part for part in kind.__mro__ if "__dataclass_fields__" in vars(part)]
+    return {name: known[name] for part in parts for name in vars(part).get("__annotations__", {}) if name in known}
+
+
 # ---- reading
 
 
@@ -92,7 +99,7 @@ def parse(
         OptionError: an unknown key or flag, or a value of the wrong type.
         SystemExit: after --help.
     """
-    known = {spec.name: spec for spec in fields(kind)}
+    known = fields_of(kind)
     line = [_spelled(argument, known, aliases) for argument in (sys.argv[1:] if arguments is None else arguments)]
     if "--help" in line or "-h" in line:
         print(_help(known, program, description, [one.lstrip("-") for one in line if one not in ("--help", "-h")]))
@@ -130,7 +137,7 @@ def read_config(
             what = "--row is missing" if row is None else f"--row {row}: there is no such row"
             raise OptionError(f"--config {path}: {what}; choose one of {', '.join(rows)}.")
         values = rows[row]
-    known = {spec.name: spec for spec in fields(kind)}
+    known = fields_of(kind)
     values = {_plain(str(name), known, aliases or {}): value for name, value in values.items()}
     unknown = [str(name) for name in values if name not in known]
     if unknown:
@@ -243,7 +250,7 @@ def check(options: Any) -> None:
     Raises:
         OptionError: a value outside its range, or one that says nothing here.
     """
-    for spec in fields(options):
+    for spec in fields_of(type(options)).values():
         value, metadata = getattr(options, spec.name), spec.metadata
         for one in value if isinstance(value, tuple) else (value,):
             if one is not None and not all(BOUNDS[name][1](one, bound) for name, bound in metadata["bounds"].items()):
@@ -263,18 +270,15 @@ def write_config(options: Any, path: Path) -> None:
 
 def as_plain(options: Any) -> dict[str, Any]:
     """The options as a dictionary that JSON and YAML can hold, but for secrets."""
-    secrets = {spec.name for spec in fields(options) if spec.metadata["secret"]}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(options).items()
-        if name not in secrets
-    }
+    known = [name for name, spec in fields_of(type(options)).items() if not spec.metadata["secret"]]
+    values = {name: getattr(options, name) for name in known}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def table(kind: type) -> str:
     """The options in Markdown, a table for each group."""
     lines = []
-    for spec in fields(kind):
+    for spec in fields_of(kind).values():
         if spec.metadata["group"]:
             lines += ["", f"**{spec.metadata['group']}**", "", "| option | default | meaning |", "|---|---|---|"]
         flag = f"`--{spec.name}`" + (f", `--no_{spec.name}`" if spec.type is bool else "")
@@ -315,7 +319,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(program, add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
         self.add_argument("--config", nargs="+", default=[], action="extend")
         self.add_argument("--row")
-        for spec in fields(kind):
+        for spec in fields_of(kind).values():
             if spec.type is bool:
                 self.add_argument(f"--{spec.name}", nargs="?", const=True)
                 self.add_argument(f"--no_{spec.name}", dest=spec.name, action="store_false")

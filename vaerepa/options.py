@@ -2,18 +2,18 @@
 
 import types
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass
 from typing import Any, Literal
 
 from vaerepa import cli, families
+from vaerepa.alignment.options import AlignmentOptions
 from vaerepa.cli import Resume, as_plain, option
 from vaerepa.foreign_flags import ALIASES, FOREIGN
 from vaerepa.privacy import public_values
 
 
 @dataclass
-class Options:
-    # --- Model ---------------------------------------------------------------------------------------------------
+class ModelOptions:
     model: str = option(
         "SiT-B/2",
         f"Transformer to train: {families.presets_of('labels')}, or `custom` with the four options below; with "
@@ -50,7 +50,9 @@ class Options:
         resume="content",
     )
 
-    # --- Text ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class TextOptions:
     text_conditioning: bool = option(
         False, "Train a text-to-image transformer on captions, not on classes.", resume="fixed", group="Text"
     )
@@ -99,7 +101,9 @@ class Options:
         goes_with="rank",
     )
 
-    # --- Data ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class DataOptions:
     dataset_name: str | None = option(
         None,
         "Data set: a Hub id, or a local folder in the Hub's layout. It is streamed.",
@@ -191,7 +195,9 @@ class Options:
         2, "Data worker processes per device; 0 loads in the main process.", at_least=0
     )
 
-    # --- Objective -----------------------------------------------------------------------------------------------
+
+@dataclass
+class ObjectiveOptions:
     objective: Literal["flow_matching", "ddpm"] | None = option(
         None,
         "What the transformer predicts: the velocity (SiT), or the noise (DiT). Default: what the fine-tuned pipeline "
@@ -220,108 +226,9 @@ class Options:
         0.1, "Share of labels dropped for classifier-free guidance.", resume="fixed", at_least=0, below=1
     )
 
-    # --- Alignment -----------------------------------------------------------------------------------------------
-    alignment: tuple[Literal["none", "vae", "repa", "sra", "layersync"], ...] = option(
-        ("vae",),
-        "Representation alignment, one method or several: `vae` is VAE-REPA, `repa` aligns to a vision encoder (REPA), `sra` "
-        "to the EMA weights (SRA), `layersync` to a deeper block (LayerSync), `none` is the plain transformer. The options below "
-        "that differ by method take one value for all, or method=value for each; a method that is not named keeps its default.",
-        resume="fixed",
-        group="Alignment",
-    )
-    alignment_block: tuple[int | None, ...] | None = option(
-        None,
-        "Block whose output is aligned, counted from 1. Default: the method's own, see docs/alignment.md.",
-        resume="fixed",
-        above=0,
-        named_by="alignment",
-    )
-    alignment_weight: tuple[float | None, ...] | None = option(
-        None,
-        "Weight of the alignment loss (lambda). Default: the method's own, see docs/alignment.md; where a text-to-image "
-        " model is fine-tuned 0.2, falling to 0 by cosine over the first third of the run.",
-        resume="schedule",
-        at_least=0,
-        named_by="alignment",
-    )
-    alignment_loss: tuple[Literal["smooth_l1", "l1", "l2", "cosine"] | None, ...] | None = option(
-        None,
-        "Distance of head output and target; cosine is taken over the values of a token. Default: the method's own.",
-        resume="schedule",
-        named_by="alignment",
-    )
-    alignment_beta: tuple[float, ...] = option(
-        (0.05,),
-        "Where smooth_l1 turns from quadratic to linear.",
-        resume="schedule",
-        above=0,
-        named_by="alignment",
-    )
-    alignment_layers: tuple[int | None, ...] | None = option(
-        None, "Linear layers of the head. Default: the method's own.", resume="fixed", above=0, named_by="alignment"
-    )
-    alignment_width: tuple[int | None, ...] | None = option(
-        None,
-        "Width of the head's inner layers. Default: the method's own.",
-        resume="fixed",
-        above=0,
-        named_by="alignment",
-    )
-    alignment_t_range: tuple[float, ...] = option(
-        (0.0, 1.0),
-        "Only samples whose t lies in this range, two numbers (of one method: vae=0,0.5), are aligned.",
-        resume="schedule",
-        named_by="alignment",
-    )
-    alignment_weight_schedule: tuple[Literal["constant", "linear", "cosine"], ...] = option(
-        ("constant",), "How the weight falls to 0 at --alignment_stop_step.", resume="schedule", named_by="alignment"
-    )
-    alignment_stop_step: tuple[int | None, ...] | None = option(
-        None,
-        "After this step the head is dropped and training goes on without it. Default: never.",
-        resume="schedule",
-        above=0,
-        named_by="alignment",
-    )
-    alignment_target: Literal[
-        "latent",
-        "velocity",
-        "vae_mid_block",
-        "vae_down_block_1",
-        "vae_down_block_2",
-        "vae_down_block_3",
-        "vae_down_block_4",
-    ] = option(
-        "latent",
-        "What `vae` aligns to: the latents, their velocity, or features of the VAE's encoder, which then runs twice.",
-        resume="fixed",
-    )
-    alignment_encoder: str = option(
-        "facebook/dinov2-base",
-        "Vision transformer of transformers that `repa` aligns to: a Hub id or a folder of a DINOv2, DINOv3, CLIP, SigLIP or "
-        "their like, with its image processor.",
-        resume="content",
-        path=True,
-    )
-    alignment_irepa: bool = option(
-        False,
-        "iREPA: a 3x3 convolution as head of `repa`, and its target normalised per channel over the tokens of each image.",
-        resume="fixed",
-    )
-    alignment_teacher_block: int | None = option(
-        None,
-        "Block that a method which learns from the model itself aligns to, counted from 1: of the EMA weights for `sra`, of the "
-        "same forward pass for `layersync`. Default: the method's own.",
-        resume="fixed",
-    )
-    alignment_normalize: bool = option(
-        False,
-        "Normalise the target of `vae` per channel, with statistics measured on the data. For VAEs whose latents are not near "
-        "unit scale; with --text_conditioning there always.",
-        resume="fixed",
-    )
 
-    # --- Training ------------------------------------------------------------------------------------------------
+@dataclass
+class TrainingOptions:
     seed: int = option(
         0, "Everything random follows from it: weights, order, noise, timesteps.", resume="fixed", group="Training"
     )
@@ -384,7 +291,9 @@ class Options:
         False, "Use bitsandbytes' 8-bit AdamW: a quarter of the optimizer's memory.", resume="fixed"
     )
 
-    # --- Validation ----------------------------------------------------------------------------------------------
+
+@dataclass
+class ValidationOptions:
     validation_steps: int | None = option(
         None, "Validate every so many steps. Default: at the end only.", group="Validation", above=0
     )
@@ -399,7 +308,9 @@ class Options:
     validation_num_inference_steps: int = option(50, "Sampling steps of the sample grids.", above=0)
     num_validation_samples: int = option(512, "Held-out images of the validation loss.", at_least=0)
 
-    # --- Evaluation ----------------------------------------------------------------------------------------------
+
+@dataclass
+class EvaluationOptions:
     eval_steps: int | None = option(
         None,
         "Draw images and measure FID, KID, precision and recall every so many steps, and at the end; needs "
@@ -423,7 +334,9 @@ class Options:
         None, "File of the FID Inception's weights. Default: torch-fidelity downloads its own.", path=True
     )
 
-    # --- Output --------------------------------------------------------------------------------------------------
+
+@dataclass
+class OutputOptions:
     output_dir: str = option(
         "outputs/vaerepa", "Folder for checkpoints, pictures and the final pipeline.", group="Output", path=True
     )
@@ -447,7 +360,9 @@ class Options:
         path=True,
     )
 
-    # --- Hub -----------------------------------------------------------------------------------------------------
+
+@dataclass
+class HubOptions:
     push_to_hub: bool = option(
         False,
         "Push the model to the Hub, in the background. Exit code 3: the last push failed, the run did not.",
@@ -479,7 +394,23 @@ class Options:
     hub_license: str = option("unknown", "Licence in the model card, as the Hub spells it, for example apache-2.0.")
 
 
-FIELDS: dict[str, Field] = {spec.name: spec for spec in fields(Options)}
+@dataclass
+class Options(
+    ModelOptions,
+    TextOptions,
+    DataOptions,
+    ObjectiveOptions,
+    AlignmentOptions,
+    TrainingOptions,
+    ValidationOptions,
+    EvaluationOptions,
+    OutputOptions,
+    HubOptions,
+):
+    """Every option, by the rooms that declare them; the order is that of --help."""
+
+
+FIELDS: dict[str, Field] = cli.fields_of(Options)
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:

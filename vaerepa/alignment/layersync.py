@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from vaerepa.alignment.distances import distance
-from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts
+from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
 from vaerepa.errors import OptionError
-from vaerepa.options import Options
 
 PUBLISHED_BLOCKS = {28: (8, 16)}  # of XL, as its authors' code is started: the aligned one and the one aligned to
 
@@ -57,7 +56,9 @@ class LayerSyncAlignment(AlignmentMethod):
         return 0.2
 
     @classmethod
-    def from_options(cls, options: Options, head_and_loss: dict[str, Any], parts: MethodParts) -> "LayerSyncAlignment":
+    def from_options(
+        cls, options: OtherOptions, head_and_loss: dict[str, Any], parts: MethodParts
+    ) -> "LayerSyncAlignment":
         """The method with --alignment_teacher_block.
 
         Raises:

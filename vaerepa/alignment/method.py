@@ -9,8 +9,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from vaerepa.options import Options
-
 
 @dataclass
 class AlignmentContext:
@@ -66,6 +64,19 @@ class MethodParts:
     statistics: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
+class OtherOptions:
+    """Options that are declared elsewhere and that a method may read beside its own."""
+
+    alignment_teacher_block: int | None
+    cache_dir: str | None
+    latents_cache: str | None
+    offload_ema: bool
+    pretrained_model_name_or_path: str | None
+    rank: int | None
+    text_conditioning: bool
+    use_ema: bool
+
+
 class AlignmentMethod(ABC):
     """A target for the hidden states of an early block, a head that leads there, and a distance. One file per method.
 
@@ -73,7 +84,7 @@ class AlignmentMethod(ABC):
         name: value of --alignment.
         title, citation: name and paper.
         default_loss, default_layers: of --alignment_loss and --alignment_layers.
-        own_options: options that go with this method alone.
+        options: dataclass of the options that go with this method alone; the registry joins them.
         numbers: names of the random numbers that each sample is given for it.
 
     Attributes:
@@ -86,7 +97,7 @@ class AlignmentMethod(ABC):
     citation: Citation
     default_loss: ClassVar[str]
     default_layers: ClassVar[int | None]
-    own_options: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[type[OtherOptions] | None] = None
     numbers: ClassVar[tuple[str, ...]] = ()
     needs: frozenset[str] = frozenset()
     target_blocks: tuple[int, ...] = ()
@@ -109,13 +120,13 @@ class AlignmentMethod(ABC):
         """Weight of the loss (lambda)."""
 
     @classmethod
-    def teacher_block(cls, options: Options, num_layers: int) -> int | None:
+    def teacher_block(cls, options: OtherOptions, num_layers: int) -> int | None:
         """Block that is aligned to: --alignment_teacher_block, or the default; None where the target is no block."""
         default = cls.default_teacher_block(num_layers)
         return None if default is None else options.alignment_teacher_block or default
 
     @classmethod
-    def check(cls, options: Options) -> None:
+    def check(cls, options: OtherOptions) -> None:
         """Checks the options of this method against the others.
 
         Raises:
@@ -123,7 +134,7 @@ class AlignmentMethod(ABC):
         """
 
     @classmethod
-    def check_vae(cls, options: Options, vae: nn.Module) -> None:
+    def check_vae(cls, options: OtherOptions, vae: nn.Module) -> None:
         """Checks that the VAE has what the target is made of.
 
         Raises:
@@ -131,17 +142,17 @@ class AlignmentMethod(ABC):
         """
 
     @classmethod
-    def image_flag(cls, options: Options) -> str | None:
+    def image_flag(cls, options: OtherOptions) -> str | None:
         """The flag by which images are needed beside their latents; None where they are not."""
         return None
 
     @classmethod
-    def expects_unit_scale(cls, options: Options) -> bool:
+    def expects_unit_scale(cls, options: OtherOptions) -> bool:
         """Whether the loss is out of proportion where latents are far from unit scale."""
         return False
 
     @classmethod
-    def open_encoder(cls, options: Options) -> Any:
+    def open_encoder(cls, options: OtherOptions) -> Any:
         """The vision encoder that the target comes from; None where it comes from none.
 
         Raises:
@@ -151,7 +162,9 @@ class AlignmentMethod(ABC):
 
     @classmethod
     @abstractmethod
-    def from_options(cls, options: Options, head_and_loss: dict[str, Any], parts: MethodParts) -> "AlignmentMethod":
+    def from_options(
+        cls, options: OtherOptions, head_and_loss: dict[str, Any], parts: MethodParts
+    ) -> "AlignmentMethod":
         """The method that the options ask for.
 
         Args:

@@ -1,4 +1,6 @@
-"""The alignment methods by their names, in the order in which --help lists them."""
+"""The alignment methods by their names, in the order in which --help lists them, and their own options in one class."""
+
+from dataclasses import dataclass
 
 from vaerepa.alignment.layersync import LayerSyncAlignment
 from vaerepa.alignment.method import AlignmentMethod
@@ -15,3 +17,8 @@ METHODS: dict[str, type[AlignmentMethod]] = {
         LayerSyncAlignment,
     )
 }
+
+
+@dataclass
+class MethodOptions(*(method.options for method in METHODS.values() if method.options)):
+    """The options that go with single methods."""

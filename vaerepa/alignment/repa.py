@@ -4,6 +4,7 @@ And iREPA (arXiv 2512.10794), which lets a convolution over the grid take the ML
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,28 @@ from torch import nn
 from vaerepa.alignment.distances import distance
 from vaerepa.alignment.grid import grid_of, resample
 from vaerepa.alignment.heads import GridConvolution, mlp
-from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts
+from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
 from vaerepa.alignment.vision_encoder import VisionEncoder, load_encoder
-from vaerepa.options import Options
+from vaerepa.cli import option
 from vaerepa.privacy import public_name
 
 PROJECTOR_WIDTH = 2048
+
+
+@dataclass
+class REPAOptions(OtherOptions):
+    alignment_encoder: str = option(
+        "facebook/dinov2-base",
+        "Vision transformer of transformers that `repa` aligns to: a Hub id or a folder of a DINOv2, DINOv3, CLIP, SigLIP or "
+        "their like, with its image processor.",
+        resume="content",
+        path=True,
+    )
+    alignment_irepa: bool = option(
+        False,
+        "iREPA: a 3x3 convolution as head of `repa`, and its target normalised per channel over the tokens of each image.",
+        resume="fixed",
+    )
 
 
 class REPAAlignment(AlignmentMethod):
@@ -43,7 +60,7 @@ class REPAAlignment(AlignmentMethod):
         "2410.06940",
     )
     default_loss, default_layers = "cosine", 3
-    own_options = ("alignment_encoder", "alignment_irepa")
+    options = REPAOptions
     needs = frozenset({"vision_features"})
 
     def __init__(
@@ -88,17 +105,17 @@ class REPAAlignment(AlignmentMethod):
         return 0.5
 
     @classmethod
-    def image_flag(cls, options: Options) -> str | None:
+    def image_flag(cls, options: REPAOptions) -> str | None:
         """--alignment repa: the encoder looks at the images."""
         return "--alignment repa"
 
     @classmethod
-    def open_encoder(cls, options: Options) -> VisionEncoder:
+    def open_encoder(cls, options: REPAOptions) -> VisionEncoder:
         """The encoder of --alignment_encoder."""
         return load_encoder(options.alignment_encoder, options.cache_dir)
 
     @classmethod
-    def from_options(cls, options: Options, head_and_loss: dict[str, Any], parts: MethodParts) -> "REPAAlignment":
+    def from_options(cls, options: REPAOptions, head_and_loss: dict[str, Any], parts: MethodParts) -> "REPAAlignment":
         """The method, or iREPA where --alignment_irepa says so."""
         return cls(parts.patch_size, parts.encoder, is_improved=options.alignment_irepa, **head_and_loss)
 

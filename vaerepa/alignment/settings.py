@@ -1,13 +1,13 @@
 """The alignment options, method by method: how many values there are, their defaults, the blocks, what must be at hand."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from vaerepa.alignment.method import AlignmentMethod
-from vaerepa.alignment.registry import METHODS
+from vaerepa.alignment.options import AlignmentOptions
+from vaerepa.alignment.registry import METHODS, MethodOptions
 from vaerepa.errors import OptionError
-from vaerepa.options import FIELDS, Options
 
 PER_METHOD = (
     "alignment_block",
@@ -24,17 +24,17 @@ TEXT_FINE_TUNING = {"weight": 0.2, "weight_schedule": "cosine"}
 SHARE_OF_RUN = 1 / 3  # after which their alignment ends
 
 
-def methods_of(options: Options) -> tuple[str, ...]:
+def methods_of(options: AlignmentOptions) -> tuple[str, ...]:
     """Names of the methods that are asked for, in order."""
     return () if options.alignment == ("none",) else options.alignment
 
 
-def classes_of(options: Options) -> list[type[AlignmentMethod]]:
+def classes_of(options: AlignmentOptions) -> list[type[AlignmentMethod]]:
     """The methods that are asked for, in order."""
     return [METHODS[name] for name in methods_of(options)]
 
 
-def values_of(options: Options, name: str) -> tuple[Any, ...]:
+def values_of(options: AlignmentOptions, name: str) -> tuple[Any, ...]:
     """An option's value for each method; None stands for the method's own default."""
     values, count = getattr(options, name), len(options.alignment)
     if values is None:
@@ -42,14 +42,14 @@ def values_of(options: Options, name: str) -> tuple[Any, ...]:
     return values * count if len(values) == 1 else values
 
 
-def t_ranges_of(options: Options) -> list[tuple[float, float]]:
+def t_ranges_of(options: AlignmentOptions) -> list[tuple[float, float]]:
     """The range of t for each method."""
     bounds = options.alignment_t_range
     pairs = list(zip(bounds[::2], bounds[1::2], strict=True))
     return pairs * len(options.alignment) if len(pairs) == 1 else pairs
 
 
-def check_alignment(options: Options) -> None:
+def check_alignment(options: AlignmentOptions) -> None:
     """Checks the alignment options against each other, as far as they need neither data nor model.
 
     Raises:
@@ -72,18 +72,18 @@ def check_alignment(options: Options) -> None:
             raise OptionError(
                 f"--alignment_weight_schedule {schedule} needs --alignment_stop_step, where it reaches 0."
             )
-    for name, method in METHODS.items():
-        for option in method.own_options:
-            if name not in methods and getattr(options, option) != FIELDS[option].default:
-                raise OptionError(f"--{option} goes with --alignment {name}.")
-    learns_from_itself = [name for name, method in METHODS.items() if method.default_teacher_block(1) is not None]
-    if options.alignment_teacher_block is not None and not set(learns_from_itself) & set(methods):
-        raise OptionError(f"--alignment_teacher_block goes with --alignment {' or '.join(learns_from_itself)}.")
+    for spec in fields(MethodOptions):
+        owner = next(name for name, method in METHODS.items() if hasattr(method.options, spec.name))
+        if owner not in methods and getattr(options, spec.name) != spec.default:
+            raise OptionError(f"--{spec.name} goes with --alignment {owner}.")
+    with_teacher = [name for name, method in METHODS.items() if method.default_teacher_block(1) is not None]
+    if options.alignment_teacher_block is not None and not set(with_teacher) & set(methods):
+        raise OptionError(f"--alignment_teacher_block goes with --alignment {' or '.join(with_teacher)}.")
     for method in classes_of(options):
         method.check(options)
 
 
-def check_t_ranges(options: Options, named: str) -> None:
+def check_t_ranges(options: AlignmentOptions, named: str) -> None:
     """Checks --alignment_t_range; `named` are the methods."""
     bounds = options.alignment_t_range
     given = " ".join(map(str, bounds))
@@ -93,7 +93,7 @@ def check_t_ranges(options: Options, named: str) -> None:
         raise OptionError(f"--alignment_t_range {given}: expected two rising numbers within 0 and 1.")
 
 
-def fill_in_defaults(options: Options) -> Options:
+def fill_in_defaults(options: AlignmentOptions) -> AlignmentOptions:
     """Gives each method one value of every option whose default does not depend on the model."""
     methods = methods_of(options)
     if not methods:
@@ -115,13 +115,13 @@ def fill_in_defaults(options: Options) -> Options:
     return replace(options, **filled, alignment_t_range=t_range)
 
 
-def end_with_run(options: Options, max_train_steps: int) -> Options:
+def end_with_run(options: AlignmentOptions, max_train_steps: int) -> AlignmentOptions:
     """Lets a weight that falls, but for which no end is known yet, end after a share of the run."""
     end = max(1, round(SHARE_OF_RUN * max_train_steps))
     return end_at(options, (end,) * len(options.alignment))
 
 
-def end_at(options: Options, steps: Sequence[int | None]) -> Options:
+def end_at(options: AlignmentOptions, steps: Sequence[int | None]) -> AlignmentOptions:
     """Lets weights that fall, but for which no end is known yet, end at these steps, one for each method."""
     if not methods_of(options):
         return options
@@ -133,7 +133,7 @@ def end_at(options: Options, steps: Sequence[int | None]) -> Options:
     return replace(options, alignment_stop_step=None if set(ends) == {None} else ends)
 
 
-def blocks_of(options: Options, num_layers: int) -> dict[str, int]:
+def blocks_of(options: AlignmentOptions, num_layers: int) -> dict[str, int]:
     """The block that each method aligns, counted from 1.
 
     Raises:

@@ -9,10 +9,9 @@ from torch import nn
 
 from vaerepa.alignment.distances import distance
 from vaerepa.alignment.heads import mlp
-from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts
+from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
 from vaerepa.alignment.taps import output_of
 from vaerepa.errors import OptionError
-from vaerepa.options import Options
 
 MAX_TIME_OFFSET = 0.2  # of the teacher's t before the student's
 TIME_OFFSET = "teacher lead"  # name of the random number, which seeds it
@@ -82,7 +81,7 @@ class SRAAlignment(AlignmentMethod):
         return 0.5 if distance == "cosine" else 0.2
 
     @classmethod
-    def check(cls, options: Options) -> None:
+    def check(cls, options: OtherOptions) -> None:
         """Checks that the EMA weights can teach."""
         if options.rank:
             raise OptionError("--alignment sra learns from the EMA weights, and a LoRA (--rank) keeps none.")
@@ -92,7 +91,7 @@ class SRAAlignment(AlignmentMethod):
             raise OptionError("--alignment sra needs the EMA weights in every step: leave --offload_ema out.")
 
     @classmethod
-    def from_options(cls, options: Options, head_and_loss: dict[str, Any], parts: MethodParts) -> "SRAAlignment":
+    def from_options(cls, options: OtherOptions, head_and_loss: dict[str, Any], parts: MethodParts) -> "SRAAlignment":
         """The method with --alignment_teacher_block."""
         return cls(cls.teacher_block(options, parts.num_layers), **head_and_loss)
 

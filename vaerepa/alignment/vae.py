@@ -4,8 +4,9 @@ Or their velocity, as in the first stage of Self-Transcendence (arXiv 2601.07773
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,36 @@ from torch import nn
 from vaerepa.alignment.distances import distance
 from vaerepa.alignment.grid import grid_of, patchify, resample
 from vaerepa.alignment.heads import mlp
-from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts
+from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
 from vaerepa.alignment.taps import output_of
 from vaerepa.alignment.vae_features import VAEFeatures
+from vaerepa.cli import option
 from vaerepa.errors import OptionError
-from vaerepa.options import Options
 
 LATENT_TARGETS = ("latent", "velocity")  # the others are stages of the VAE's encoder
+
+
+@dataclass
+class VAEAlignmentOptions(OtherOptions):
+    alignment_target: Literal[
+        "latent",
+        "velocity",
+        "vae_mid_block",
+        "vae_down_block_1",
+        "vae_down_block_2",
+        "vae_down_block_3",
+        "vae_down_block_4",
+    ] = option(
+        "latent",
+        "What `vae` aligns to: the latents, their velocity, or features of the VAE's encoder, which then runs twice.",
+        resume="fixed",
+    )
+    alignment_normalize: bool = option(
+        False,
+        "Normalise the target of `vae` per channel, with statistics measured on the data. For VAEs whose latents are not near "
+        "unit scale; with --text_conditioning there always.",
+        resume="fixed",
+    )
 
 
 class VAEAlignment(AlignmentMethod):
@@ -46,7 +70,7 @@ class VAEAlignment(AlignmentMethod):
         "2601.17830",
     )
     default_loss, default_layers = "smooth_l1", 5
-    own_options = ("alignment_target", "alignment_normalize")
+    options = VAEAlignmentOptions
 
     def __init__(
         self,
@@ -87,7 +111,7 @@ class VAEAlignment(AlignmentMethod):
         return 1.0
 
     @classmethod
-    def check(cls, options: Options) -> None:
+    def check(cls, options: VAEAlignmentOptions) -> None:
         """Checks that features of the VAE's encoder are neither normalised by channel nor asked of a cache."""
         if options.alignment_target in LATENT_TARGETS:
             return
@@ -100,24 +124,26 @@ class VAEAlignment(AlignmentMethod):
             )
 
     @classmethod
-    def check_vae(cls, options: Options, vae: nn.Module) -> None:
+    def check_vae(cls, options: VAEAlignmentOptions, vae: nn.Module) -> None:
         """Checks that the VAE's encoder has the stage that is aligned to."""
         if options.alignment_target not in LATENT_TARGETS:
             VAEFeatures(vae, options.alignment_target)
 
     @classmethod
-    def image_flag(cls, options: Options) -> str | None:
+    def image_flag(cls, options: VAEAlignmentOptions) -> str | None:
         """--alignment_target, where features are aligned to."""
         is_latent = options.alignment_target in LATENT_TARGETS
         return None if is_latent else f"--alignment_target {options.alignment_target}"
 
     @classmethod
-    def expects_unit_scale(cls, options: Options) -> bool:
+    def expects_unit_scale(cls, options: VAEAlignmentOptions) -> bool:
         """Whether raw latents, or their velocity, are aligned to."""
         return options.alignment_target in LATENT_TARGETS and not options.alignment_normalize
 
     @classmethod
-    def from_options(cls, options: Options, head_and_loss: dict[str, Any], parts: MethodParts) -> "VAEAlignment":
+    def from_options(
+        cls, options: VAEAlignmentOptions, head_and_loss: dict[str, Any], parts: MethodParts
+    ) -> "VAEAlignment":
         """The method with --alignment_target and --alignment_normalize."""
         target = options.alignment_target
         if target not in LATENT_TARGETS:

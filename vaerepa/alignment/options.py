@@ -1,0 +1,80 @@
+"""Options of alignment for all methods; those that go with one method alone stand in its file."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vaerepa.alignment.registry import METHODS, MethodOptions
+from vaerepa.cli import option
+
+
+@dataclass
+class AlignmentOptions(MethodOptions):
+    alignment: tuple[Literal["none", *METHODS], ...] = option(
+        ("vae",),
+        "Representation alignment, one method or several: "
+        + ", ".join(f"`{name}` is {method.title}" for name, method in METHODS.items())
+        + ", `none` is the plain transformer. The options below that differ by method take one value for all, or method=value "
+        "for each; a method that is not named keeps its default.",
+        resume="fixed",
+        group="Alignment",
+    )
+    alignment_block: tuple[int | None, ...] | None = option(
+        None,
+        "Block whose output is aligned, counted from 1. Default: the method's own, see docs/alignment.md.",
+        resume="fixed",
+        above=0,
+        named_by="alignment",
+    )
+    alignment_weight: tuple[float | None, ...] | None = option(
+        None,
+        "Weight of the alignment loss (lambda). Default: the method's own, see docs/alignment.md; where a text-to-image "
+        "model is fine-tuned 0.2, falling to 0 by cosine over the first third of the run.",
+        resume="schedule",
+        at_least=0,
+        named_by="alignment",
+    )
+    alignment_loss: tuple[Literal["smooth_l1", "l1", "l2", "cosine"] | None, ...] | None = option(
+        None,
+        "Distance of head output and target; cosine is taken over the values of a token. Default: the method's own.",
+        resume="schedule",
+        named_by="alignment",
+    )
+    alignment_beta: tuple[float, ...] = option(
+        (0.05,),
+        "Where smooth_l1 turns from quadratic to linear.",
+        resume="schedule",
+        above=0,
+        named_by="alignment",
+    )
+    alignment_layers: tuple[int | None, ...] | None = option(
+        None, "Linear layers of the head. Default: the method's own.", resume="fixed", above=0, named_by="alignment"
+    )
+    alignment_width: tuple[int | None, ...] | None = option(
+        None,
+        "Width of the head's inner layers. Default: the method's own.",
+        resume="fixed",
+        above=0,
+        named_by="alignment",
+    )
+    alignment_t_range: tuple[float, ...] = option(
+        (0.0, 1.0),
+        "Only samples whose t lies in this range, two numbers (of one method: vae=0,0.5), are aligned.",
+        resume="schedule",
+        named_by="alignment",
+    )
+    alignment_weight_schedule: tuple[Literal["constant", "linear", "cosine"], ...] = option(
+        ("constant",), "How the weight falls to 0 at --alignment_stop_step.", resume="schedule", named_by="alignment"
+    )
+    alignment_stop_step: tuple[int | None, ...] | None = option(
+        None,
+        "After this step the head is dropped and training goes on without it. Default: never.",
+        resume="schedule",
+        above=0,
+        named_by="alignment",
+    )
+    alignment_teacher_block: int | None = option(
+        None,
+        "Block that a method which learns from the model itself aligns to, counted from 1: for `sra` of the EMA weights, for "
+        "others of the same forward pass. Default: the method's own, see docs/alignment.md.",
+        resume="fixed",
+    )
