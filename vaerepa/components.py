@@ -179,6 +179,7 @@ def build_alignments(
             "beta": "beta",
             "num_layers": "layers",
             "width": "width",
+            "final": "final",
             "weight": "weight",
             "weight_schedule": "weight_schedule",
             "stop_step": "stop_step",

@@ -82,7 +82,11 @@ def estimate(
     forward = OneForward(family, transformer.to("meta"), latent_shape)
     with torch.device("meta"):
         stock = type(transformer).from_config(transformer.config)
-        heads = {a.name: a.method.build_head(family.inner_width(transformer), latent_shape[0]) for a in alignments}
+        width, conditioning_width = family.inner_width(transformer), family.conditioning_width(transformer)
+        heads = {
+            a.name: a.method.build_head(width, latent_shape[0], conditioning_width=conditioning_width)
+            for a in alignments
+        }
     plain = throughput.forward_flops(forward.through({}, {}))
     block_of = {alignment.name: alignment.block for alignment in alignments}
     head_flops = {

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vaerepa.alignment.grid import grid_of
-from vaerepa.alignment.heads import GridConvolution
+from vaerepa.alignment.heads import AdaptiveHead, GridConvolution
 from vaerepa.families import DiT, Family
 
 
@@ -77,7 +77,14 @@ class AlignedTransformer(nn.Module):
         outputs = {}
         for name, head in self.heads.items():
             tokens = self._take(name, hidden_states)
-            outputs[name] = head(tokens, grid) if isinstance(head, GridConvolution) else head(tokens)
+            if isinstance(head, GridConvolution):
+                outputs[name] = head(tokens, grid)
+            elif isinstance(head, AdaptiveHead):
+                outputs[name] = head(
+                    tokens, self.family.conditioning_embedding(self.transformer, hidden_states, **inputs)
+                )
+            else:
+                outputs[name] = head(tokens)
         for block in self._taps.keys() - self.heads.keys():
             outputs[block] = self._take(block, hidden_states).detach()
         return prediction, outputs

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vaerepa.randomness import seeded_weights
@@ -18,6 +19,63 @@ def mlp(widths: list[int], seed: int, name: str) -> nn.Sequential:
             nn.init.zeros_(linear.bias)
             layers += [linear, nn.SiLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def token_head(
+    widths: list[int], final: str, seed: int, name: str, conditioning_width: int | None = None
+) -> "nn.Sequential | AdaptiveHead":
+    """An MLP with Linear layers of these widths and SiLU between, per token, and the end that `--alignment_final` names.
+
+    linear: the last Linear layer is an end like any other. norm and adaln: the layer before it leads back to the width d of the
+    hidden states, where SiT's final layer follows, of norm without its modulation.
+
+    Args:
+        widths: d, those of the inner layers, that of the target.
+        final: linear, norm or adaln.
+        conditioning_width: of the embedding of t and class that adaln reads, d by default.
+    """
+    if final == "linear":
+        return mlp(widths, seed, name)
+    width, *inner, target_width = widths
+    to_width = mlp([width, *inner[:-1], width] if inner else [width], seed, name)
+    if final == "adaln":
+        return AdaptiveHead(to_width, width, target_width, conditioning_width or width)
+    return nn.Sequential(*to_width, final_norm(width), *mlp([width, target_width], seed, f"{name} final"))
+
+
+def final_norm(width: int) -> nn.LayerNorm:
+    """The LayerNorm of SiT's final layer, without parameters."""
+    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
+class AdaptiveHead(nn.Module):
+    """An MLP and SiT's final layer (arXiv 2401.08740), whose shift and scale come from the embedding of t and class.
+
+    `AlignedTransformer` gives it the embedding that the transformer's own final layer is given. Modulation and last layer
+    start at zero.
+
+    Args:
+        mlp: leads from hidden states to tokens of width d.
+        width: d.
+        target_width: width of the target.
+        conditioning_width: width of the embedding.
+    """
+
+    def __init__(self, mlp: nn.Sequential, width: int, target_width: int, conditioning_width: int):
+        super().__init__()
+        self.mlp = mlp
+        self.norm = final_norm(width)
+        with seeded_weights(0, "zero"):  # torch would take from the global generator
+            self.modulation = nn.Linear(conditioning_width, 2 * width)
+            self.linear = nn.Linear(width, target_width)
+        for layer in (self.modulation, self.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, c) from hidden states (B, N, d) and the embedding (B, e)."""
+        shift, scale = self.modulation(F.silu(conditioning)).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, d)
+        return self.linear(self.norm(self.mlp(tokens)) * (1.0 + scale) + shift)
 
 
 class GridConvolution(nn.Module):

@@ -7,7 +7,6 @@ from torch import nn
 
 from vaerepa.alignment.distances import distance
 from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
-from vaerepa.errors import OptionError
 
 PUBLISHED_BLOCKS = {28: (8, 16)}  # of XL, as its authors' code is started: the aligned one and the one aligned to
 
@@ -64,12 +63,13 @@ class LayerSyncAlignment(AlignmentMethod):
         Raises:
             OptionError: a head is asked for.
         """
-        if head_and_loss["num_layers"] is not None or head_and_loss["width"] is not None:
-            raise OptionError("--alignment_layers and --alignment_width: layersync has no head.")
+        cls.refuse_head(head_and_loss)
         teacher_block = cls.teacher_block(options, parts.num_layers)
         return cls(teacher_block, head_and_loss["distance"], head_and_loss["beta"])
 
-    def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Identity:
+    def build_head(
+        self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
+    ) -> nn.Identity:
         """The hidden states as they are."""
         return nn.Identity()
 

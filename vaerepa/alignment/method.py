@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from vaerepa.errors import OptionError
+
 
 @dataclass
 class AlignmentContext:
@@ -89,6 +91,7 @@ class AlignmentMethod(ABC):
 
     Attributes:
         needs: what `target` reads beside the latents: vision_features, pixel_values, teacher.
+        final: end of the head: linear, norm or adaln.
         target_blocks: blocks of the same forward pass whose tokens `target` reads, counted from 1.
     """
 
@@ -100,6 +103,7 @@ class AlignmentMethod(ABC):
     options: ClassVar[type[OtherOptions] | None] = None
     numbers: ClassVar[tuple[str, ...]] = ()
     needs: frozenset[str] = frozenset()
+    final: str = "linear"
     target_blocks: tuple[int, ...] = ()
 
     # ---- before anything is built
@@ -168,9 +172,19 @@ class AlignmentMethod(ABC):
         """The method that the options ask for.
 
         Args:
-            head_and_loss: this method's distance, beta, num_layers and width.
+            head_and_loss: this method's distance, beta, num_layers, width and final.
             parts: what it may be built from.
         """
+
+    @classmethod
+    def refuse_head(cls, head_and_loss: dict[str, Any]) -> None:
+        """Refuses options of the head, for methods that have none.
+
+        Raises:
+            OptionError: one is given.
+        """
+        if head_and_loss["num_layers"] or head_and_loss["width"] or head_and_loss["final"] != "linear":
+            raise OptionError(f"--alignment_layers, --alignment_width and --alignment_final: {cls.name} has no head.")
 
     # ---- at work
 
@@ -180,8 +194,14 @@ class AlignmentMethod(ABC):
         """The target in words."""
 
     @abstractmethod
-    def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Module:
-        """The head, from hidden states (B, N, d) of width d to tokens of the target's width."""
+    def build_head(
+        self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
+    ) -> nn.Module:
+        """The head, from hidden states (B, N, d) of width d to tokens of the target's width.
+
+        Args:
+            conditioning_width: of the embedding that an adaln end reads, d by default.
+        """
 
     @abstractmethod
     def target(self, context: AlignmentContext) -> torch.Tensor:

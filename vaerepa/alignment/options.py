@@ -56,6 +56,13 @@ class AlignmentOptions(MethodOptions):
         above=0,
         named_by="alignment",
     )
+    alignment_final: tuple[Literal["linear", "norm", "adaln"], ...] = option(
+        ("linear",),
+        "End of the head: its last Linear layer; with a LayerNorm before it; or as SiT ends, the LayerNorm's shift and scale "
+        "coming from the embedding of t and class, and all that at zero in the beginning.",
+        resume="fixed",
+        named_by="alignment",
+    )
     alignment_t_range: tuple[float, ...] = option(
         (0.0, 1.0),
         "Only samples whose t lies in this range, two numbers (of one method: vae=0,0.5), are aligned.",

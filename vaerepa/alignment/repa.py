@@ -13,10 +13,11 @@ from torch import nn
 
 from vaerepa.alignment.distances import distance
 from vaerepa.alignment.grid import grid_of, resample
-from vaerepa.alignment.heads import GridConvolution, mlp
+from vaerepa.alignment.heads import GridConvolution, token_head
 from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
 from vaerepa.alignment.vision_encoder import VisionEncoder, load_encoder
 from vaerepa.cli import option
+from vaerepa.errors import OptionError
 from vaerepa.privacy import public_name
 
 PROJECTOR_WIDTH = 2048
@@ -48,6 +49,7 @@ class REPAAlignment(AlignmentMethod):
         beta: where smooth_l1 turns from quadratic to linear.
         num_layers: Linear layers of the head.
         width: width of the head's inner layers, 2048 by default.
+        final: end of the head: linear, norm or adaln.
         is_improved: iREPA: the head is one 3x3 convolution, and each channel of the target has mean 0 and deviation 1 over
             the tokens of an image.
     """
@@ -71,6 +73,7 @@ class REPAAlignment(AlignmentMethod):
         beta: float = 0.05,
         num_layers: int = default_layers,
         width: int | None = None,
+        final: str = "linear",
         is_improved: bool = False,
     ):
         self.patch_size = patch_size
@@ -79,6 +82,7 @@ class REPAAlignment(AlignmentMethod):
         self.beta = beta
         self.num_layers = num_layers
         self.width = width or PROJECTOR_WIDTH
+        self.final = final
         self.is_improved = is_improved
         if is_improved:
             self.title = "iREPA"
@@ -116,14 +120,26 @@ class REPAAlignment(AlignmentMethod):
 
     @classmethod
     def from_options(cls, options: REPAOptions, head_and_loss: dict[str, Any], parts: MethodParts) -> "REPAAlignment":
-        """The method, or iREPA where --alignment_irepa says so."""
+        """The method, or iREPA where --alignment_irepa says so.
+
+        Raises:
+            OptionError: another end is asked for of a convolution.
+        """
+        if options.alignment_irepa and head_and_loss["final"] != "linear":
+            raise OptionError(f"--alignment_final {head_and_loss['final']}: the head of iREPA is one convolution.")
         return cls(parts.patch_size, parts.encoder, is_improved=options.alignment_irepa, **head_and_loss)
 
-    def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Module:
-        """The MLP d-2048-2048-z with SiLU between, per token; of iREPA the convolution, as PyTorch initialises it."""
+    def build_head(
+        self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
+    ) -> nn.Module:
+        """The MLP d-2048-2048-z with SiLU between, per token; or its first layers and another end.
+
+        Of iREPA the convolution, as PyTorch initialises it.
+        """
         if self.is_improved:
             return GridConvolution(hidden_size, self.encoder.width, seed, "head repa")
-        return mlp([hidden_size, *[self.width] * (self.num_layers - 1), self.encoder.width], seed, "head repa")
+        widths = [hidden_size, *[self.width] * (self.num_layers - 1), self.encoder.width]
+        return token_head(widths, self.final, seed, "head repa", conditioning_width)
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """Patch tokens of the images as cropped and flipped, shape (B, N, z)."""

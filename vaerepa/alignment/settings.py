@@ -16,6 +16,7 @@ PER_METHOD = (
     "alignment_beta",
     "alignment_layers",
     "alignment_width",
+    "alignment_final",
     "alignment_weight_schedule",
     "alignment_stop_step",
 )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vaerepa.alignment.distances import distance
-from vaerepa.alignment.heads import mlp
+from vaerepa.alignment.heads import token_head
 from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
 from vaerepa.alignment.taps import output_of
 from vaerepa.errors import OptionError
@@ -34,6 +34,7 @@ class SRAAlignment(AlignmentMethod):
         beta: where smooth_l1 turns from quadratic to linear.
         num_layers: Linear layers of the head.
         width: width of the head's inner layers, twice the transformer's by default.
+        final: end of the head: linear, norm or adaln.
     """
 
     name, title = "sra", "SRA"
@@ -54,12 +55,14 @@ class SRAAlignment(AlignmentMethod):
         beta: float = 0.05,
         num_layers: int = default_layers,
         width: int | None = None,
+        final: str = "linear",
     ):
         self.teacher_block = teacher_block
         self.distance = distance
         self.beta = beta
         self.num_layers = num_layers
         self.width = width
+        self.final = final
 
     @property
     def target_name(self) -> str:
@@ -95,10 +98,12 @@ class SRAAlignment(AlignmentMethod):
         """The method with --alignment_teacher_block."""
         return cls(cls.teacher_block(options, parts.num_layers), **head_and_loss)
 
-    def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Sequential:
-        """The MLP d-2d-d with SiLU between, per token."""
+    def build_head(
+        self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
+    ) -> nn.Module:
+        """The MLP d-2d-d with SiLU between, per token; or its first layers and another end."""
         inner = [self.width or 2 * hidden_size] * (self.num_layers - 1)
-        return mlp([hidden_size, *inner, hidden_size], seed, "head sra")
+        return token_head([hidden_size, *inner, hidden_size], self.final, seed, "head sra", conditioning_width)
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """The teacher's tokens, shape (B, N, d), at a time earlier by at most 0.2, never below 0."""

@@ -23,11 +23,12 @@ FIRST_TARGET = "the latents of the VAE"  # of heads that were saved when there w
 
 @dataclass(frozen=True)
 class StoredHeads:
-    """The parameters of all heads; by method the block that each reads, counted from 1, and the name of its target."""
+    """The parameters of all heads; by method the block that each reads, counted from 1, the name of its target, its end."""
 
     tensors: dict[str, torch.Tensor]
     block_of: dict[str, int]
     target_of: dict[str, str]
+    final_of: dict[str, str]
 
     def of(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The parameters of these methods' heads."""
@@ -42,7 +43,7 @@ def save_heads(folder: Path, heads: nn.ModuleDict, alignments: list[Alignment]) 
     (folder / FOLDER).mkdir()
     tensors = {name: parameter.detach().contiguous() for name, parameter in heads.named_parameters()}
     save_file(tensors, folder / FOLDER / WEIGHTS)
-    config = {a.name: {"block": a.block, "aim": a.method.target_name} for a in alignments}
+    config = {a.name: {"block": a.block, "aim": a.method.target_name, "final": a.method.final} for a in alignments}
     (folder / FOLDER / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
@@ -66,14 +67,16 @@ def load_heads(
     values = json.loads(Path(config).read_text(encoding="utf-8"))
     block_of = {name: of["block"] for name, of in values.items()}
     target_of = {name: of.get("aim", FIRST_TARGET) for name, of in values.items()}
-    return StoredHeads(load_file(weights), block_of, target_of)
+    final_of = {name: of.get("final", "linear") for name, of in values.items()}
+    return StoredHeads(load_file(weights), block_of, target_of, final_of)
 
 
 def fits(stored: StoredHeads, heads: nn.ModuleDict, alignments: list[Alignment]) -> bool:
-    """Whether stored heads can stand in the place of new ones: same methods, blocks, targets and sizes."""
+    """Whether stored heads can stand in the place of new ones: same methods, blocks, targets, ends and sizes."""
     shapes = {name: parameter.shape for name, parameter in heads.named_parameters()}
     return (
         stored.block_of == {a.name: a.block for a in alignments}
         and stored.target_of == {a.name: a.method.target_name for a in alignments}
+        and stored.final_of == {a.name: a.method.final for a in alignments}
         and shapes == {name: tensor.shape for name, tensor in stored.tensors.items()}
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 from vaerepa.alignment.distances import distance
 from vaerepa.alignment.grid import grid_of, patchify, resample
-from vaerepa.alignment.heads import mlp
+from vaerepa.alignment.heads import token_head
 from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
 from vaerepa.alignment.taps import output_of
 from vaerepa.alignment.vae_features import VAEFeatures
@@ -56,6 +56,7 @@ class VAEAlignment(AlignmentMethod):
         beta: where smooth_l1 turns from quadratic to linear.
         num_layers: Linear layers of the head; the paper's best is 5, then 2.
         width: width of the head's inner layers, twice the transformer's by default.
+        final: end of the head: linear; norm, with a LayerNorm before; or adaln, SiT's final layer.
         statistics: mean and standard deviation per channel, each (C,), to normalise the latents with; None keeps the raw
             latents, as the paper does on the SD-VAE.
         target: latent, velocity (noise - latents), or the name of a stage of the VAE's encoder.
@@ -82,12 +83,14 @@ class VAEAlignment(AlignmentMethod):
         statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
         target: str = "latent",
         features: VAEFeatures | None = None,
+        final: str = "linear",
     ):
         self.patch_size = patch_size
         self.distance = distance
         self.beta = beta
         self.num_layers = num_layers
         self.width = width
+        self.final = final
         self.statistics = statistics
         self.targets_velocity = target == "velocity"
         self.features = features
@@ -151,11 +154,16 @@ class VAEAlignment(AlignmentMethod):
         statistics = parts.statistics if options.alignment_normalize else None
         return cls(parts.patch_size, statistics=statistics, target=target, **head_and_loss)
 
-    def build_head(self, hidden_size: int, latent_channels: int, seed: int = 0) -> nn.Sequential:
-        """The MLP d-2d-2d-2d-2d-p*p*C with SiLU between, per token; xavier-uniform with zero bias, from its own seed."""
+    def build_head(
+        self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
+    ) -> nn.Module:
+        """The MLP d-2d-2d-2d-2d-p*p*C with SiLU between, per token; xavier-uniform with zero bias, from its own seed.
+
+        Or its first layers and another end.
+        """
         inner = [self.width or 2 * hidden_size] * (self.num_layers - 1)
         target_width = self.features.width if self.features else self.patch_size**2 * latent_channels
-        return mlp([hidden_size, *inner, target_width], seed, "head")
+        return token_head([hidden_size, *inner, target_width], self.final, seed, "head", conditioning_width)
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """The clean latents, or their velocity, as tokens, shape (B, N, p*p*C); or features of that width, (B, N, c)."""

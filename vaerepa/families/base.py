@@ -110,6 +110,13 @@ class Family(ABC):
         """Noise, or velocity eps - z, of shape (B, C, H, W), from noisy latents of that shape."""
 
     @abstractmethod
+    def conditioning_embedding(self, transformer: nn.Module, noisy: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """The embedding (B, e) that the transformer's final layer is modulated by; of t, and of the class where there is one.
+
+        Arguments as of `predict`. Labels are dropped already.
+        """
+
+    @abstractmethod
     def example_inputs(self, transformer: nn.Module, device: torch.device) -> dict[str, Any]:
         """Inputs of one sample, for measuring; with a prompt of full length where there is one."""
 
@@ -130,6 +137,10 @@ class Family(ABC):
     def inner_width(self, transformer: nn.Module) -> int:
         """Width d of the hidden states."""
         return transformer.inner_dim
+
+    def conditioning_width(self, transformer: nn.Module) -> int:
+        """Width e of the conditioning embedding."""
+        return self.inner_width(transformer)
 
     def patch_size(self, transformer: nn.Module) -> int:
         """Side p of a patch in latent pixels."""

@@ -93,6 +93,16 @@ class DiT(Family):
     def predict(self, transformer: nn.Module, noisy: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         return transformer(noisy, **inputs, return_dict=False)[0]
 
+    def conditioning_embedding(
+        self,
+        transformer: DiTTransformer2DModel,
+        noisy: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+    ) -> torch.Tensor:
+        embedder = transformer.transformer_blocks[0].norm1.emb  # which the final layer takes too
+        return embedder(timestep, class_labels, hidden_dtype=noisy.dtype)
+
     def example_inputs(self, transformer: DiTTransformer2DModel, device: torch.device) -> dict[str, torch.Tensor]:
         label, drop = torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.bool, device=device)
         return model_inputs(transformer, torch.zeros(1, device=device), label, drop)

@@ -61,6 +61,12 @@ class MMDiT(TextFamily):
     ) -> torch.Tensor:
         return transformer(noisy, timestep=timesteps, **condition, return_dict=False)[0]
 
+    def conditioning_embedding(
+        self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        """Of t and the pooled captions."""
+        return transformer.time_text_embed(timesteps, condition["pooled_projections"])
+
     def max_patches(self, transformer: nn.Module) -> int:
         return transformer.config.pos_embed_max_size
 

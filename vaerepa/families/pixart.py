@@ -42,15 +42,16 @@ class PixArt(TextFamily):
     def predict(
         self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
-        height, width = noisy.shape[-2:]
-        extra = {"resolution": None, "aspect_ratio": None}
-        if transformer.config.sample_size == 128 and transformer.config.use_additional_conditions is not False:
-            extra = {  # in pixels, of a VAE that reduces by 8, as the stock pipeline gives them
-                "resolution": noisy.new_tensor([8.0 * height, 8.0 * width]).repeat(len(noisy), 1),
-                "aspect_ratio": noisy.new_tensor([height / width]).repeat(len(noisy), 1),
-            }
+        extra = _size_of_images(transformer, noisy)
         prediction = transformer(noisy, timestep=timesteps, added_cond_kwargs=extra, **condition, return_dict=False)[0]
         return prediction[:, : noisy.shape[1]]  # with a learned sigma, the mean comes first
+
+    def conditioning_embedding(
+        self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        """Of t, and of the size of the images where the transformer reads it; captions come by cross attention alone."""
+        extra = _size_of_images(transformer, noisy)
+        return transformer.adaln_single.emb(timesteps, **extra, batch_size=len(noisy), hidden_dtype=noisy.dtype)
 
     def encode_prompts(self, pipeline, prompts: list[str], max_sequence_length: int) -> list[dict[str, torch.Tensor]]:
         embeds, masks, _, _ = pipeline.encode_prompt(
@@ -80,6 +81,17 @@ class PixArt(TextFamily):
             "encoder_hidden_states": torch.zeros(1, length, transformer.config.caption_channels, device=device),
             "encoder_attention_mask": torch.ones(1, length, device=device),
         }
+
+
+def _size_of_images(transformer: nn.Module, noisy: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """Size and ratio of images with these latents, which the 1024-pixel PixArt-alpha is told."""
+    if transformer.config.sample_size != 128 or transformer.config.use_additional_conditions is False:
+        return {"resolution": None, "aspect_ratio": None}
+    height, width = noisy.shape[-2:]
+    return {  # in pixels, of a VAE that reduces by 8, as the stock pipeline gives them
+        "resolution": noisy.new_tensor([8.0 * height, 8.0 * width]).repeat(len(noisy), 1),
+        "aspect_ratio": noisy.new_tensor([height / width]).repeat(len(noisy), 1),
+    }
 
 
 def _new_transformer(size: Size, patch_size: int, spec: InputSpec) -> PixArtTransformer2DModel:

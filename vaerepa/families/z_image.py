@@ -28,6 +28,15 @@ class ZImage(TextFamily):
         predictions = transformer(frames, 1.0 - timesteps / 1000.0, condition["cap_feats"], return_dict=False)[0]
         return -torch.stack(predictions).squeeze(2)
 
+    def conditioning_embedding(
+        self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        """Of t; captions come by attention alone."""
+        return transformer.t_embedder((1.0 - timesteps / 1000.0) * transformer.t_scale).type_as(noisy)
+
+    def conditioning_width(self, transformer: nn.Module) -> int:
+        return transformer.t_embedder.mlp[-1].out_features
+
     def inner_width(self, transformer: nn.Module) -> int:
         return transformer.dim
 

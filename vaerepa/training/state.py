@@ -186,11 +186,12 @@ class TrainingState:
 def _align(setup: Setup, alignments: list[Alignment]) -> AlignedTransformer:
     """The transformer with a head for each alignment."""
     family, transformer, options = setup.family, setup.transformer, setup.options
-    width, channels = family.inner_width(transformer), setup.feed.latent_shape[0]
+    sizes = family.inner_width(transformer), setup.feed.latent_shape[0]
+    conditioning_width = family.conditioning_width(transformer)
     return AlignedTransformer(
         transformer,
         family.blocks(transformer),
-        {a.name: a.method.build_head(width, channels, options.seed) for a in alignments},
+        {a.name: a.method.build_head(*sizes, options.seed, conditioning_width) for a in alignments},
         {a.name: a.block for a in alignments},
         family,
         {a.name: a.method.target_blocks for a in alignments},
