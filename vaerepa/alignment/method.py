@@ -70,12 +70,14 @@ class OtherOptions:
     """Options that are declared elsewhere and that a method may read beside its own."""
 
     alignment_teacher_block: int | None
+    aspect_ratio_buckets: str | None
     cache_dir: str | None
     latents_cache: str | None
     offload_ema: bool
     pretrained_model_name_or_path: str | None
     rank: int | None
     text_conditioning: bool
+    train_batch_size: int
     use_ema: bool
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from vaerepa.alignment.dispersive import DispersiveAlignment
 from vaerepa.alignment.layersync import LayerSyncAlignment
 from vaerepa.alignment.method import AlignmentMethod
 from vaerepa.alignment.repa import REPAAlignment
@@ -15,6 +16,7 @@ METHODS: dict[str, type[AlignmentMethod]] = {
         REPAAlignment,
         SRAAlignment,
         LayerSyncAlignment,
+        DispersiveAlignment,
     )
 }
 
