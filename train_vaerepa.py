@@ -213,7 +213,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploade
             state.optimizer.step()
             state.optimizer.zero_grad()
             if state.ema:
-                state.ema.update(setup.transformer)
+                state.ema.update(setup.transformer, state.aligned_transformer.heads)
             state.running_means.add(**sums, gradient_norm=gradient_norm)
             state.step += 1
 

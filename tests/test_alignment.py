@@ -284,7 +284,7 @@ def test_sras_first_steps_are_as_computed_a_second_time(train, data, vae):
     student.load_state_dict(load_file(state / "transformer.safetensors"), strict=False)
     teacher.load_state_dict(load_file(state / "ema_0.5.safetensors"), strict=False)
     head = SRAAlignment(3).build_head(32, 4, 3)
-    tensors = load_file(run / "checkpoint-2/heads/heads.safetensors")
+    tensors = load_file(run / "checkpoint-2/state/heads.safetensors")
     head.load_state_dict({name.removeprefix("sra."): tensor for name, tensor in tensors.items()})
     tokens = {}
     student.transformer_blocks[0].register_forward_hook(lambda m, a, output: tokens.__setitem__("student", output))

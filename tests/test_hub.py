@@ -200,10 +200,12 @@ print(ModelCard.load("ann/digits-sit").data.license)
 options = {"custom_pipeline": "pipeline_vaerepa", "trust_remote_code": True}
 pipeline = DiffusionPipeline.from_pretrained("ann/digits-sit", revision="step-80", **options)
 print(type(pipeline).__name__, pipeline("seven", sampler="sde", num_inference_steps=2).images[0].size)
+print(pipeline("seven", num_inference_steps=2, head_guidance_scale=1.0).images[0].size, pipeline.head.block)
 """
     printed = stock_process(ours, hub.environment(tmp_path / "third"), tmp_path).splitlines()
     assert printed[0] == "apache-2.0"
     assert printed[1].endswith("(32, 32)")
+    assert printed[2] == "(32, 32) 2"  # heads/ is no part of what from_pretrained downloads
 
 
 # ---- faults

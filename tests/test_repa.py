@@ -182,7 +182,13 @@ def test_repa_trains_restarts_to_the_bit_and_exports(train, encoders, tmp_path, 
     assert {name.split(".")[0] for name in one if name.startswith("heads/")} == {
         f"heads/{name}" for name in ([options["alignment"]] if options["alignment"] == "repa" else options["alignment"])
     }
-    assert {name.split("/")[0] for name in one} == {"ema_0.9", "heads", "optimizer", "transformer"}  # and no encoder
+    assert {name.split("/")[0] for name in one} == {
+        "ema_0.9",
+        "ema_heads_0.9",
+        "heads",
+        "optimizer",
+        "transformer",
+    }  # and no encoder
     assert all(torch.equal(one[name], other[name]) for name in one)
     losses = [line["train/alignment_loss_repa"] for line in read_metrics(whole, "train/alignment_loss_repa")]
     assert all(-1 <= loss <= 1 for loss in losses)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from tests.conftest import read_metrics
 from vaerepa.checkpoints import find_damage
 
-STATE_FILES = ("state/transformer", "heads/heads", "state/ema_0.9", "state/ema_0.5", "state/optimizer")
+STATE_FILES = ("state/transformer", "state/heads", "state/ema_0.9", "state/ema_0.5", "state/optimizer")
+STATE_FILES += ("heads/heads", "state/ema_heads_0.9", "state/ema_heads_0.5")
 EXACT = {"ema_decay": [0.9, 0.5], "logging_steps": 2, "lr_warmup_steps": 3, "lr_scheduler": "constant_with_warmup"}
 
 

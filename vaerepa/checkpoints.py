@@ -116,6 +116,11 @@ def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / STATE / f"{name}.safetensors")
 
 
+def has_tensors(folder: Path, name: str) -> bool:
+    """Whether there is such a file in state/; a checkpoint of an earlier version may lack one."""
+    return (folder / STATE / f"{name}.safetensors").is_file()
+
+
 @torch.no_grad()
 def load_parameters(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Copies tensors into the parameters of the same names, all of them."""

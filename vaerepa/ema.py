@@ -1,4 +1,4 @@
-"""Exponential moving averages of the transformer's weights, each a transformer of its own."""
+"""Exponential moving averages of the weights of transformer and alignment heads, each modules of its own."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -21,38 +21,62 @@ class EMA:
         transformer: the trained transformer in its first state.
         decays: decay of each average; the first is the one that is exported.
         offload: keep them in CPU memory, but while `on_device`.
+        heads: the trained alignment heads by method, in their first state.
     """
 
-    def __init__(self, transformer: nn.Module, decays: tuple[float, ...], offload: bool = False):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        decays: tuple[float, ...],
+        offload: bool = False,
+        heads: nn.ModuleDict | None = None,
+    ):
         self.device = next(transformer.parameters()).device
         self.offload = offload
         self.transformers: dict[float, nn.Module] = {}
+        self.heads: dict[float, nn.ModuleDict] = {}
         for decay in decays:
-            average = copy.deepcopy(transformer).eval().requires_grad_(False)
-            self.transformers[decay] = average.to("cpu" if offload else self.device)
+            for averages, trained in ((self.transformers, transformer), (self.heads, heads or nn.ModuleDict())):
+                average = copy.deepcopy(trained).eval().requires_grad_(False)
+                averages[decay] = average.to("cpu" if offload else self.device)
 
     @property
     def exported(self) -> nn.Module:
         """The average that checkpoints are made of."""
         return next(iter(self.transformers.values()))
 
+    @property
+    def exported_heads(self) -> nn.ModuleDict:
+        """The heads that lie beside it."""
+        return next(iter(self.heads.values()))
+
     @torch.no_grad()
-    def update(self, transformer: nn.Module) -> None:
+    def update(self, transformer: nn.Module, heads: nn.ModuleDict | None = None) -> None:
         """One step of every average: ema = decay * ema + (1 - decay) * weights, in place."""
-        weights = dict(transformer.named_parameters())
-        for decay, average in self.transformers.items():
-            names, averages = zip(*average.named_parameters(), strict=True)
-            torch._foreach_lerp_(averages, [weights[name].to(averages[0].device) for name in names], 1.0 - decay)
+        for averages, trained in ((self.transformers, transformer), (self.heads, heads)):
+            weights = dict(trained.named_parameters()) if trained is not None else {}
+            for decay, average in averages.items():
+                pairs = [(parameter, weights[name]) for name, parameter in average.named_parameters()]
+                if pairs:
+                    means, values = zip(*pairs, strict=True)
+                    torch._foreach_lerp_(means, [value.to(means[0].device) for value in values], 1.0 - decay)
+
+    def drop_heads(self, names: Iterable[str]) -> None:
+        """Removes these heads from every average."""
+        for name in names:
+            for heads in self.heads.values():
+                del heads[name]
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """The averages where the trained transformer is, to compute with them."""
-        for average in self.transformers.values():
+        averages = (*self.transformers.values(), *self.heads.values())
+        for average in averages:
             average.to(self.device)
         try:
             yield
         finally:
-            for average in self.transformers.values():
+            for average in averages:
                 average.to("cpu" if self.offload else self.device)
 
 

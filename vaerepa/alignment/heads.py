@@ -1,6 +1,7 @@
 """Heads: from the hidden states (B, N, d) of a block to the tokens (B, N, c) of a target."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,3 +90,27 @@ class GridConvolution(nn.Module):
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Tokens (B, N, c) from tokens (B, N, d) in rows of the grid (h, w), N = h w."""
         return self.convolution(tokens.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+
+
+def describe(head: nn.Module) -> dict[str, Any]:
+    """Facts by which a head can be built again without this code, as JSON holds them; {} of a head without layers.
+
+    Those are `widths` (d first, the target's last) and `activation` of an MLP, `conditioning_width` of an AdaptiveHead, and
+    `convolution`, the side of the kernel, of a GridConvolution.
+    """
+    if isinstance(head, GridConvolution):
+        convolution = head.convolution
+        return {
+            "widths": [convolution.in_channels, convolution.out_channels],
+            "convolution": convolution.kernel_size[0],
+        }
+    if isinstance(head, AdaptiveHead):
+        layers = [*head.mlp, head.linear]
+        conditioning = {"conditioning_width": head.modulation.in_features}
+    else:
+        layers, conditioning = list(head.modules()), {}
+    layers = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if not layers:
+        return {}
+    widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    return {"widths": widths, "activation": "silu", **conditioning}

@@ -205,6 +205,14 @@ class AlignmentMethod(ABC):
             conditioning_width: of the embedding that an adaln end reads, d by default.
         """
 
+    def describe_target(self) -> dict[str, Any]:
+        """The target as the config.json beside a head tells it.
+
+        A `target` of latent or velocity can guide; it comes with `patch_size`, and with `mean` and `std` of the channels
+        where the latents were normalised.
+        """
+        return {"target": "features"}
+
     @abstractmethod
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """Tokens (B, N, c) in float32 (float64 stays), without gradient."""

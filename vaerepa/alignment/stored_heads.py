@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vaerepa.alignment.heads import describe
 from vaerepa.alignment.method import Alignment
 from vaerepa.errors import OptionError
 from vaerepa.hub.reasons import UNREADABLE, why_unreadable
@@ -36,14 +37,30 @@ class StoredHeads:
         return {key: tensor for key, tensor in self.tensors.items() if key.startswith(prefixes)}
 
 
-def save_heads(folder: Path, heads: nn.ModuleDict, alignments: list[Alignment]) -> None:
-    """Writes heads/ into a checkpoint's folder, unless there are none any more."""
+def save_heads(
+    folder: Path, heads: nn.ModuleDict, alignments: list[Alignment], latent_channels: int, objective: str
+) -> None:
+    """Writes heads/ into a checkpoint's folder, unless there are none any more.
+
+    Its config.json holds, by method, all that is needed to build a head again and to read its output.
+    """
     if not alignments:
         return
     (folder / FOLDER).mkdir()
     tensors = {name: parameter.detach().contiguous() for name, parameter in heads.named_parameters()}
     save_file(tensors, folder / FOLDER / WEIGHTS)
-    config = {a.name: {"block": a.block, "aim": a.method.target_name, "final": a.method.final} for a in alignments}
+    config = {
+        a.name: {
+            "block": a.block,
+            "aim": a.method.target_name,  # in words
+            **a.method.describe_target(),
+            "final": a.method.final,
+            **describe(heads[a.name]),
+            "channels": latent_channels,
+            "objective": objective,
+        }
+        for a in alignments
+    }
     (folder / FOLDER / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 

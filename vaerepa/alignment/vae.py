@@ -165,6 +165,14 @@ class VAEAlignment(AlignmentMethod):
         target_width = self.features.width if self.features else self.patch_size**2 * latent_channels
         return token_head([hidden_size, *inner, target_width], self.final, seed, "head", conditioning_width)
 
+    def describe_target(self) -> dict[str, Any]:
+        """Latent or velocity with the side of a patch, in whose order the output lies, and the statistics; or features."""
+        if self.features is not None:
+            return super().describe_target()
+        mean, std = (s.tolist() for s in self.statistics) if self.statistics else (None, None)
+        target = "velocity" if self.targets_velocity else "latent"
+        return {"target": target, "patch_size": self.patch_size, "mean": mean, "std": std}
+
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """The clean latents, or their velocity, as tokens, shape (B, N, p*p*C); or features of that width, (B, N, c)."""
         latents = context.latents

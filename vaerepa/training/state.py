@@ -1,6 +1,7 @@
 """The training state: all that steps change, and how a checkpoint keeps it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,19 @@ class TrainingState:
         options, accelerator, transformer = setup.options, setup.accelerator, setup.transformer
         self.setup = setup
         self.step = step
-        self.ema = EMA(transformer, options.ema_decay, options.offload_ema) if options.use_ema else None
         self.alignments = [alignment for alignment in setup.alignments if alignment.is_active(step)]
+        heads = _build_heads(setup, self.alignments)
+        if setup.base_heads and not step:
+            _keep_base_heads(heads, setup.base_heads, self.alignments)
+        self.ema = EMA(transformer, options.ema_decay, options.offload_ema, heads) if options.use_ema else None
         self.learning_rate: Callable[[int], float] = optimization.learning_rate_schedule(options, setup.max_train_steps)
         self.running_means = Window()
         self.skipped_in_a_row = torch.zeros((), device=accelerator.device)
         self.skipped_images_before = 0
-        aligned = _align(setup, self.alignments)
-        if setup.base_heads and not step:
-            _keep_base_heads(aligned, setup.base_heads, self.alignments)
+        aligned = _align(setup, heads, self.alignments)
         acceleration.apply_switches(options, transformer, setup.family.blocks(transformer), accelerator.device)
-        heads = [head.parameters() for head in aligned.heads.values()]
-        optimizer = optimization.build_optimizer([setup.trained_weights.values(), *heads], options)
+        trained = [setup.trained_weights.values(), *(head.parameters() for head in heads.values())]
+        optimizer = optimization.build_optimizer(trained, options)
         self.model, self.optimizer = accelerator.prepare(aligned, optimizer)
         self._narrow_feed()
 
@@ -64,6 +66,11 @@ class TrainingState:
     def exported_transformer(self) -> torch.nn.Module:
         """The weights that checkpoints are made of: the first EMA's, or the trained ones."""
         return self.ema.exported if self.ema else self.setup.transformer
+
+    @property
+    def exported_heads(self) -> torch.nn.ModuleDict:
+        """The heads that lie beside them."""
+        return self.ema.exported_heads if self.ema else self.aligned_transformer.heads
 
     # ---- steps
 
@@ -89,6 +96,8 @@ class TrainingState:
         for name in ended:
             optimization.drop_group(optimizer, aligned.heads[name])
         aligned.drop_heads(ended)
+        if self.ema:
+            self.ema.drop_heads(ended)
         self.alignments = [alignment for alignment in self.alignments if alignment.name not in ended]
         self._narrow_feed()
         self.model = self.optimizer = None
@@ -140,10 +149,13 @@ class TrainingState:
         }
         for decay, ema_weights in self.ema.transformers.items() if self.ema else ():
             tensors[f"ema_{decay}"] = dict(ema_weights.named_parameters())
+        if self.alignments and self.ema:  # without, the trained heads are those in heads/
+            tensors |= {name: dict(heads.named_parameters()) for name, heads in self._heads_by_file().items()}
+        objective = objectives.name_of(setup.objective.scheduler)
 
         def write_pipeline(folder: Path) -> None:
             setup.export.write(folder, self.exported_transformer)
-            stored_heads.save_heads(folder, self.aligned_transformer.heads, self.alignments)
+            stored_heads.save_heads(folder, self.exported_heads, self.alignments, setup.feed.latent_shape[0], objective)
 
         def write() -> None:
             checkpoints.save(setup.output_dir, self.step, write_pipeline, tensors, trainer_state)
@@ -169,8 +181,11 @@ class TrainingState:
                 raise OptionError(
                     f"--alignment_stop_step cannot be raised: the head of {ended[0]} was dropped before this checkpoint."
                 )
-            aligned_heads = self.aligned_transformer.heads
-            checkpoints.load_parameters(aligned_heads, heads.of(aligned_heads))
+            for name, module in self._heads_by_file().items():
+                kept = heads  # trained ones, where no EMA is kept, or was kept of heads when it was saved
+                if checkpoints.has_tensors(checkpoint, name):
+                    kept = replace(heads, tensors=checkpoints.load_tensors(checkpoint, name))
+                checkpoints.load_parameters(module, kept.of(module))
         moments = checkpoints.load_tensors(checkpoint, "optimizer")
         checkpoints.load_optimizer(self.optimizer.optimizer, self._names(), moments)
         self.running_means = Window(trainer_state["window"])
@@ -179,29 +194,43 @@ class TrainingState:
         if accelerator.scaler and trainer_state["scaler"]:
             accelerator.scaler.load_state_dict(trainer_state["scaler"])
 
+    def _heads_by_file(self) -> dict[str, torch.nn.ModuleDict]:
+        """The trained heads and their averages, by their files in state/."""
+        averages = self.ema.heads.items() if self.ema else ()
+        return {"heads": self.aligned_transformer.heads} | {f"ema_heads_{decay}": heads for decay, heads in averages}
+
     def _names(self) -> dict[torch.nn.Parameter, str]:
         return {parameter: name for name, parameter in self.aligned_transformer.named_parameters()}
 
 
-def _align(setup: Setup, alignments: list[Alignment]) -> AlignedTransformer:
-    """The transformer with a head for each alignment."""
-    family, transformer, options = setup.family, setup.transformer, setup.options
+def _build_heads(setup: Setup, alignments: list[Alignment]) -> torch.nn.ModuleDict:
+    """A new head for each alignment."""
+    family, transformer, seed = setup.family, setup.transformer, setup.options.seed
     sizes = family.inner_width(transformer), setup.feed.latent_shape[0]
     conditioning_width = family.conditioning_width(transformer)
+    heads = {a.name: a.method.build_head(*sizes, seed, conditioning_width) for a in alignments}
+    return torch.nn.ModuleDict(heads).to(setup.accelerator.device)
+
+
+def _keep_base_heads(
+    heads: torch.nn.ModuleDict, base_heads: stored_heads.StoredHeads, alignments: list[Alignment]
+) -> None:
+    """Goes on with the heads that lie beside the pipeline which is fine-tuned, where they fit."""
+    if stored_heads.fits(base_heads, heads, alignments):
+        checkpoints.load_parameters(heads, base_heads.tensors)
+        logger.info("its alignment heads are kept")
+    else:
+        logger.info("its alignment heads are for another alignment: new ones are drawn")
+
+
+def _align(setup: Setup, heads: torch.nn.ModuleDict, alignments: list[Alignment]) -> AlignedTransformer:
+    """The transformer with the heads of these alignments."""
+    family, transformer = setup.family, setup.transformer
     return AlignedTransformer(
         transformer,
         family.blocks(transformer),
-        {a.name: a.method.build_head(*sizes, options.seed, conditioning_width) for a in alignments},
+        dict(heads),
         {a.name: a.block for a in alignments},
         family,
         {a.name: a.method.target_blocks for a in alignments},
     ).to(setup.accelerator.device)
-
-
-def _keep_base_heads(aligned: AlignedTransformer, heads: stored_heads.StoredHeads, alignments: list[Alignment]) -> None:
-    """Goes on with the heads that lie beside the pipeline which is fine-tuned, where they fit."""
-    if stored_heads.fits(heads, aligned.heads, alignments):
-        checkpoints.load_parameters(aligned.heads, heads.tensors)
-        logger.info("its alignment heads are kept")
-    else:
-        logger.info("its alignment heads are for another alignment: new ones are drawn")

@@ -1,0 +1,260 @@
+"""The head that guides: its EMA, heads/ and what rebuilds it, guidance in our pipeline against closed forms and loops."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DiTPipeline
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline_vaerepa import GuidingHead, VAEREPAPipeline, head_velocity
+from tests.test_pipeline import GaussianField, build_pipeline, build_scheduler
+from vaerepa.alignment import VAEAlignment
+from vaerepa.alignment.grid import patchify
+from vaerepa.checkpoints import _checksum
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = {"block": 1, "patch_size": 2, "mean": None, "std": None}
+STATISTICS = {"mean": [0.5, -1.0, 2.0, 0.0], "std": [0.5, 2.0, 1.0, 3.0]}
+
+
+@pytest.fixture
+def noise():
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def sample(pipeline, noise, **options):
+    options = {"guidance_scale": 1.0, "num_inference_steps": 5, "output_type": "latent"} | options
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline([2, 0], latents=noise, **options).images
+
+
+# ---- the heads of a checkpoint
+
+
+def test_heads_lie_beside_the_pipeline_as_averages_of_the_trained_ones(train):
+    run = train(max_train_steps=3, checkpointing_steps=1, ema_decay=[0.9, 0.5], seed=3)
+    start = VAEAlignment(2).build_head(32, 4, 3).state_dict()
+    averages = {decay: {f"vae.{name}": tensor.double() for name, tensor in start.items()} for decay in (0.9, 0.5)}
+    for step in (1, 2, 3):
+        folder = run / f"checkpoint-{step}"
+        trained = load_file(folder / "state/heads.safetensors")
+        exported = load_file(folder / "heads/heads.safetensors")
+        for decay, average in averages.items():
+            kept = load_file(folder / f"state/ema_heads_{decay}.safetensors")
+            for name, tensor in trained.items():
+                average[name] = decay * average[name] + (1 - decay) * tensor.double()
+                torch.testing.assert_close(kept[name].double(), average[name], rtol=1e-5, atol=1e-7)
+                assert decay != 0.9 or torch.equal(kept[name], exported[name])
+        assert not all(torch.equal(trained[name], exported[name]) for name in trained)
+    assert (run / "heads/heads.safetensors").read_bytes() == (folder / "heads/heads.safetensors").read_bytes()
+
+
+def test_without_averages_the_trained_heads_are_exported(train, tmp_path):
+    options = {"no_use_ema": True, "ema_decay": None, "checkpointing_steps": 2}
+    whole = train(**options, max_train_steps=4, output_dir=tmp_path / "whole")
+    train(**options, max_train_steps=2)
+    pieces = train(**options, max_train_steps=4, resume_from_checkpoint="latest")
+    one, other = (load_file(run / "checkpoint-4/heads/heads.safetensors") for run in (whole, pieces))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with_ema = train(max_train_steps=4, output_dir=tmp_path / "with-ema")
+    trained = load_file(with_ema / "checkpoint-4/state/heads.safetensors")
+    assert all(torch.equal(one[name], trained[name]) for name in one)
+
+
+@pytest.mark.parametrize("final", ["linear", "norm", "adaln"])
+def test_the_config_is_enough_to_rebuild_a_head(train, final):
+    options = {"alignment": ["vae", "sra"], "alignment_layers": "vae=3", "alignment_final": f"vae={final}"}
+    run = train(max_train_steps=3, **options, alignment_normalize=True, learning_rate=1e-2)
+    configs = json.loads((run / "heads/config.json").read_text())
+    state = json.loads((run / "checkpoint-3/state/position.json").read_text())
+    mean, std = (pytest.approx(values) for values in state["latent_statistics"])
+    assert configs["vae"] == {
+        "block": 2,
+        "aim": "the latents of the VAE",
+        "target": "latent",
+        "patch_size": 2,
+        "mean": mean,
+        "std": std,
+        "final": final,
+        "widths": [32, 64, 64, 16] if final == "linear" else [32, 64, 32, 16],
+        "activation": "silu",
+        "channels": 4,
+        "objective": "flow_matching",
+    } | ({"conditioning_width": 32} if final == "adaln" else {})
+    assert configs["sra"]["target"] == "features"
+    tensors = {n: t for n, t in load_file(run / "heads/heads.safetensors").items() if n.startswith("vae.")}
+    ours = VAEAlignment(2, num_layers=3, final=final).build_head(32, 4)
+    ours.load_state_dict({name.removeprefix("vae."): tensor for name, tensor in tensors.items()})
+    rebuilt = VAEREPAPipeline(*open_stock(run))
+    rebuilt.load_heads(run)
+    hidden_states, embedding = torch.randn(2, 16, 32), torch.randn(2, 32)
+    latents = rebuilt.head(hidden_states, (4, 4), embedding)
+    expected = ours(hidden_states, embedding) if final == "adaln" else ours(hidden_states)
+    torch.testing.assert_close(patchify(latents, 2), expected)
+    assert latents.std() > 0
+    with pytest.raises(ValueError, match="head `sra` can guide"):
+        rebuilt.load_heads(run, name="sra")
+
+
+def open_stock(folder):
+    stock = DiTPipeline.from_pretrained(folder)
+    return stock.transformer, stock.vae, stock.scheduler
+
+
+def test_a_checkpoint_from_before_there_were_ema_heads_goes_on(train, tmp_path):
+    whole = train(max_train_steps=4, checkpointing_steps=2, output_dir=tmp_path / "whole")
+    before = train(max_train_steps=2, output_dir=tmp_path / "before")
+    folder = before / "checkpoint-2"
+    trained = load_file(folder / "state/heads.safetensors")
+    save_file(trained, folder / "heads/heads.safetensors")
+    for name in ("heads", "ema_heads_0.9"):
+        (folder / f"state/{name}.safetensors").unlink()
+    config = {"vae": {"block": 2, "aim": "the latents of the VAE"}}
+    (folder / "heads/config.json").write_text(json.dumps(config))
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"]
+    manifest = {p.relative_to(folder).as_posix(): [p.stat().st_size, _checksum(p)] for p in files}
+    (folder / "state/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="which targets the latents of the VAE"):
+        VAEREPAPipeline(*open_stock(folder)).load_heads()
+    train(max_train_steps=4, checkpointing_steps=1, output_dir=before, resume_from_checkpoint="latest")
+    for name in ("transformer", "heads", "ema_0.9", "optimizer"):
+        one, other = (load_file(run / f"checkpoint-4/state/{name}.safetensors") for run in (whole, before))
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    after, average = (load_file(before / f"checkpoint-3/{n}.safetensors") for n in ("state/heads", "heads/heads"))
+    for name, tensor in average.items():
+        torch.testing.assert_close(tensor, 0.9 * trained[name] + 0.1 * after[name])
+
+
+# ---- guidance in our pipeline
+
+
+class HeadedField(GaussianField):
+    """A Gaussian's exact field, and before it a block with the exact prediction for another Gaussian, of another mean."""
+
+    def __init__(self, mean, head_mean, target, statistics):
+        super().__init__((0.8, 1.0, 1.5, 2.0), mean)
+        self.other = GaussianField((0.8, 1.0, 1.5, 2.0), head_mean)
+        self.target, self.statistics = target, statistics
+        self.config.sample_size = 8
+        self.transformer_blocks = nn.ModuleList([nn.Identity()])
+
+    def forward(self, hidden_states, timestep, class_labels):
+        t = (timestep / 1000).view(-1, 1, 1, 1)
+        velocity = self.other(hidden_states, timestep, class_labels).sample
+        clean, noise = hidden_states - t * velocity, hidden_states + (1 - t) * velocity
+        mean, std = (torch.tensor(self.statistics[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        clean = (clean - mean) / std
+        self.transformer_blocks[0](patchify(clean if self.target == "latent" else noise - clean, 2))
+        return super().forward(hidden_states, timestep, class_labels)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize("target", ["latent", "velocity"])
+@pytest.mark.parametrize("statistics", [{"mean": [0.0] * 4, "std": [1.0] * 4}, STATISTICS])
+def test_guidance_of_exact_fields_has_its_closed_form(noise, scale, target, statistics):
+    """Two Gaussians of one deviation: guidance by w moves the mean m to m + w (m - m_head), and nothing else."""
+    w, mean, head_mean = 0.5, (2.0, -3.0, 5.0, -4.0), (1.0, -1.0, 5.0, 2.0)
+    moved = tuple(m + w * (m - other) for m, other in zip(mean, head_mean, strict=True))
+    guided = build_pipeline(HeadedField(mean, head_mean, target, statistics))
+    guided.head = GuidingHead.from_config(CONFIG | statistics | {"target": target}, layers=nn.Identity())
+    options = {"guidance_scale": scale, "head_guidance_scale": w, "head_guidance_interval": (0.0, 1.0)}
+    images = sample(guided, noise, **options)
+    field = GaussianField((0.8, 1.0, 1.5, 2.0), moved)
+    field.config.sample_size = 8
+    expected = sample(build_pipeline(field), noise, guidance_scale=scale)
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_velocity_stands_for_itself():
+    x, output = torch.randn(2, 3, 4, 8, 8).unbind(1)[0], torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(head_velocity(x, output, 0.3, "velocity"), output, rtol=1e-6, atol=0)
+    torch.testing.assert_close(head_velocity(x, output, 0.25, "latent"), 4 * (x - output))
+
+
+@pytest.fixture
+def trained(train):
+    return train(max_train_steps=2, learning_rate=1e-2, alignment_layers=2)
+
+
+@torch.no_grad()
+def loop(folder, noise, w, interval, scale=1.0, steps=5):
+    """Euler's method with guidance by head and by class written out, every branch in a forward of its own."""
+    transformer, _, _ = open_stock(folder)
+    tensors = load_file(folder / "heads/heads.safetensors")
+    tokens = []
+    transformer.transformer_blocks[1].register_forward_hook(lambda module, args, output: tokens.append(output))
+
+    def velocity(x, t, labels):
+        v = transformer(x.float(), torch.full((len(x),), 1000 * t), labels).sample.double()
+        if not interval[0] <= t <= interval[1]:
+            return v
+        hidden = nn.functional.silu(nn.functional.linear(tokens[-1], tensors["vae.0.weight"], tensors["vae.0.bias"]))
+        output = nn.functional.linear(hidden, tensors["vae.2.weight"], tensors["vae.2.bias"])
+        clean = torch.einsum("nhwpqc->nchpwq", output.view(-1, 4, 4, 2, 2, 4)).reshape(x.shape)
+        return v + w * (v - (x - clean) / t)
+
+    x, labels = noise.double(), torch.tensor([2, 0])
+    for step in range(steps):
+        t = 1 - step / steps
+        v = velocity(x, t, labels)
+        if scale > 1:
+            null = velocity(x, t, torch.full_like(labels, 1000))
+            v = null + scale * (v - null)
+        x = x - v / steps
+    return x.float()
+
+
+@pytest.mark.parametrize(("scale", "interval"), [(1.0, (0.0, 1.0)), (2.0, (0.5, 0.9))])
+def test_a_folder_brings_its_head_to_the_pipeline(trained, noise, tmp_path, monkeypatch, scale, interval):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = {"custom_pipeline": "pipeline_vaerepa", "trust_remote_code": True}
+    pipeline = DiffusionPipeline.from_pretrained(trained, **options)
+    call = {"guidance_scale": scale, "head_guidance_scale": 0.7, "head_guidance_interval": interval}
+    images = sample(pipeline, noise, **call)
+    assert type(pipeline.head).__module__ == type(pipeline).__module__  # nothing of ours is installed there
+    torch.testing.assert_close(images, loop(trained, noise, 0.7, interval, scale), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(images, loop(trained, noise, 0.0, interval, scale), atol=1e-3)
+
+
+def test_scale_zero_is_no_guidance_to_the_bit(trained, noise):
+    pipeline = VAEREPAPipeline(*open_stock(trained))
+    plain = sample(pipeline, noise, guidance_scale=2.0)
+    assert pipeline.head is None
+    assert not torch.equal(plain, sample(pipeline, noise, guidance_scale=2.0, head_guidance_scale=0.5))
+    assert torch.equal(plain, sample(pipeline, noise, guidance_scale=2.0, head_guidance_scale=0.0))
+    outside = {"head_guidance_scale": 0.5, "head_guidance_interval": (0.81, 0.99)}  # between two steps
+    assert torch.equal(plain, sample(pipeline, noise, guidance_scale=2.0, **outside))
+
+
+def test_guidance_costs_the_heads_own_arithmetic(trained, noise):
+    pipeline = VAEREPAPipeline(*open_stock(trained))
+    pipeline.load_heads()
+    flops = []
+    for w in (0.0, 0.5):
+        with FlopCounterMode(display=False) as counter:
+            sample(pipeline, noise, num_inference_steps=1, head_guidance_scale=w)
+        flops.append(counter.get_total_flops())
+    assert flops[1] - flops[0] == 2 * 2 * 16 * (32 * 64 + 64 * 16)  # images x tokens x widths
+
+
+def test_heads_that_are_missing_or_of_unknown_origin_are_said_to_be(trained, noise, tmp_path):
+    shutil.copytree(trained / "transformer", tmp_path / "headless/transformer")
+    transformer, vae, _ = open_stock(trained)
+    pipeline = VAEREPAPipeline(transformer, vae, build_scheduler())
+    transformer.register_to_config(_name_or_path=str(tmp_path / "headless/transformer"))
+    with pytest.raises(OSError, match=r"heads/config.json"):
+        sample(pipeline, noise, head_guidance_scale=1.0)
+    transformer.register_to_config(_name_or_path=None)
+    with pytest.raises(ValueError, match="call load_heads with a folder"):
+        sample(pipeline, noise, head_guidance_scale=1.0)
+    pipeline.load_heads(str(trained))
+    sample(pipeline, noise, head_guidance_scale=1.0)
+    with pytest.raises(ValueError, match="head_guidance_interval"):
+        sample(pipeline, noise, head_guidance_interval=(0.5, 0.2))
