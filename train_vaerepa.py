@@ -33,6 +33,7 @@ from vaerepa.hub.uploader import EXIT_CODE, NotPushedError, Uploader, uploading
 from vaerepa.layout import folder_of
 from vaerepa.logs import by_noise_level, get_logger, set_up_logging
 from vaerepa.options import Options, parse_options
+from vaerepa.output_dir import check_shared, find_checkpoint, locked_output_dir
 from vaerepa.precompute import precompute_latents
 from vaerepa.privacy import redact, take_token
 from vaerepa.processes import on_main_process
@@ -100,12 +101,12 @@ def train(options: Options) -> None:
         precompute_latents(options, accelerator)
         return
     output_dir = Path(options.output_dir)
-    with checks.locked_output_dir(output_dir) if accelerator.is_main_process else nullcontext():
-        checks.check_shared(output_dir, accelerator)
+    with locked_output_dir(output_dir) if accelerator.is_main_process else nullcontext():
+        check_shared(output_dir, accelerator)
         if options.latents_cache:
-            checks.check_shared(Path(options.latents_cache), accelerator)
-        checkpoint = on_main_process(accelerator, lambda: checks.find_checkpoint(options, warn=logger.warning))
-        trainer_state = checkpoints.load_position(checkpoint) if checkpoint else {}
+            check_shared(Path(options.latents_cache), accelerator)
+        checkpoint = on_main_process(accelerator, lambda: find_checkpoint(options, warn=logger.warning))
+        trainer_state = checkpoints.load_trainer_state(checkpoint) if checkpoint else {}
         if checkpoint:
             options = past.keep_lengths(trainer_state, options)
             past.check_options(trainer_state, options, checkpoint)

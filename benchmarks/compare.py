@@ -31,6 +31,7 @@ import yaml
 from vaerepa import checks, components, dry_run
 from vaerepa.cli import as_plain, read_rows
 from vaerepa.errors import OptionError
+from vaerepa.files import replacing
 from vaerepa.layout import folder_of
 from vaerepa.logs import MetricsFile
 from vaerepa.options import Options, parse_options
@@ -70,7 +71,7 @@ class Run:
     """What one run has measured: each metric by step, the seconds of the steps before each log line, peak bytes."""
 
     metrics: dict[str, dict[int, float]]
-    window_seconds: dict[int, float]
+    interval_seconds: dict[int, float]
     step_seconds: float
     peak_memory: int
 
@@ -211,9 +212,8 @@ def train(line: list[str], options: Options) -> None:
             f"the run {output_dir} has failed (exit code {code}); its output above says why, and the same command goes on."
         )
     record = {"options": as_plain(options), "peak_memory": peak_memory}
-    unfinished = output_dir / f".{RECORD}.unfinished"
-    unfinished.write_text(json.dumps(record), encoding="utf-8")
-    unfinished.replace(output_dir / RECORD)
+    with replacing(output_dir / RECORD) as unfinished:
+        unfinished.write_text(json.dumps(record), encoding="utf-8")
 
 
 def run_process(command: list[str]) -> tuple[int, int, bool]:
@@ -260,7 +260,7 @@ def read_run(options: Options) -> Run:
         f"validation/ema_{options.ema_decay[0]}/loss" if options.use_ema and len(options.ema_decay or ()) > 1 else None
     )
     metrics: dict[str, dict[int, float]] = {}
-    windows: dict[int, float] = {}
+    intervals: dict[int, float] = {}
     images = options.logging_steps * checks.resolve_batch_sizes(options, 1).global_batch_size
     for line in MetricsFile(Path(options.output_dir, "metrics.jsonl")).read():
         for name, value in line.items():
@@ -268,9 +268,9 @@ def read_run(options: Options) -> Run:
             if value is not None and (name == VALIDATION_LOSS or name.startswith("evaluation/")):
                 metrics.setdefault(name, {})[line["step"]] = value
         if "train/images_per_second" in line:
-            windows[line["step"]] = images / line["train/images_per_second"]
-    seconds = statistics.median(windows.values()) / options.logging_steps
-    return Run(metrics, windows, seconds, read_record(options)["peak_memory"])
+            intervals[line["step"]] = images / line["train/images_per_second"]
+    seconds = statistics.median(intervals.values()) / options.logging_steps
+    return Run(metrics, intervals, seconds, read_record(options)["peak_memory"])
 
 
 # ---- table and plot
@@ -342,8 +342,8 @@ def title_of(metric: str) -> str:
 
 def clock_of(of_row: list[Run]) -> Callable[[list[int]], np.ndarray]:
     """From steps to minutes of training until each, of a row."""
-    steps = sorted(set.intersection(*(set(run.window_seconds) for run in of_row)))
-    seconds = accumulate(statistics.median(run.window_seconds[step] for run in of_row) for step in steps)
+    steps = sorted(set.intersection(*(set(run.interval_seconds) for run in of_row)))
+    seconds = accumulate(statistics.median(run.interval_seconds[step] for run in of_row) for step in steps)
     return lambda asked, minutes=[0.0, *(s / 60 for s in seconds)]: np.interp(asked, [0, *steps], minutes)
 
 

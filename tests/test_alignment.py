@@ -19,7 +19,7 @@ from vaerepa.alignment.taps import output_of
 from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.families import Size
 from vaerepa.families.dit import DiT, new_transformer
-from vaerepa.logs import Window, by_noise_level
+from vaerepa.logs import RunningMeans, by_noise_level
 from vaerepa.options import parse_options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -196,11 +196,11 @@ class OneProcess:
 
 
 def test_losses_are_told_by_noise_level(train):
-    window = Window()
-    window.add(loss=by_noise_level(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0.1, 0.15, 1.0])))
-    window.add(loss=by_noise_level(torch.tensor([6.0, 7.0, 9.0]), torch.tensor([0.0, 0.5, 0.5])))
+    running_means = RunningMeans()
+    running_means.add(loss=by_noise_level(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0.1, 0.15, 1.0])))
+    running_means.add(loss=by_noise_level(torch.tensor([6.0, 7.0, 9.0]), torch.tensor([0.0, 0.5, 0.5])))
     expected = {"loss/0.0-0.2": 3.0, "loss/0.4-0.6": 8.0, "loss/0.8-1.0": 5.0}
-    assert window.means(OneProcess) == pytest.approx(expected)
+    assert running_means.means(OneProcess) == pytest.approx(expected)
     run = train(max_train_steps=4, logging_steps=4)
     (line,) = [line for line in metrics_of(run) if "train/loss" in line]
     levels = [name for name in line if name.startswith("train/alignment_by_t_vae/")]

@@ -113,7 +113,7 @@ def test_what_is_measured_is_read_by_its_name(tmp_path):
     (tmp_path / "comparison.json").write_text(json.dumps({"options": as_plain(options), "peak_memory": 7}))
     run = compare.read_run(options)
     assert run.metrics == {"validation/loss": {10: 2.0}, "evaluation/fid": {20: 55.5}}
-    assert run.window_seconds == {10: 1.0, 20: 2.0, 30: 0.5}
+    assert run.interval_seconds == {10: 1.0, 20: 2.0, 30: 0.5}
     assert (run.step_seconds, run.peak_memory) == (0.1, 7)
     slower = compare.Run({}, {10: 1.0, 20: 4.0, 30: 0.5}, 0.1, 7)
     minutes = compare.clock_of([run, slower])([0, 10, 15, 20, 30])

@@ -268,13 +268,15 @@ def test_accumulation_of_the_launcher_changes_nothing(train, monkeypatch, tmp_pa
 
 
 def test_an_older_checkpoint_goes_on(train, monkeypatch, capfd):
-    """It knows of no content: names are compared instead."""
+    """It knows of no content, so names are compared instead; its trainer state has another file name and key."""
     run = train(max_train_steps=1)
     state = run / "checkpoint-1/state"
-    position = json.loads((state / "position.json").read_text())
+    trainer_state = json.loads((state / "trainer_state.json").read_text())
     for name in ("content", "environment"):
-        del position[name]
-    (state / "position.json").write_text(json.dumps(position))
+        del trainer_state[name]
+    trainer_state["window"] = trainer_state.pop("running_means")
+    (state / "position.json").write_text(json.dumps(trainer_state))
+    (state / "trainer_state.json").unlink()
     monkeypatch.setattr(checkpoints, "find_damage", lambda folder: None)
     is_refused(train, capfd, ["--image_column"], image_column="image", resume_from_checkpoint="latest")
     train(max_train_steps=2, resume_from_checkpoint="latest")

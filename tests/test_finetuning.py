@@ -249,10 +249,10 @@ def test_a_checkpoint_from_before_keeps_its_density(train, tmp_path, capsys):
     whole = train(output_dir=tmp_path / "whole", **density)
     old = train(output_dir=tmp_path / "old", max_train_steps=2, **density)
     state = old / "checkpoint-2/state"
-    position = json.loads((state / "position.json").read_text())
+    position = json.loads((state / "trainer_state.json").read_text())
     del position["density"]
     position["options"]["logit_mean"] = 0.8
-    (state / "position.json").write_text(json.dumps(position))
+    (state / "trainer_state.json").write_text(json.dumps(position))
     (state / "manifest.json").write_text("{}")  # or the change would be damage
     train(output_dir=old, code=2, resume_from_checkpoint="latest", **density | {"logit_mean": 0.8})
     assert "--logit_mean was -0.8 and is 0.8" in capsys.readouterr().err

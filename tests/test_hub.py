@@ -460,7 +460,7 @@ def test_all_checkpoints_go_into_folders_of_their_own_on_a_branch(hub, run, uplo
         uploader.finish()
     assert set(hub.model("ann/model").tags) == {f"trial-step-{step}" for step in (1, 2, 3)}
     files = hub.files("ann/model", "trial")
-    assert {f"checkpoint-{step}/state/position.json" for step in (1, 2, 3)} <= files.keys()
+    assert {f"checkpoint-{step}/state/trainer_state.json" for step in (1, 2, 3)} <= files.keys()
     assert hub.files("ann/model", "main") == {}
 
 

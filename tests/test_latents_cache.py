@@ -18,9 +18,10 @@ from diffusers import AutoencoderKL
 from tests.conftest import read_metrics
 from tests.test_restart import EXACT, assert_same_end
 from vaerepa.data import Preprocessing, latents_cache
-from vaerepa.data.latents_cache import CacheKey, LatentsCache, checksum
+from vaerepa.data.latents_cache import CacheKey, LatentsCache
 from vaerepa.data.opening import open_sources
 from vaerepa.errors import OptionError
+from vaerepa.files import digest_of_weights
 from vaerepa.vae import agrees_in_bf16, encode_moments, load_vae, sample_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -343,10 +344,10 @@ def test_its_shards_are_a_data_set_by_themselves(train, pictures, tmp_path):
 
 def test_the_checksum_sees_every_weight(vae):
     model = AutoencoderKL.from_pretrained(vae)
-    before = checksum(model)
+    before = digest_of_weights(model)
     with torch.no_grad():
         model.decoder.conv_out.bias[0] += 1e-4
-    assert checksum(model) != before
+    assert digest_of_weights(model) != before
 
 
 def test_a_folder_with_another_key_is_refused(tmp_path):

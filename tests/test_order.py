@@ -190,7 +190,7 @@ def test_a_run_and_a_dry_run_say_how_many_classes_a_batch_holds(train, tmp_path,
 
 def test_a_checkpoint_of_another_order_is_taken_up_with_a_warning(train, caplog):
     run = train(max_train_steps=2)
-    path = run / "checkpoint-2/state/position.json"
+    path = run / "checkpoint-2/state/trainer_state.json"
     position = json.loads(path.read_text())
     assert position.pop("order") > 1
     path.write_text(json.dumps(position))

@@ -24,9 +24,9 @@ from vaerepa.alignment.vae_features import VAEFeatures
 from vaerepa.alignment.vision_encoder import load_encoder
 from vaerepa.data import Preprocessing, TrainingNumbers, open_sources
 from vaerepa.data.batch import Samples
-from vaerepa.data.latents_cache import checksum
 from vaerepa.families import Size
 from vaerepa.families.dit import initialize, new_transformer
+from vaerepa.files import digest_of_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,7 +92,7 @@ def test_images_are_prepared_as_the_processor_prepares_them(encoders, kind):
 
 
 def test_an_encoder_without_a_pooler_is_the_same_each_time(encoders):
-    one, other = (checksum(load_encoder(encoders("vit")).model) for _ in range(2))
+    one, other = (digest_of_weights(load_encoder(encoders("vit")).model) for _ in range(2))
     assert one == other  # else each start would fill a cache of its own
 
 

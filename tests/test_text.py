@@ -247,7 +247,7 @@ def test_what_follows_from_the_length_of_a_run_stays_when_it_goes_on_for_longer(
     assert "the length of the run is another" in caplog.text
     assert "restart is not exact" not in caplog.text
     for run, step in ((short, 12), (longer, 12), (longer, 30)):
-        options = json.loads((run / f"checkpoint-{step}/state/position.json").read_text())["options"]
+        options = json.loads((run / f"checkpoint-{step}/state/trainer_state.json").read_text())["options"]
         assert options["ema_decay"] == [pytest.approx(1 - 10 / 12, abs=1e-6)]
         assert options["alignment_stop_step"] == [4]
     for name in ("transformer", "optimizer", f"ema_{options['ema_decay'][0]}"):

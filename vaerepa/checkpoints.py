@@ -7,7 +7,6 @@ checkpoint-N is whole, or was damaged later, which the manifest tells.
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vaerepa.layout import MANIFEST, POSITION, STATE, all_checkpoints, folder_of
+from vaerepa.files import crc_of_file
+from vaerepa.layout import MANIFEST, STATE, TRAINER_STATE, all_checkpoints, find_trainer_state, folder_of
+
+RENAMED_KEYS = {"window": "running_means"}  # of the trainer state, since earlier releases
 
 
 class CheckpointError(RuntimeError):
@@ -28,14 +30,14 @@ def save(
     step: int,
     write_pipeline: Callable[[Path], None],
     tensors: dict[str, dict[str, torch.Tensor]],
-    position: dict[str, Any],
+    trainer_state: dict[str, Any],
 ) -> Path:
     """Writes checkpoint-`step` and returns its folder.
 
     Args:
         write_pipeline: writes the stock pipeline into the folder that it is given.
         tensors: named tensors per file of state/.
-        position: where training stands, as JSON can hold it.
+        trainer_state: step, options, counters and running means, in values of JSON.
 
     Raises:
         CheckpointError: it cannot be written (a full disk, say). No earlier checkpoint was touched.
@@ -48,9 +50,9 @@ def save(
         for name, named_tensors in tensors.items():
             contiguous = {key: tensor.detach().contiguous() for key, tensor in named_tensors.items()}
             save_file(contiguous, unfinished / STATE / f"{name}.safetensors")
-        _write_json(unfinished / STATE / POSITION, {"step": step, **position})
+        _write_json(unfinished / STATE / TRAINER_STATE, {"step": step, **trainer_state})
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        manifest = {path.relative_to(unfinished).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
+        manifest = {path.relative_to(unfinished).as_posix(): [path.stat().st_size, crc_of_file(path)] for path in files}
         _write_json(unfinished / STATE / MANIFEST, manifest)
         _replace(unfinished, final)
     except Exception as error:  # safetensors and diffusers raise their own kinds for a full disk
@@ -85,13 +87,13 @@ def find_damage(folder: Path) -> str | None:
         manifest = json.loads((folder / STATE / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{folder} has no readable {STATE}/{MANIFEST}"
-    for name, (size, checksum) in manifest.items():
+    for name, (size, crc) in manifest.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"{folder}: its manifest names {name}, outside of it"
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != size or _checksum(path) != checksum:
+        if path.stat().st_size != size or crc_of_file(path) != crc:
             return f"{path} is damaged"
     return None
 
@@ -106,9 +108,11 @@ def newest_valid(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load_position(folder: Path) -> dict[str, Any]:
-    """Where training stood, as given to `save`."""
-    return json.loads((folder / STATE / POSITION).read_text(encoding="utf-8"))
+def load_trainer_state(folder: Path) -> dict[str, Any]:
+    """Trainer state of a checkpoint, as given to `save`."""
+    name = find_trainer_state(path.name for path in (folder / STATE).glob("*.json"))
+    trainer_state = json.loads((folder / STATE / name).read_text(encoding="utf-8"))
+    return {RENAMED_KEYS.get(key, key): value for key, value in trainer_state.items()}
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -167,22 +171,6 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Hard-links the files of a folder into another, copying where the file system has no links; each file atomically."""
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        destination = target / path.relative_to(source)
-        if destination.exists() and destination.samefile(path):
-            continue  # renaming one link over another of the same file would leave both
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = destination.with_name(f".{destination.name}.new")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copy2(path, temporary)
-        os.replace(temporary, destination)
-
-
 def _replace(unfinished: Path, final: Path) -> None:
     if final.exists():  # damaged, or it would have been resumed from
         replaced = final.with_name(f".{final.name}.deleted")
@@ -199,13 +187,3 @@ def _write_json(path: Path, content: Any) -> None:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        if os.name == "posix":  # Windows flushes no file that is open for reading
-            os.fsync(file.fileno())  # what a manifest vouches for must have reached the disk
-        while chunk := file.read(1 << 22):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum

@@ -3,26 +3,20 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import broadcast_object_list
 
-from vaerepa import checkpoints, cli, evaluation
+from vaerepa import cli, evaluation
 from vaerepa.alignment import settings
 from vaerepa.data import parse_buckets
 from vaerepa.ema import DECAY, fitting_decay
 from vaerepa.errors import OptionError
-from vaerepa.hub import access, download
-from vaerepa.layout import all_checkpoints, step_of
+from vaerepa.hub import access
 from vaerepa.model import check_model
 from vaerepa.options import Options
-from vaerepa.system import lock_exclusively
 
 logger = logging.getLogger(__name__)
 
@@ -166,93 +160,6 @@ def check_launcher() -> None:
         raise OptionError(
             f"{local_processes} processes were started for {torch.cuda.device_count()} GPUs: start one for each GPU."
         )
-
-
-@contextmanager
-def locked_output_dir(output_dir: Path) -> Iterator[None]:
-    """Makes the folder and holds it for this run; the lock goes with the process, however it ends.
-
-    Raises:
-        OptionError: it cannot be written, or another process trains into it.
-    """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = (output_dir / ".lock").open("w")
-    except OSError as error:
-        raise OptionError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from error
-    with lock:
-        try:
-            lock_exclusively(lock)
-        except (BlockingIOError, PermissionError) as error:
-            raise OptionError(f"--output_dir {output_dir} is in use by another run; choose another.") from error
-        except OSError as error:
-            logger.warning(
-                f"the file system of --output_dir {output_dir} has no locks ({error}): nothing keeps a second run out of it"
-            )
-        yield
-
-
-def check_shared(folder: Path, accelerator: Accelerator) -> None:
-    """Checks that all nodes see the same folder; every process must call it.
-
-    Raises:
-        OptionError: some do not.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"{folder} cannot be used: {error.strerror}.") from error
-    mark = folder / f".seen-by-{broadcast_object_list([os.getpid()])[0]}"
-    if accelerator.is_main_process:
-        mark.touch()
-    accelerator.wait_for_everyone()
-    seen = accelerator.gather(torch.tensor([mark.exists()], device=accelerator.device))
-    if accelerator.is_main_process:
-        mark.unlink()
-    if not seen.all():
-        raise OptionError(
-            f"{folder} is not the same folder for all processes ({int(seen.sum())} of {len(seen)} see what "
-            "the first writes); choose one on a file system that all nodes share."
-        )
-
-
-def find_checkpoint(options: Options, warn: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from, None for a new run.
-
-    Raises:
-        OptionError: the folder asked for is none or is damaged; a new run would mix with another in the output folder.
-    """
-    output_dir, wanted = Path(options.output_dir), options.resume_from_checkpoint
-    existing = all_checkpoints(output_dir)
-    if wanted is None:
-        if existing or (output_dir / "model_index.json").exists():
-            raise OptionError(
-                f"--output_dir {output_dir} holds another run. Continue it with --resume_from_checkpoint latest, or choose "
-                "another folder."
-            )
-        return None
-    if wanted == "latest":
-        newest = checkpoints.newest_valid(output_dir, warn)
-        if newest is None and existing:
-            raise OptionError(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole.")
-        return newest
-    if wanted.startswith(download.PREFIX):
-        folder = download.fetch_checkpoint(wanted, output_dir, options.cache_dir)
-    else:
-        folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
-    if not folder.is_dir():
-        names = ", ".join(path.name for path in existing) or "none"
-        raise OptionError(f"--resume_from_checkpoint {wanted}: there is no such folder; {output_dir} holds {names}.")
-    damage = checkpoints.find_damage(folder)
-    if damage:
-        raise OptionError(f"--resume_from_checkpoint {wanted}: {damage}; it is no whole checkpoint of this trainer.")
-    newer = [path.name for path in existing if step_of(path) > checkpoints.load_position(folder)["step"]]
-    if newer:
-        raise OptionError(
-            f"--resume_from_checkpoint {wanted}: {output_dir} holds newer ones, which this run would overwrite "
-            f"({', '.join(newer)}). Move them away, or choose another --output_dir."
-        )
-    return folder
 
 
 def steps_in(options: Options, num_images: int) -> int:

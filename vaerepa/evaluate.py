@@ -18,7 +18,6 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,9 +27,8 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, DiTPipeline
 
 from pipeline_vaerepa import DEFAULT_STEPS, VAEREPAPipeline
-from vaerepa import checkpoints, checks, evaluation, objectives
+from vaerepa import checkpoints, evaluation, objectives
 from vaerepa.data import Prompts, Source, open_images
-from vaerepa.data.latents_cache import checksum
 from vaerepa.data.prompts import choose_caption
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.samples import (
@@ -47,8 +45,10 @@ from vaerepa.evaluation.samples import (
 )
 from vaerepa.families import TextFamily
 from vaerepa.families.pretrained import load_stock_pipeline
-from vaerepa.layout import POSITION, STATE, all_checkpoints, step_of
+from vaerepa.files import digest_of, digest_of_weights
+from vaerepa.layout import MANIFEST, STATE, all_checkpoints, step_of
 from vaerepa.logs import set_up_logging
+from vaerepa.output_dir import check_shared, locked_output_dir
 from vaerepa.privacy import public_name, redact
 from vaerepa.system import num_cores
 from vaerepa.vae import downsampling_factor
@@ -156,8 +156,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if accelerator.device.type == "cpu":  # accelerate launch leaves one thread to each
         torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     folder = args.output_dir
-    with checks.locked_output_dir(folder) if accelerator.is_main_process else nullcontext():
-        checks.check_shared(folder, accelerator)
+    with locked_output_dir(folder) if accelerator.is_main_process else nullcontext():
+        check_shared(folder, accelerator)
         with accelerator.local_main_process_first():
             where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
             pipeline, family = load_stock_pipeline(args.pretrained_model_name_or_path, **where)
@@ -307,9 +307,10 @@ def open_texts(
         "guidance_scale": own["guidance_scale"].default if args.guidance_scale is None else args.guidance_scale,
     }
     settings = {"sampler": type(pipeline.scheduler).__name__, **call, "negative_prompt": args.negative_prompt or None}
+    digest = digest_of("\n".join(texts).encode(), size=8)
     settings |= {
         "max_sequence_length": length,
-        "prompts": f"{public_name(str(args.prompts or args.reference))}, {digest(texts)}",
+        "prompts": f"{public_name(str(args.prompts or args.reference))}, {digest}",
     }
     generate = images_of_prompts(
         pipeline, prompts, texts, args.negative_prompt, args.seed, height=resolution, width=resolution, **call
@@ -344,16 +345,16 @@ def describe(args: argparse.Namespace, pipeline: DiffusionPipeline) -> dict[str,
         "revision": args.revision,
         "class": type(pipeline).__name__,
         "trained": trained(Path(name)) if Path(name).is_dir() else None,
-        "weights": checksum(pipeline.transformer)[:16],
-        "vae": checksum(pipeline.vae)[:16],
+        "weights": digest_of_weights(pipeline.transformer)[:16],
+        "vae": digest_of_weights(pipeline.vae)[:16],
     }
 
 
 def trained(folder: Path) -> str | None:
     """Number of steps and EMA decay of a pipeline that this trainer wrote; None where the folder does not say."""
-    if (folder / STATE / POSITION).is_file():  # a checkpoint
-        position = checkpoints.load_position(folder)
-        return in_words(position["step"], position["options"])
+    if (folder / STATE / MANIFEST).is_file():  # a checkpoint
+        trainer_state = checkpoints.load_trainer_state(folder)
+        return in_words(trainer_state["step"], trainer_state["options"])
     kept = all_checkpoints(folder)
     if not kept or not (folder / "run_config.yaml").is_file():
         return None
@@ -363,10 +364,6 @@ def trained(folder: Path) -> str | None:
 def in_words(step: int, options: dict[str, Any]) -> str:
     ema = f"EMA {options['ema_decay'][0]}" if options["use_ema"] else "no EMA"
     return f"{step} steps, {ema}"
-
-
-def digest(texts: list[str]) -> str:
-    return blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from vaerepa import frozen, lora
-from vaerepa.checkpoints import link_tree
 from vaerepa.families import Family
+from vaerepa.files import link_tree
 
 PIPELINE_INDEX = "model_index.json"
 

@@ -1,12 +1,14 @@
-"""Where things lie in --output_dir: checkpoint-N/, each a stock pipeline with heads/ and state/ beside it."""
+"""Names of files in --output_dir: checkpoint-N/, each a stock pipeline with heads/ and state/ beside it."""
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 STATE = "state"
 MANIFEST = "manifest.json"
-POSITION = "position.json"
+TRAINER_STATE = "trainer_state.json"
+FORMER_TRAINER_STATE = "position.json"  # its name in checkpoints of earlier releases
 
 
 def all_checkpoints(output_dir: Path) -> list[Path]:
@@ -16,17 +18,23 @@ def all_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Step number in a checkpoint's name."""
     return int(folder.name.split("-")[-1])
 
 
 def folder_of(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Folder of the checkpoint of a step."""
     return output_dir / f"checkpoint-{step}"
 
 
+def find_trainer_state(names: Iterable[str]) -> str | None:
+    """Name of the file with the trainer state among the files in state/; None where there is none."""
+    names = set(names)
+    return next((name for name in (TRAINER_STATE, FORMER_TRAINER_STATE) if name in names), None)
+
+
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines, none where there is no file; a line that a kill cut short is left out."""
+    """Objects of a file of JSON lines; none where there is no file. An incomplete last line (after a kill) is skipped."""
     if not path.exists():
         return []
     lines = []

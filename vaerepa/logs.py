@@ -19,6 +19,7 @@ from accelerate.logging import MultiProcessAdapter
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from PIL import Image
 
+from vaerepa.files import replacing
 from vaerepa.layout import read_lines
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def get_logger(name: str) -> MultiProcessAdapter:
     return _RankLogger(logging.getLogger(name), {})
 
 
-class Window:
+class RunningMeans:
     """Values of the steps since the last log line, left on the device until they are read.
 
     A value is a scalar, or the sums and the numbers of samples at each noise level (see `by_noise_level`).
@@ -155,18 +156,17 @@ class MetricsFile:
         """All lines; one that a kill cut short is left out."""
         return [*read_lines(self.path), *map(json.loads, self._unwritten)]
 
-    def keep_until(self, step: int, is_window_open: bool = False) -> None:
+    def keep_until(self, step: int, has_open_means: bool = False) -> None:
         """Drops what was logged after `step`: those steps will be made again.
 
         Args:
-            is_window_open: drops the losses of `step` too: they were logged because the run ended there, and it goes on.
+            has_open_means: drops the losses of `step` too: they were logged because the run ended there, and it goes on.
         """
         kept = [line for line in self.read() if line["step"] <= step]
-        if is_window_open:
+        if has_open_means:
             kept = [line for line in kept if line["step"] < step or "train/loss" not in line]
-        temporary = self.path.with_suffix(".new")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as unfinished:
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:

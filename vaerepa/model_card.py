@@ -2,7 +2,6 @@
 
 import html
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vaerepa.alignment import METHODS, Alignment, settings
 from vaerepa.evaluation import NAMES, Report
+from vaerepa.files import replacing
 from vaerepa.options import FIELDS, Options
 from vaerepa.privacy import is_local, public_name
 
@@ -66,9 +66,8 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         **{fact: value for fact, value in facts.items() if fact != "classes"},
     )
     card.data = metadata  # which the card has read back without what is empty
-    unfinished = path.with_name(f".{path.name}.new")
-    card.save(unfinished)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        card.save(unfinished)
 
 
 class CardData(ModelCardData):

@@ -14,8 +14,8 @@ from vaerepa import objectives
 from vaerepa.alignment import settings
 from vaerepa.components import Components
 from vaerepa.data import Source
-from vaerepa.data.latents_cache import checksum
 from vaerepa.errors import OptionError
+from vaerepa.files import digest_of_weights
 from vaerepa.logs import get_logger
 from vaerepa.options import Options, changed_options
 
@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 Digests = dict[str, Any]  # by the names under which a change is told; what an older checkpoint lacks is not compared
 
 
-def check_options(position: dict[str, Any], options: Options, checkpoint: Path) -> None:
+def check_options(trainer_state: dict[str, Any], options: Options, checkpoint: Path) -> None:
     """Refuses options that the checkpoint's steps did not have.
 
     Where the checkpoint knows the content of data and models, it does not matter by which names they are given.
@@ -32,9 +32,9 @@ def check_options(position: dict[str, Any], options: Options, checkpoint: Path) 
     Raises:
         OptionError: names every such option.
     """
-    before = options_of(position)
+    before = options_of(trainer_state)
     changed = changed_options(before, options, "fixed")
-    if "content" not in position:
+    if "content" not in trainer_state:
         changed += changed_options(before, options, "content")
     if changed:
         raise OptionError(
@@ -43,12 +43,12 @@ def check_options(position: dict[str, Any], options: Options, checkpoint: Path) 
         )
 
 
-def keep_lengths(position: dict[str, Any], options: Options) -> Options:
+def keep_lengths(trainer_state: dict[str, Any], options: Options) -> Options:
     """The options with those of the checkpoint's steps whose default follows from the length of the run.
 
     The steps taken had them; a run that is to be longer or shorter now keeps them, and says so.
     """
-    before, kept = options_of(position), options
+    before, kept = options_of(trainer_state), options
     decays, ends = before["ema_decay"], before.get("alignment_stop_step")
     if options.ema_decay is None:
         kept = replace(kept, ema_decay=tuple(decays) if isinstance(decays, list) else (decays,))
@@ -63,10 +63,10 @@ def keep_lengths(position: dict[str, Any], options: Options) -> Options:
     return kept
 
 
-def options_of(position: dict[str, Any]) -> dict[str, Any]:
+def options_of(trainer_state: dict[str, Any]) -> dict[str, Any]:
     """The public options of a checkpoint's steps, as they would be given now."""
-    options = position["options"]
-    if position.get("density", 1) < objectives.DENSITY and "logit_mean" in options:
+    options = trainer_state["options"]
+    if trainer_state.get("density", 1) < objectives.DENSITY and "logit_mean" in options:
         options = options | {"logit_mean": -options["logit_mean"]}
     return options
 
@@ -78,16 +78,18 @@ def content_of(options: Options, components: Components) -> Digests:
     """
     sources, vae, pretrained = components.sources, components.vae, components.pretrained_transformer
     scale = [vae.config.get(name) for name in ("scaling_factor", "shift_factor")]
-    content = _data(options, sources.train) | {"VAE": f"{checksum(vae)} {scale}"}
+    content = _data(options, sources.train) | {"VAE": f"{digest_of_weights(vae)} {scale}"}
     content[VALIDATION] = _data(options, sources.validation) if sources.validation else None
-    content["pretrained transformer"] = checksum(pretrained, sampled=True) if pretrained else None
+    content["pretrained transformer"] = digest_of_weights(pretrained, sampled=True) if pretrained else None
     if options.text_conditioning:
         parts = components.given.text_components.values()
-        content["text encoders"] = [checksum(part, sampled=True) for part in parts if isinstance(part, nn.Module)]
+        content["text encoders"] = [
+            digest_of_weights(part, sampled=True) for part in parts if isinstance(part, nn.Module)
+        ]
     else:
         content["class names"] = list(sources.id2label.values())
     if components.encoder:
-        content["vision encoder"] = f"{checksum(components.encoder.model)} {components.encoder.preparation}"
+        content["vision encoder"] = f"{digest_of_weights(components.encoder.model)} {components.encoder.preparation}"
     return content
 
 
@@ -97,18 +99,18 @@ def _data(options: Options, source: Source) -> Digests:
     return {"images": digests.images, **used}
 
 
-def check_content(position: dict[str, Any], content: Digests, num_images: int) -> None:
+def check_content(trainer_state: dict[str, Any], content: Digests, num_images: int) -> None:
     """Refuses data and models that are not those of the checkpoint's steps.
 
     Raises:
         OptionError: names what is different.
     """
-    cure = "Give the same, or start a new run in another --output_dir."
-    if position.get("num_images", num_images) != num_images:
+    remedy = "Give the same, or start a new run in another --output_dir."
+    if trainer_state.get("num_images", num_images) != num_images:
         raise OptionError(
-            f"the data set had {position['num_images']} images in this run's past, and has {num_images}. {cure}"
+            f"the data set had {trainer_state['num_images']} images in this run's past, and has {num_images}. {remedy}"
         )
-    before = position.get("content", content)
+    before = trainer_state.get("content", content)
     changed = _changes(before, content)
     if VALIDATION in changed:
         changed.remove(VALIDATION)
@@ -121,7 +123,7 @@ def check_content(position: dict[str, Any], content: Digests, num_images: int) -
             pairs = zip(before["class names"], content["class names"], strict=False)
             first = next((pair for pair in enumerate(pairs) if pair[1][0] != pair[1][1]), None)
             names = f" (class {first[0]} was `{first[1][0]}` and is `{first[1][1]}`)" if first else ""
-        raise OptionError(f"not as in this run's past: {', '.join(changed)}{names}. {cure}")
+        raise OptionError(f"not as in this run's past: {', '.join(changed)}{names}. {remedy}")
 
 
 def environment_of(options: Options, accelerator: Accelerator) -> Digests:
@@ -140,10 +142,10 @@ def environment_of(options: Options, accelerator: Accelerator) -> Digests:
     }
 
 
-def changes_of_rounding(position: dict[str, Any], environment: Digests) -> list[str]:
+def changes_of_rounding(trainer_state: dict[str, Any], environment: Digests) -> list[str]:
     """What differs from the environment of the checkpoint, in words."""
-    chosen = position.get("options", {}).get("mixed_precision")  # all that older checkpoints know
-    before = position.get("environment") or ({"mixed precision": chosen} if chosen else {})
+    chosen = trainer_state.get("options", {}).get("mixed_precision")  # all that older checkpoints know
+    before = trainer_state.get("environment") or ({"mixed precision": chosen} if chosen else {})
     return [f"{name} was {before[name]} and is {environment[name]}" for name in _changes(before, environment)]
 
 

@@ -12,6 +12,7 @@ from vaerepa.data import DataError, Feed
 from vaerepa.logs import get_logger
 from vaerepa.model import check_geometry, family_of
 from vaerepa.options import Options
+from vaerepa.output_dir import check_shared
 from vaerepa.stopping import StopRequest
 from vaerepa.vae import downsampling_factor, shape_of_latents
 
@@ -34,7 +35,7 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
     shape, count = shape_of_latents(vae, options.resolution), len(sources.train)
     with accelerator.main_process_first():
         feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape, vision_encoder=encoder)
-    checks.check_shared(feed.cache.folder, accelerator)
+    check_shared(feed.cache.folder, accelerator)
     feed.choose_precision()
     share = options.train_batch_size * accelerator.num_processes
     progress = tqdm(total=count, desc="images", disable=not accelerator.is_local_main_process)

@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vaerepa.files import digest_of
+
 MAX_SAMPLES, SAMPLED_BYTES = 1024, 2**26  # places whose bytes are seen, and how many bytes of all of them together
 BATCH = 65536
 
@@ -25,14 +27,6 @@ class Digests:
     images: str
     labels: str
     captions: str
-
-
-def digest_of(*content: bytes) -> str:
-    """Digest of bytes."""
-    digest = blake2b(digest_size=16)
-    for part in content:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def digest_column(column: pa.ChunkedArray | None) -> str:

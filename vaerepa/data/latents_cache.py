@@ -12,7 +12,6 @@ import logging
 import os
 import uuid
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data.batch import Samples, Shape
 from vaerepa.data.source import Source
 from vaerepa.errors import OptionError
+from vaerepa.files import digest_of, digest_of_weights, replacing
 from vaerepa.options import Options
 from vaerepa.vae import has_posterior
 
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 KEY = "key.json"
 ROWS_PER_SHARD, BYTES_PER_SHARD = 4096, 2**28
 DTYPE = np.float16
-MAX_SAMPLED_VALUES = 4096  # of a tensor
 MOMENTS, FEATURES = "moments", "vision_features"
 FLIPPED = "_flipped"
 
@@ -82,13 +81,13 @@ def open_cache(
     """
     folder, features = Path(options.latents_cache), {}
     if vision_encoder is not None:  # runs without one, or with another, keep theirs beside it
-        made_by = f"{checksum(vision_encoder.model)} {vision_encoder.preparation}"
-        folder = folder / f"vision-{blake2b(made_by.encode(), digest_size=8).hexdigest()}"
+        made_by = f"{digest_of_weights(vision_encoder.model)} {vision_encoder.preparation}"
+        folder = folder / f"vision-{digest_of(made_by.encode(), size=8)}"
         shape = (vision_encoder.width, vision_encoder.grid, vision_encoder.grid)
         features = {"encoder": made_by, "features_shape": shape}
     channels, height, width = latent_shape
     key = CacheKey(
-        vae=checksum(vae),
+        vae=digest_of_weights(vae),
         images=source.storage.images,
         resolution=options.resolution,
         crop="centre",
@@ -98,17 +97,6 @@ def open_cache(
         **features,
     )
     return LatentsCache(folder, key, len(source.members))
-
-
-def checksum(module: nn.Module, sampled: bool = False) -> str:
-    """Checksum of names and values of all weights; where they are `sampled`, of some thousand values of each."""
-    digest = blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        values = tensor.detach().flatten()
-        values = values[:: max(1, len(values) // MAX_SAMPLED_VALUES)] if sampled else values
-        digest.update(name.encode())
-        digest.update(values.cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class LatentsCache:
@@ -212,12 +200,10 @@ class LatentsCache:
             return
         rows, self._pending = self._pending, {}
         path = self.folder / f"{uuid.uuid4().hex}.arrow"
-        unfinished = path.with_suffix(".unfinished")
         try:
-            _write_shard(unfinished, rows, self.key)
-            os.replace(unfinished, path)
+            with replacing(path) as unfinished:
+                _write_shard(unfinished, rows, self.key)
         except (OSError, pa.ArrowException) as error:
-            unfinished.unlink(missing_ok=True)
             logger.warning(
                 f"--latents_cache: {len(rows)} rows could not be written ({error}); they are encoded again later"
             )
@@ -282,9 +268,8 @@ def _check_key(folder: Path, key: CacheKey) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / KEY).exists():
-            temporary = folder / f".{uuid.uuid4().hex}"
-            temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-            os.replace(temporary, folder / KEY)
+            with replacing(folder / KEY, shared=True) as unfinished:
+                unfinished.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
         found = json.loads((folder / KEY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OptionError(f"--latents_cache {folder} cannot be used: {error}") from error

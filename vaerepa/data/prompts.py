@@ -1,12 +1,10 @@
 """Prompts: from captions to the condition of a text-to-image transformer, by the text encoders or by a cache in their place."""
 
 import logging
-import os
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from vaerepa.data.latents_cache import checksum
 from vaerepa.data.source import all_captions
 from vaerepa.errors import OptionError
 from vaerepa.families import TextFamily
+from vaerepa.files import digest_of, digest_of_weights, replacing
 from vaerepa.randomness import draw_uniform
 
 logger = logging.getLogger(__name__)
@@ -108,10 +106,10 @@ class Prompts:
         return {name: tensor.detach().clone() for name, tensor in embedding.items()}
 
     def _key(self) -> str:
-        parts = [checksum(encoder) for encoder in self.encoders.values()]
+        parts = [digest_of_weights(encoder) for encoder in self.encoders.values()]
         parts += [type(self.pipeline).__name__, str(self.max_sequence_length)]
         parts += [str(encoder.dtype) for encoder in self.encoders.values()]
-        return blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
+        return digest_of(" ".join(parts).encode(), size=8)
 
 
 class _CountOfCuts(logging.Filter):
@@ -188,12 +186,10 @@ class EmbeddingsCache:
             for name, tensor in embedding.items()
         }
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        unfinished = path.with_suffix(".unfinished")
         try:
-            save_file(tensors, unfinished)
-            os.replace(unfinished, path)
+            with replacing(path) as unfinished:
+                save_file(tensors, unfinished)
         except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
             raise OptionError(f"--cache_text_embeddings: {path} cannot be written: {error}.") from error
 
 
@@ -216,4 +212,4 @@ def choose_caption(captions: list[str], seed: int, sample_index: int) -> str:
 
 
 def _hash(prompt: str) -> str:
-    return blake2b(prompt.encode(), digest_size=16).hexdigest()
+    return digest_of(prompt.encode())

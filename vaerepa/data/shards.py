@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 
-from vaerepa.data.digests import Digests, digest_of, read_file, samples, update
+from vaerepa.data.digests import Digests, read_file, samples, update
 from vaerepa.data.files import NUM_THREADS, UnreadableFileError, in_threads, is_local, named, open_file
 from vaerepa.data.labels import Label, distinct_labels
 from vaerepa.data.source import (
@@ -33,6 +33,7 @@ from vaerepa.data.source import (
 )
 from vaerepa.data.survey import keep, open_kept, replace_file, writable_cache
 from vaerepa.errors import OptionError
+from vaerepa.files import digest_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from vaerepa.data.digests import Digests, digest_column, digest_images, digest_of, read_file, samples
+from vaerepa.data.digests import Digests, digest_column, digest_images, read_file, samples
 from vaerepa.data.files import is_local, named, open_file
 from vaerepa.errors import DataError
+from vaerepa.files import digest_of
 
 NUM_BLOCKS = 1024  # of rows that can be read from anywhere
 READ_BATCH = 32

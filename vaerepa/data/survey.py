@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import datasets
 import pyarrow as pa
 
 from vaerepa.data.files import UnreadableFileError
+from vaerepa.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +66,14 @@ def keep(path: Path, schema: pa.Schema, read: Callable[[], Iterable[pa.Table]]) 
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> bool:
-    """Writes a file that takes its name when it is whole; returns whether it could be written."""
-    unfinished = path.with_name(f".{uuid.uuid4().hex}")
+    """Writes a file that is complete or does not exist; returns whether it could be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        os.replace(unfinished, path)
+        with replacing(path, shared=True) as unfinished:
+            write(unfinished)
     except UnreadableFileError:
         raise
     except OSError as error:
         logger.info(f"{path} cannot be kept: {error}")
         return False
-    finally:
-        unfinished.unlink(missing_ok=True)
     return True

@@ -14,7 +14,8 @@ from vaerepa.evaluation.extractor import Extractor, check_installed, open_extrac
 from vaerepa.evaluation.features import measure
 from vaerepa.evaluation.metrics import MIN_SAMPLES, NAMES, compute_metrics, left_out
 from vaerepa.evaluation.reference import Reference, measure_source, open_npz
-from vaerepa.evaluation.samples import GenerateImages, generate_missing, read_pixels, write_whole
+from vaerepa.evaluation.samples import GenerateImages, generate_missing, read_pixels
+from vaerepa.files import replacing
 
 REPORT = "evaluation.json"
 PACKAGES = ("torch-fidelity", "torch", "diffusers")
@@ -55,7 +56,8 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Writes the report as JSON beside the images."""
-        write_whole(folder / REPORT, json.dumps(asdict(self), indent=2).encode())
+        with replacing(folder / REPORT) as unfinished:
+            unfinished.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
 
 def read_report(path: Path) -> Report:

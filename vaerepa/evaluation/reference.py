@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from vaerepa.errors import OptionError
 from vaerepa.evaluation.extractor import Extractor
 from vaerepa.evaluation.features import Measured, measure
 from vaerepa.evaluation.statistics import Statistics
+from vaerepa.files import digest_of, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def measure_source(
     if source.holds_latents:
         raise OptionError(f"{about['dataset']} holds latents; a reference needs images, or statistics as .npz.")
     about = about | {"images": source.storage.images, "num_images": len(source), "extractor": extractor.name}
-    key = blake2b(json.dumps([about, _digest(source.members)]).encode(), digest_size=8).hexdigest()
+    key = digest_of(json.dumps([about, _digest(source.members)]).encode(), size=8)
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vaerepa-reference" / f"{key}.npz"
     if accelerator.gather(torch.tensor([path.is_file()], device=accelerator.device)).all():
         return read_statistics(path, extractor)
@@ -141,16 +141,14 @@ def write_statistics(path: Path, reference: Reference) -> None:
     for name, pair in STATISTICS.items():
         statistics = reference.measured.statistics[name]
         arrays |= dict(zip(pair, (statistics.mu.numpy(), statistics.sigma.numpy()), strict=True))
-    unfinished = path.with_name(f".{path.name}.unfinished.npz")
-    np.savez(
-        unfinished,
-        **arrays,
-        features=reference.measured.features["pool"].numpy(),
-        count=reference.measured.count,
-        extractor=reference.about["extractor"],
-        about=json.dumps(reference.about),
-    )
-    unfinished.replace(path)
+    arrays |= {
+        "features": reference.measured.features["pool"].numpy(),
+        "count": reference.measured.count,
+        "extractor": reference.about["extractor"],
+        "about": json.dumps(reference.about),
+    }
+    with replacing(path, shared=True) as unfinished, unfinished.open("wb") as file:  # numpy would add .npz to a name
+        np.savez(file, **arrays)
 
 
 def _images(source: Source, resolution: int, index: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -181,4 +179,4 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _digest(members: np.ndarray) -> str:
-    return blake2b(np.packbits(members).tobytes(), digest_size=8).hexdigest()
+    return digest_of(np.packbits(members).tobytes(), size=8)

@@ -6,7 +6,6 @@ FOLDER/samples.npz                all images as one array, for the evaluator of 
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from vaerepa import sampling
 from vaerepa.data import Prompts
 from vaerepa.data.images import to_pixels
 from vaerepa.errors import OptionError
+from vaerepa.files import replacing
 from vaerepa.randomness import draw_permutation, draw_uniform, generator
 
 GenerateImages = Callable[[list[int]], list[Image.Image]]  # takes the numbers of images, returns the images
@@ -90,7 +90,8 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
             return
         if next((folder / "images").iterdir(), None):
             raise OptionError(f"--output_dir {folder} holds images of unknown origin; choose another.")
-        write_whole(path, json.dumps(settings, indent=2).encode())
+        with replacing(path) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     except OSError as error:
         raise OptionError(f"--output_dir {folder} cannot be written: {error.strerror}.") from error
     except json.JSONDecodeError as error:
@@ -136,25 +137,19 @@ def read_pixels(folder: Path, numbers: Sequence[int]) -> Iterator[tuple[int, tor
 def write_npz(folder: Path, count: int) -> Path:
     """Writes the images as `arr_0`, uint8 (N, H, W, 3), the form that the evaluator of ADM (openai/guided-diffusion) reads."""
     path = folder / NPZ
-    unfinished = path.with_name(f".{NPZ}.unfinished")
     with Image.open(image_path(folder, 0)) as first:
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, first.height, first.width, 3)}
-    with zipfile.ZipFile(unfinished, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+    with (
+        replacing(path) as unfinished,
+        zipfile.ZipFile(unfinished, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
         np.lib.format.write_array_header_1_0(file, header)
         for _, pixels in read_pixels(folder, range(count)):  # one by one: 50 000 of 256 pixels are 10 GB
             file.write(pixels.permute(1, 2, 0).contiguous().numpy().tobytes())
-    os.replace(unfinished, path)
     return path
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it when it is complete."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
-
-
 def _write_image(path: Path, image: Image.Image) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    image.save(unfinished, format="PNG")
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        image.save(unfinished, format="PNG")

@@ -13,7 +13,7 @@ from vaerepa import checkpoints
 from vaerepa.errors import OptionError
 from vaerepa.hub.push import LAST_CHECKPOINT
 from vaerepa.hub.reasons import why_unreadable
-from vaerepa.layout import MANIFEST, POSITION, STATE, folder_of
+from vaerepa.layout import MANIFEST, STATE, find_trainer_state, folder_of
 
 PREFIX = "hub:"
 CHECKPOINT = re.compile(rf"({LAST_CHECKPOINT}|checkpoint-\d+)/{STATE}/{re.escape(MANIFEST)}")
@@ -32,13 +32,14 @@ def fetch_checkpoint(name: str, output_dir: Path, cache_dir: str | None) -> Path
     repo_id, _, revision = name.removeprefix(PREFIX).partition("@")
     where = {"repo_id": repo_id, "revision": revision or None}
     try:
-        folders = [m[1] for path in HfApi().list_repo_files(**where) if (m := CHECKPOINT.fullmatch(path))]
+        files = HfApi().list_repo_files(**where)
+        folders = [m[1] for path in files if (m := CHECKPOINT.fullmatch(path))]
         if not folders:
             raise OptionError(
                 f"{flag}: this repository holds no training state; --hub_strategy checkpoint pushes it. Its weights can be "
                 f"fine-tuned, with --pretrained_model_name_or_path {repo_id}."
             )
-        step, newest = max((_step(folder, where, cache_dir), folder) for folder in folders)
+        step, newest = max((_step(folder, files, where, cache_dir), folder) for folder in folders)
         final, unfinished = folder_of(output_dir, step), output_dir / f".checkpoint-{step}.download"
         if final.exists():
             return final
@@ -59,8 +60,10 @@ def fetch_checkpoint(name: str, output_dir: Path, cache_dir: str | None) -> Path
     return final
 
 
-def _step(folder: str, where: dict[str, str | None], cache_dir: str | None) -> int:
+def _step(folder: str, files: list[str], where: dict[str, str | None], cache_dir: str | None) -> int:
     if folder != LAST_CHECKPOINT:
         return int(folder.split("-")[-1])
-    position = hf_hub_download(**where, filename=f"{folder}/{STATE}/{POSITION}", cache_dir=cache_dir)
-    return int(json.loads(Path(position).read_text(encoding="utf-8"))["step"])
+    state = f"{folder}/{STATE}/"
+    name = find_trainer_state(path.removeprefix(state) for path in files if path.startswith(state))
+    path = hf_hub_download(**where, filename=f"{state}{name}", cache_dir=cache_dir)
+    return int(json.loads(Path(path).read_text(encoding="utf-8"))["step"])

@@ -104,7 +104,7 @@ class Monitor:
         )
         if accelerator.is_main_process:
             goes_on = state.step < setup.max_train_steps
-            self.metrics.keep_until(state.step, is_window_open=bool(state.running_means) and goes_on)
+            self.metrics.keep_until(state.step, has_open_means=bool(state.running_means) and goes_on)
         values = {name: str(value) for name, value in as_plain(setup.options).items()}
         accelerator.init_trackers("vaerepa", values)
 

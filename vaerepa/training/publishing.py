@@ -7,9 +7,9 @@ from typing import Any
 
 from vaerepa import lora, model_card, objectives, throughput
 from vaerepa.alignment import stored_heads
-from vaerepa.checkpoints import link_tree
 from vaerepa.ema import relative_distance
 from vaerepa.evaluation import newest_report
+from vaerepa.files import link_tree
 from vaerepa.hub.push import tag_of
 from vaerepa.hub.uploader import Uploader
 from vaerepa.layout import STATE, folder_of, step_of

@@ -13,7 +13,7 @@ from vaerepa.cli import as_plain
 from vaerepa.data.order import ORDER
 from vaerepa.ema import EMA
 from vaerepa.errors import OptionError
-from vaerepa.logs import Window, get_logger
+from vaerepa.logs import RunningMeans, get_logger
 from vaerepa.privacy import public_values
 from vaerepa.processes import on_main_process
 from vaerepa.training.setup import Setup
@@ -47,7 +47,7 @@ class TrainingState:
             _keep_base_heads(heads, setup.base_heads, self.alignments)
         self.ema = EMA(transformer, options.ema_decay, options.offload_ema, heads) if options.use_ema else None
         self.learning_rate: Callable[[int], float] = optimization.learning_rate_schedule(options, setup.max_train_steps)
-        self.running_means = Window()
+        self.running_means = RunningMeans()
         self.skipped_in_a_row = torch.zeros((), device=accelerator.device)
         self.skipped_images_before = 0
         aligned = _align(setup, heads, self.alignments)
@@ -138,7 +138,7 @@ class TrainingState:
             "density": objectives.DENSITY,
             "latent_statistics": setup.latent_statistics,
             "encode_in_bf16": setup.feed.encoding.in_bf16,
-            "window": self.running_means.reduce(accelerator),
+            "running_means": self.running_means.reduce(accelerator),
             "skipped_in_a_row": self.skipped_in_a_row.item(),
             "skipped_images": self.count_skipped_images(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -188,7 +188,7 @@ class TrainingState:
                 checkpoints.load_parameters(module, kept.of(module))
         moments = checkpoints.load_tensors(checkpoint, "optimizer")
         checkpoints.load_optimizer(self.optimizer.optimizer, self._names(), moments)
-        self.running_means = Window(trainer_state["window"])
+        self.running_means = RunningMeans(trainer_state["running_means"])
         self.skipped_in_a_row.fill_(trainer_state["skipped_in_a_row"])
         self.skipped_images_before = trainer_state["skipped_images"]
         if accelerator.scaler and trainer_state["scaler"]:
