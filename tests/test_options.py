@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from vaerepa import cli
-from vaerepa.alignment import settings
+from vaerepa.alignment import METHODS, settings
 from vaerepa.cli import as_plain, write_config
 from vaerepa.errors import OptionError
 from vaerepa.foreign_flags import ALIASES, FOREIGN
@@ -288,7 +288,7 @@ def test_no_foreign_flag_is_an_option():
         ("output_dir", "[a, b]", "text"),
         ("mixed_precision", "fp8", "one of no, fp16, bf16"),
         ("objective", "ddim", "one of flow_matching, ddpm"),
-        ("alignment", "rope", "one or more values, each one of none, vae, repa, sra, layersync"),
+        ("alignment", "rope", f"one or more values, each one of none, {', '.join(METHODS)}"),
         ("alignment_loss", "true", "one or more values, each one of smooth_l1, l1, l2, cosine"),
         ("alignment_block", "[2, x]", "one or more values, each a whole number"),
         ("alignment_t_range", "[0, half]", "one or more values of type float"),
