@@ -148,6 +148,46 @@ class GuidingHead(nn.Module):
         self.std = 1.0 if std is None else torch.tensor(std).view(-1, 1, 1)
 
     @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | None = None,
+    ) -> "GuidingHead":
+        """The head beside a pipeline.
+
+        Args:
+            name_or_path: folder or Hub id of a pipeline with heads/.
+            name: method of the head; by default the first that can guide.
+            revision, cache_dir, token: as of a pipeline's from_pretrained.
+
+        Raises:
+            OSError: there are no heads.
+            ValueError: none of the heads there can guide, or not the one that is asked for.
+        """
+        where = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        config_file, weights_file = (
+            _get_model_file(name_or_path, weights_name=file, **where) for file in (HEADS_CONFIG, HEADS_WEIGHTS)
+        )
+        configs = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        names = [one for one, config in configs.items() if config.get("target") in GUIDING_TARGETS]
+        if not names or name not in (None, *names):
+            there = ", ".join(f"`{one}`, which targets {config.get('aim')}" for one, config in configs.items())
+            raise ValueError(
+                f"{name_or_path}: {f'head `{name}` cannot' if name else 'no head there can'} guide; there are {there}. A head "
+                "guides that predicts latents or velocity, and says so in heads/config.json."
+            )
+        name = name or names[0]
+        head = cls.from_config(configs[name])
+        tensors = load_file(weights_file)
+        own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+        head.layers.load_state_dict(own, assign=True)
+        return head.eval().requires_grad_(False)
+
+    @classmethod
     def from_config(cls, config: dict[str, Any], layers: nn.Module | None = None) -> "GuidingHead":
         """The head that an entry of heads/config.json describes; around `layers`, or new ones without weights.
 
@@ -167,7 +207,10 @@ class GuidingHead(nn.Module):
         """The output as latents (B, C, H, W), from hidden states (B, N, d) of a grid of N = H/p W/p patches."""
         parameter = next(self.layers.parameters(), hidden_states)
         inputs = (hidden_states, embedding) if self.is_adaptive else (hidden_states,)
-        tokens = self.layers(*(tensor.to(parameter.dtype) for tensor in inputs))
+        return self.unpatchify(self.layers(*(tensor.to(parameter.dtype) for tensor in inputs)), grid)
+
+    def unpatchify(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Latents (B, C, H, W) of tokens (B, N, p*p*C)."""
         patches = tokens.unflatten(1, grid).unflatten(-1, (self.patch_size, self.patch_size, -1))  # (B, h, w, p, p, C)
         return torch.einsum("nhwpqc->nchpwq", patches).flatten(4, 5).flatten(2, 3)
 
@@ -242,47 +285,21 @@ class VAEREPAPipeline(DiffusionPipeline):
             class_labels = [class_labels]
         return [self._label_id(label) for label in class_labels]
 
-    def load_heads(
-        self,
-        name_or_path: str | None = None,
-        *,
-        name: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | None = None,
-        token: str | None = None,
-    ) -> None:
+    def load_heads(self, name_or_path: str | None = None, **where: str | None) -> None:
         """Loads the alignment head that `head_guidance_scale` guides by; the first call that needs it does so by itself.
 
         Args:
             name_or_path: folder or Hub id of a pipeline with heads/; by default where the transformer came from, on the Hub
                 the very commit.
-            name: method of the head; by default the first that can guide.
-            revision, cache_dir, token: as of from_pretrained.
+            where: further arguments of `GuidingHead.from_pretrained`.
 
         Raises:
-            OSError: there is nothing there.
-            ValueError: none of the heads there can guide, or not the one that is asked for.
+            OSError: there are no heads.
+            ValueError: none of the heads there can guide, or it is not known where the transformer came from.
         """
         if name_or_path is None:
-            name_or_path, revision, cache_dir = _origin(self.transformer)
-        where = {"revision": revision, "cache_dir": cache_dir, "token": token}
-        config_file, weights_file = (
-            _get_model_file(name_or_path, weights_name=file, **where) for file in (HEADS_CONFIG, HEADS_WEIGHTS)
-        )
-        configs = json.loads(Path(config_file).read_text(encoding="utf-8"))
-        names = [one for one, config in configs.items() if config.get("target") in GUIDING_TARGETS]
-        if not names or name not in (None, *names):
-            there = ", ".join(f"`{one}`, which targets {config.get('aim')}" for one, config in configs.items())
-            raise ValueError(
-                f"{name_or_path}: {f'head `{name}`' if name else 'no head there'} can guide; there are {there}. A head guides "
-                "that predicts latents or velocity, and says so in heads/config.json."
-            )
-        name = name or names[0]
-        head = GuidingHead.from_config(configs[name])
-        tensors = load_file(weights_file)
-        own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-        head.layers.load_state_dict(own, assign=True)
-        self.head = head.eval().requires_grad_(False).to(self.transformer.dtype)
+            name_or_path, where["revision"], where["cache_dir"] = _origin(self.transformer)
+        self.head = GuidingHead.from_pretrained(name_or_path, **where).to(self.transformer.dtype)
 
     @torch.no_grad()
     def __call__(

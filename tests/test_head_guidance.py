@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline_vaerepa import GuidingHead, VAEREPAPipeline, head_velocity
 from tests.test_pipeline import GaussianField, build_pipeline, build_scheduler
-from vaerepa.alignment import VAEAlignment
+from vaerepa.alignment import HeadGuidance, VAEAlignment
 from vaerepa.alignment.grid import patchify
-from vaerepa.checkpoints import _checksum
+from vaerepa.objectives import NoisePrediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,7 +73,7 @@ def test_the_config_is_enough_to_rebuild_a_head(train, final):
     options = {"alignment": ["vae", "sra"], "alignment_layers": "vae=3", "alignment_final": f"vae={final}"}
     run = train(max_train_steps=3, **options, alignment_normalize=True, learning_rate=1e-2)
     configs = json.loads((run / "heads/config.json").read_text())
-    state = json.loads((run / "checkpoint-3/state/position.json").read_text())
+    state = json.loads((run / "checkpoint-3/state/trainer_state.json").read_text())
     mean, std = (pytest.approx(values) for values in state["latent_statistics"])
     assert configs["vae"] == {
         "block": 2,
@@ -98,7 +99,7 @@ def test_the_config_is_enough_to_rebuild_a_head(train, final):
     expected = ours(hidden_states, embedding) if final == "adaln" else ours(hidden_states)
     torch.testing.assert_close(patchify(latents, 2), expected)
     assert latents.std() > 0
-    with pytest.raises(ValueError, match="head `sra` can guide"):
+    with pytest.raises(ValueError, match="head `sra` cannot guide"):
         rebuilt.load_heads(run, name="sra")
 
 
@@ -117,9 +118,8 @@ def test_a_checkpoint_from_before_there_were_ema_heads_goes_on(train, tmp_path):
         (folder / f"state/{name}.safetensors").unlink()
     config = {"vae": {"block": 2, "aim": "the latents of the VAE"}}
     (folder / "heads/config.json").write_text(json.dumps(config))
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"]
-    manifest = {p.relative_to(folder).as_posix(): [p.stat().st_size, _checksum(p)] for p in files}
-    (folder / "state/manifest.json").write_text(json.dumps(manifest))
+    manifest = json.loads((folder / "state/manifest.json").read_text())
+    (folder / "state/manifest.json").write_text(json.dumps({n: v for n, v in manifest.items() if "heads" not in n}))
     with pytest.raises(ValueError, match="which targets the latents of the VAE"):
         VAEREPAPipeline(*open_stock(folder)).load_heads()
     train(max_train_steps=4, checkpointing_steps=1, output_dir=before, resume_from_checkpoint="latest")
@@ -182,23 +182,32 @@ def trained(train):
     return train(max_train_steps=2, learning_rate=1e-2, alignment_layers=2)
 
 
-@torch.no_grad()
-def loop(folder, noise, w, interval, scale=1.0, steps=5):
-    """Euler's method with guidance by head and by class written out, every branch in a forward of its own."""
+def guided_by(folder, w, interval, alphas=None):
+    """Prediction at (x, t, labels) guided by the head, written out; of noise, where there are `alphas`."""
     transformer, _, _ = open_stock(folder)
     tensors = load_file(folder / "heads/heads.safetensors")
     tokens = []
     transformer.transformer_blocks[1].register_forward_hook(lambda module, args, output: tokens.append(output))
 
-    def velocity(x, t, labels):
-        v = transformer(x.float(), torch.full((len(x),), 1000 * t), labels).sample.double()
+    def prediction(x, t, labels):
+        v = transformer(x.float(), torch.full((len(x),), 1000 * t), labels).sample.to(x.dtype)
         if not interval[0] <= t <= interval[1]:
             return v
         hidden = nn.functional.silu(nn.functional.linear(tokens[-1], tensors["vae.0.weight"], tensors["vae.0.bias"]))
         output = nn.functional.linear(hidden, tensors["vae.2.weight"], tensors["vae.2.bias"])
         clean = torch.einsum("nhwpqc->nchpwq", output.view(-1, 4, 4, 2, 2, 4)).reshape(x.shape)
-        return v + w * (v - (x - clean) / t)
+        if alphas is None:
+            return v + w * (v - (x - clean) / t)
+        signal = alphas[round(1000 * t)]
+        return v + w * (v - (x - signal.sqrt() * clean) / (1 - signal).sqrt())
 
+    return prediction
+
+
+@torch.no_grad()
+def loop(folder, noise, w, interval, scale=1.0, steps=5):
+    """Euler's method with guidance by head and by class written out, every branch in a forward of its own."""
+    velocity = guided_by(folder, w, interval)
     x, labels = noise.double(), torch.tensor([2, 0])
     for step in range(steps):
         t = 1 - step / steps
@@ -258,3 +267,66 @@ def test_heads_that_are_missing_or_of_unknown_origin_are_said_to_be(trained, noi
     sample(pipeline, noise, head_guidance_scale=1.0)
     with pytest.raises(ValueError, match="head_guidance_interval"):
         sample(pipeline, noise, head_guidance_interval=(0.5, 0.2))
+
+
+# ---- around a stock transformer
+
+
+@pytest.mark.parametrize("final", ["linear", "adaln"])
+def test_around_the_transformer_it_guides_as_in_our_pipeline(train, noise, final):
+    run = train(max_train_steps=3, learning_rate=1e-2, alignment_final=final, alignment_normalize=True)
+    call = {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.7)}
+    ours = VAEREPAPipeline(*open_stock(run))
+    plain = sample(ours, noise, **call)
+    expected = sample(ours, noise, **call, head_guidance_scale=0.5)
+    transformer, vae, scheduler = open_stock(run)
+    head = GuidingHead.from_pretrained(run)
+    for scale, images in ((0.5, expected), (0.0, plain)):
+        guided = HeadGuidance(transformer, head, scale, scheduler=scheduler)
+        wrapped = sample(VAEREPAPipeline(guided, vae, scheduler), noise, **call)
+        torch.testing.assert_close(wrapped, images, rtol=1e-5, atol=1e-5)
+        assert scale or torch.equal(wrapped, plain)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    assert not any(block._forward_hooks for block in transformer.transformer_blocks)
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "ddpm"])
+def test_a_stock_pipeline_samples_the_guided_predictions(train, objective):
+    run = train(max_train_steps=2, learning_rate=1e-2, alignment_layers=2, objective=objective)
+    pipeline = DiTPipeline.from_pretrained(run)
+    pipeline.set_progress_bar_config(disable=True)
+    decoded = []
+    pipeline.vae.decode = lambda latents: (
+        decoded.append(latents) or SimpleNamespace(sample=torch.zeros(len(latents), 3, 16, 16))
+    )
+    head, interval = GuidingHead.from_pretrained(run), (0.2, 0.9)
+    pipeline.transformer = HeadGuidance(pipeline.transformer, head, 0.5, interval, scheduler=pipeline.scheduler)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    call = {"num_inference_steps": 4, "guidance_scale": 2.0, "generator": torch.Generator().manual_seed(3)}
+    pipeline([2, 0], **call)
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(4)
+    prediction = guided_by(run, 0.5, interval, scheduler.alphas_cumprod if objective == "ddpm" else None)
+    x, labels = noise, torch.tensor([2, 0])
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            t = timestep.item() / 1000
+            null = prediction(x, t, torch.full_like(labels, 1000))
+            x = scheduler.step(null + 2.0 * (prediction(x, t, labels) - null), timestep, x).prev_sample
+    latents = decoded[0] * pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(latents, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["latent", "velocity"])
+def test_the_noise_that_a_head_stands_for(target):
+    """Of an exact head the noise itself comes back, normalised or not."""
+    objective = NoisePrediction()
+    clean, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.1, 0.5, 0.9])
+    noisy, _ = objective.corrupt(clean, noise, t)
+    mean, std = (torch.tensor(STATISTICS[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    for statistics in ((mean, std), (0.0, 1.0)):
+        normalised = (clean - statistics[0]) / statistics[1]
+        output = normalised if target == "latent" else noise - normalised
+        timesteps = objective.timesteps(t).view(-1, 1, 1, 1)
+        found = objective.head_prediction(noisy, output, timesteps, target, *statistics)
+        torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-4)

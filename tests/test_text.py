@@ -22,10 +22,10 @@ import train_vaerepa
 from tests import text_models
 from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
-from vaerepa.alignment import AlignmentContext, VAEAlignment
+from vaerepa.alignment import AlignedTransformer, AlignmentContext, GuidingHead, HeadGuidance, VAEAlignment
 from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.data.prompts import choose_caption
-from vaerepa.families import Size, parse_preset, pipelines_of
+from vaerepa.families import Size, family_of_pipeline, parse_preset, pipelines_of
 
 STATE_FILES = ("transformer", "optimizer", "ema_0.9")
 LOADERS = {"pixart_alpha": "peft", "pixart_sigma": "peft", "sd3": "loader", "sd3_5": "loader", "z_image": "loader"}
@@ -193,6 +193,45 @@ def test_the_loss_is_that_of_the_stock_pipelines_convention(family, shift, finet
         losses.append((output - target).square().mean())
     logged = read_metrics(run, "train/denoising_loss")[0]["train/denoising_loss"]
     assert logged == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("final", ["linear", "adaln"])
+@pytest.mark.parametrize("name", ["pixart_alpha", "sd3", "sd3_5", "z_image"])
+def test_a_head_guides_the_stock_pipeline_of_each_family(name, final, pipelines):
+    """By what AlignedTransformer, as in training, gives the head of the same latents, timestep and caption."""
+    pipeline = DiffusionPipeline.from_pretrained(pipelines(name))
+    pipeline.set_progress_bar_config(disable=True)
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    family = family_of_pipeline(type(pipeline).__name__)
+    channels, generator = family.latent_channels(transformer), torch.Generator().manual_seed(0)
+    method = VAEAlignment(family.patch_size(transformer), num_layers=2, final=final)
+    widths = family.inner_width(transformer), channels, 0, family.conditioning_width(transformer)
+    layers = method.build_head(*widths).requires_grad_(False)
+    for parameter in layers.parameters():
+        parameter.normal_(std=0.1, generator=generator)
+    head = GuidingHead.from_config({"block": 2, "final": final, **method.describe_target()}, layers)
+    noisy, condition = torch.randn(channels, 8, 8, generator=generator), None
+    with torch.no_grad():
+        condition = family.collate(family.encode_prompts(pipeline, ["a red cat"], 24))
+        aligned = AlignedTransformer(transformer, family.blocks(transformer), {"vae": layers}, {"vae": 2}, family)
+        inputs = {"timesteps": torch.tensor([400.0]), "condition": condition}
+        prediction, outputs = aligned(noisy[None], **inputs)
+    p = family.patch_size(transformer)
+    tokens = outputs["vae"][0].view(8 // p, 8 // p, p, p, channels)
+    clean = torch.einsum("hwpqc->chpwq", tokens).reshape(noisy.shape)
+    of_head = (noisy - clean) / 0.4
+    if name.startswith("pixart"):
+        signal = scheduler.alphas_cumprod[400]
+        of_head = (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()
+    plain, early = (stock_output(pipeline, noisy, timestep, "a red cat") for timestep in (400.0, 200.0))
+    for scale, timestep, expected in ((0.0, 400.0, plain), (0.7, 200.0, early), (0.7, 400.0, None)):
+        pipeline.transformer = HeadGuidance(transformer, head, scale, scheduler=scheduler, family=family)
+        guided = stock_output(pipeline, noisy, timestep, "a red cat")
+        if expected is not None:  # by nothing, and outside of the interval
+            assert torch.equal(guided, expected)
+    expected = prediction[0] + 0.7 * (prediction[0] - of_head)
+    torch.testing.assert_close(guided[:channels], expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(guided, plain, atol=1e-2)
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -11,6 +11,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
+from pipeline_vaerepa import head_velocity
 from vaerepa.randomness import draw_normal, draw_uniform
 
 NUM_TIMESTEPS = 1000  # stock schedulers count timesteps from 0 to 999
@@ -35,6 +36,23 @@ class Objective(Protocol):
     def loss(self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Loss of each sample, shape (B,)."""
 
+    def head_prediction(
+        self,
+        noisy: torch.Tensor,
+        output: torch.Tensor,
+        timesteps: torch.Tensor,
+        target: str,
+        mean: float | torch.Tensor = 0.0,
+        std: float | torch.Tensor = 1.0,
+    ) -> torch.Tensor:
+        """The prediction (B, C, H, W) that an alignment head's output stands for.
+
+        Args:
+            output: as latents (B, C, H, W).
+            timesteps: as the transformer takes them, shape (B, 1, 1, 1).
+            target, mean, std: of the head, see `pipeline_vaerepa.head_velocity`.
+        """
+
 
 class FlowMatching:
     """Flow matching on the linear path: x_t = (1 - t) z + t eps, with the velocity v = eps - z as target.
@@ -57,6 +75,9 @@ class FlowMatching:
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return squared_error(prediction, target)
+
+    def head_prediction(self, noisy, output, timesteps, target, mean=0.0, std=1.0) -> torch.Tensor:
+        return head_velocity(noisy, output, timesteps / NUM_TIMESTEPS, target, mean, std)
 
 
 class NoisePrediction:
@@ -91,8 +112,22 @@ class NoisePrediction:
         snr = signal / (1.0 - signal)
         return loss * (snr.clamp(max=self.snr_gamma) / snr)
 
+    def head_prediction(self, noisy, output, timesteps, target, mean=0.0, std=1.0) -> torch.Tensor:
+        """The noise eps of x_t = a z + s eps: (x_t - a z) / s of a latent z.
+
+        Of a velocity u = eps - (z - mean) / std the eps that solves it.
+        """
+        signal = self._signal_at(timesteps).to(noisy.dtype)
+        a, s = signal.sqrt(), (1.0 - signal).sqrt()
+        if target == "latent":
+            return (noisy - a * (mean + std * output)) / s
+        return (a * output + (noisy - a * mean) / std) / (a + s / std)
+
     def _signal(self, t: torch.Tensor) -> torch.Tensor:
-        return self.scheduler.alphas_cumprod.to(t.device)[self.timesteps(t).long()]
+        return self._signal_at(self.timesteps(t))
+
+    def _signal_at(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps.long()]
 
 
 def flow_scheduler() -> SchedulerMixin:
@@ -112,6 +147,11 @@ def name_of(scheduler: SchedulerMixin) -> str | None:
     if prediction == "epsilon" and hasattr(scheduler, "alphas_cumprod"):
         return "ddpm"
     return None
+
+
+def of_scheduler(scheduler: SchedulerMixin) -> Objective:
+    """The objective of a model that this scheduler samples: noise prediction, or else flow matching."""
+    return NoisePrediction(scheduler) if name_of(scheduler) == "ddpm" else FlowMatching(scheduler)
 
 
 def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

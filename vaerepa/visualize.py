@@ -190,9 +190,7 @@ def hidden_states(
 
     The noise of an image is the same at all blocks and times.
     """
-    objective = objectives.FlowMatching(scheduler)
-    if objectives.name_of(scheduler) != "flow_matching":
-        objective = objectives.NoisePrediction(scheduler)
+    objective = objectives.of_scheduler(scheduler)
     times = torch.full((len(clean),), t, device=clean.device)
     noisy, _ = objective.corrupt(clean, noise_like(clean, seed), times)
     nobody = torch.zeros(len(clean), dtype=torch.long, device=clean.device)

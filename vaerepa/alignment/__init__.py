@@ -5,6 +5,7 @@ the method's loss to yours; docs/alignment.md shows it in a dozen lines.
 """
 
 from vaerepa.alignment.aligned_transformer import AlignedTransformer
+from vaerepa.alignment.guidance import GuidingHead, HeadGuidance, SelfGuidance
 from vaerepa.alignment.method import Alignment, AlignmentContext, AlignmentMethod, MethodParts
 from vaerepa.alignment.registry import METHODS
 from vaerepa.alignment.repa import REPAAlignment
@@ -17,8 +18,11 @@ __all__ = [
     "Alignment",
     "AlignmentContext",
     "AlignmentMethod",
+    "GuidingHead",
+    "HeadGuidance",
     "MethodParts",
     "REPAAlignment",
     "SRAAlignment",
+    "SelfGuidance",
     "VAEAlignment",
 ]

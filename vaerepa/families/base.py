@@ -116,6 +116,22 @@ class Family(ABC):
         Arguments as of `predict`. Labels are dropped already.
         """
 
+    # ---- the stock pipeline's call of the transformer
+
+    @abstractmethod
+    def read_call(self, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Noisy latents (B, C, H, W), timesteps 1000 t and the inputs of `predict`, from the arguments of the stock call."""
+
+    def prediction_of(self, sample: Any, noisy: torch.Tensor) -> torch.Tensor:
+        """Noise, or velocity eps - z, of shape (B, C, H, W), in what the stock transformer returns."""
+        return sample[:, : noisy.shape[1]]  # a learned variance comes after
+
+    def with_prediction(self, sample: Any, prediction: torch.Tensor) -> Any:
+        """What the stock transformer returns, with another prediction."""
+        return torch.cat([prediction, sample[:, prediction.shape[1] :]], dim=1)
+
+    # ---- the forward pass, for measuring
+
     @abstractmethod
     def example_inputs(self, transformer: nn.Module, device: torch.device) -> dict[str, Any]:
         """Inputs of one sample, for measuring; with a prompt of full length where there is one."""

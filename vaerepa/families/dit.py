@@ -1,5 +1,7 @@
 """DiT: DiTTransformer2DModel, trained on class labels as DiT and SiT are, exported as a stock DiTPipeline."""
 
+from typing import Any
+
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, SchedulerMixin
@@ -102,6 +104,11 @@ class DiT(Family):
     ) -> torch.Tensor:
         embedder = transformer.transformer_blocks[0].norm1.emb  # which the final layer takes too
         return embedder(timestep, class_labels, hidden_dtype=noisy.dtype)
+
+    def read_call(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, **others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        return hidden_states, timestep, {"timestep": timestep, "class_labels": class_labels}
 
     def example_inputs(self, transformer: DiTTransformer2DModel, device: torch.device) -> dict[str, torch.Tensor]:
         label, drop = torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.bool, device=device)

@@ -67,6 +67,17 @@ class MMDiT(TextFamily):
         """Of t and the pooled captions."""
         return transformer.time_text_embed(timesteps, condition["pooled_projections"])
 
+    def read_call(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        condition = {"encoder_hidden_states": encoder_hidden_states, "pooled_projections": pooled_projections}
+        return hidden_states, timestep, {"timesteps": timestep, "condition": condition}
+
     def max_patches(self, transformer: nn.Module) -> int:
         return transformer.config.pos_embed_max_size
 

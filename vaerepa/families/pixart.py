@@ -53,6 +53,20 @@ class PixArt(TextFamily):
         extra = _size_of_images(transformer, noisy)
         return transformer.adaln_single.emb(timesteps, **extra, batch_size=len(noisy), hidden_dtype=noisy.dtype)
 
+    def read_call(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        condition = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        return hidden_states, timestep, {"timesteps": timestep, "condition": condition}
+
     def encode_prompts(self, pipeline, prompts: list[str], max_sequence_length: int) -> list[dict[str, torch.Tensor]]:
         embeds, masks, _, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length

@@ -26,13 +26,25 @@ class ZImage(TextFamily):
     ) -> torch.Tensor:
         frames = list(noisy.unsqueeze(2).unbind(0))
         predictions = transformer(frames, 1.0 - timesteps / 1000.0, condition["cap_feats"], return_dict=False)[0]
-        return -torch.stack(predictions).squeeze(2)
+        return self.prediction_of(predictions, noisy)
 
     def conditioning_embedding(
         self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
         """Of t; captions come by attention alone."""
         return transformer.t_embedder((1.0 - timesteps / 1000.0) * transformer.t_scale).type_as(noisy)
+
+    def read_call(
+        self, x: list[torch.Tensor], t: torch.Tensor, cap_feats: list[torch.Tensor], **others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        timesteps = 1000.0 * (1.0 - t)
+        return torch.stack(x).squeeze(2), timesteps, {"timesteps": timesteps, "condition": {"cap_feats": cap_feats}}
+
+    def prediction_of(self, sample: list[torch.Tensor], noisy: torch.Tensor) -> torch.Tensor:
+        return -torch.stack(sample).squeeze(2)
+
+    def with_prediction(self, sample: list[torch.Tensor], prediction: torch.Tensor) -> list[torch.Tensor]:
+        return list(-prediction.unsqueeze(2))
 
     def conditioning_width(self, transformer: nn.Module) -> int:
         return transformer.t_embedder.mlp[-1].out_features
