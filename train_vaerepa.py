@@ -29,13 +29,14 @@ from vaerepa.cli import write_config
 from vaerepa.command import command_to_go_on
 from vaerepa.data.images import quiet_pillow
 from vaerepa.errors import DataError, OptionError, TrainingError
+from vaerepa.hub.access import take_token
 from vaerepa.hub.uploader import EXIT_CODE, NotPushedError, Uploader, uploading
 from vaerepa.layout import folder_of
 from vaerepa.logs import by_noise_level, get_logger, set_up_logging
 from vaerepa.options import Options, parse_options
 from vaerepa.output_dir import check_shared, find_checkpoint, locked_output_dir
 from vaerepa.precompute import precompute_latents
-from vaerepa.privacy import redact, take_token
+from vaerepa.privacy import redact
 from vaerepa.processes import on_main_process
 from vaerepa.randomness import draw_seed
 from vaerepa.stopping import StopRequest, is_lost_process

@@ -4,23 +4,38 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import nn
 
-from vaerepa import checks
+from vaerepa.cli import option
+from vaerepa.ema import EMAOptions
 from vaerepa.errors import OptionError
 from vaerepa.logs import get_logger
-from vaerepa.options import Options
+from vaerepa.optimization import OptimizerOptions
 from vaerepa.system import num_cores, unless_out_of_space
+from vaerepa.training.options import OutputOptions
 
 logger = get_logger(__name__)
 
 PROFILED_STEPS = 10
+UNSUPPORTED_BY_LAUNCHER = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+}
+IGNORED_FROM_LAUNCHER = {  # its neutral value, and what to use here
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--gradient_accumulation_steps"),
+    "ACCELERATE_GRADIENT_CLIPPING": ("none", "--max_grad_norm"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "--compile"),
+}
 # in the order in which they cost least; each with its advice
 MEMORY_LEVERS = {
     "gradient_checkpointing": "Next lever: --gradient_checkpointing (a third more arithmetic).",
@@ -29,17 +44,36 @@ MEMORY_LEVERS = {
 }
 
 
-def build_accelerator(options: Options) -> Accelerator:
+@dataclass
+class AccelerationOptions:
+    """Precision, and switches of speed and memory."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "Precision of the forward pass. Default: what `accelerate config` says."
+    )
+    allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", resume="schedule")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    compile: bool = option(False, "Compile each block with torch.compile.", resume="schedule")
+    enable_xformers_memory_efficient_attention: bool = option(
+        False, "Use xformers' attention instead of torch's own (SDPA).", resume="schedule"
+    )
+
+
+class MachineOptions(OptimizerOptions, EMAOptions, AccelerationOptions, OutputOptions):
+    """Options that decide how the machine is used."""
+
+
+def build_accelerator(options: MachineOptions) -> Accelerator:
     """The accelerator of this process: device, precision, trackers, and threads on a CPU.
 
     Raises:
         OptionError: the launcher or the machine cannot do what is asked for.
     """
-    checks.check_launcher()
+    check_launcher()
     try:
         accelerator = Accelerator(
             # torchrun does not tell accelerate that its processes are to train together on CPUs
-            cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not checks.has_gpu(),
+            cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not has_gpu(),
             mixed_precision=options.mixed_precision,
             log_with=None if options.report_to == "none" else options.report_to,
             project_config=ProjectConfiguration(
@@ -61,7 +95,42 @@ def build_accelerator(options: Options) -> Accelerator:
     return accelerator
 
 
-def apply_switches(options: Options, transformer: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
+def has_gpu() -> bool:
+    """Whether there is a device that several processes can train on together; Apple's GPU is none."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device is not None and device.type != "mps"
+
+
+def check_launcher() -> None:
+    """Checks what torchrun or accelerate's launcher and configuration ask for by environment variables.
+
+    What has an option here is left to that option, with a warning.
+
+    Raises:
+        OptionError: they ask for what is not built in (FSDP, DeepSpeed, Megatron-LM, model parallelism), or for more
+            processes than there are GPUs.
+    """
+    for name, what in UNSUPPORTED_BY_LAUNCHER.items():
+        if os.environ.get(name, "").lower() in ("true", "1"):
+            raise OptionError(
+                f"accelerate's configuration or launcher asks for {what} ({name}), which is not supported: train with plain "
+                "data parallelism (`accelerate config`, or `accelerate launch --multi_gpu`)."
+            )
+    for name, (neutral, instead) in IGNORED_FROM_LAUNCHER.items():
+        value = os.environ.pop(name, neutral)  # accelerate would divide losses, and compile, by them
+        if value.lower() != neutral:
+            logger.warning(f"{name}={value}, from accelerate's configuration or launcher, is ignored: use {instead}")
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    uses_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
+    if uses_cuda and local_processes > torch.cuda.device_count():
+        raise OptionError(
+            f"{local_processes} processes were started for {torch.cuda.device_count()} GPUs: start one for each GPU."
+        )
+
+
+def apply_switches(
+    options: AccelerationOptions, transformer: nn.Module, blocks: nn.ModuleList, device: torch.device
+) -> None:
     """Sets up gradient checkpointing, attention and compilation, and names the attention in the log.
 
     Raises:
@@ -102,7 +171,7 @@ def probe_xformers(device: torch.device) -> None:
         ) from error
 
 
-def next_memory_lever(options: Options) -> str:
+def next_memory_lever(options: MachineOptions) -> str:
     """What to do against a full GPU: the cheapest switch that is not yet on, and at last a smaller batch."""
     for name, advice in MEMORY_LEVERS.items():
         if not getattr(options, name):
@@ -111,7 +180,7 @@ def next_memory_lever(options: Options) -> str:
 
 
 @contextmanager
-def profiling(options: Options, is_main_process: bool) -> Iterator[Callable[[], None]]:
+def profiling(options: MachineOptions, is_main_process: bool) -> Iterator[Callable[[], None]]:
     """With --profile, profiles ten steps of the main process after five others; yields what to call after each step."""
     if not (options.profile and is_main_process):
         yield lambda: None

@@ -2,11 +2,9 @@
 
 import logging
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from vaerepa import cli, evaluation
@@ -20,17 +18,6 @@ from vaerepa.options import Options
 
 logger = logging.getLogger(__name__)
 
-UNSUPPORTED_BY_LAUNCHER = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
-}
-IGNORED_FROM_LAUNCHER = {  # its neutral value, and what to use here
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--gradient_accumulation_steps"),
-    "ACCELERATE_GRADIENT_CLIPPING": ("none", "--max_grad_norm"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "--compile"),
-}
 MIN_BAD_IMAGES = 10  # fewer say nothing about the data
 
 
@@ -127,39 +114,6 @@ def resolve_batch_sizes(options: Options, num_processes: int) -> Options:
     return replace(
         options, train_batch_size=per_device, gradient_accumulation_steps=accumulation, global_batch_size=total
     )
-
-
-def has_gpu() -> bool:
-    """Whether there is a device that several processes can train on together; Apple's GPU is none."""
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return device is not None and device.type != "mps"
-
-
-def check_launcher() -> None:
-    """Checks what torchrun or accelerate's launcher and configuration ask for by environment variables.
-
-    What has an option here is left to that option, with a warning.
-
-    Raises:
-        OptionError: they ask for what is not built in (FSDP, DeepSpeed, Megatron-LM, model parallelism), or for more
-            processes than there are GPUs.
-    """
-    for name, what in UNSUPPORTED_BY_LAUNCHER.items():
-        if os.environ.get(name, "").lower() in ("true", "1"):
-            raise OptionError(
-                f"accelerate's configuration or launcher asks for {what} ({name}), which is not supported: train with plain "
-                "data parallelism (`accelerate config`, or `accelerate launch --multi_gpu`)."
-            )
-    for name, (neutral, instead) in IGNORED_FROM_LAUNCHER.items():
-        value = os.environ.pop(name, neutral)  # accelerate would divide losses, and compile, by them
-        if value.lower() != neutral:
-            logger.warning(f"{name}={value}, from accelerate's configuration or launcher, is ignored: use {instead}")
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    uses_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
-    if uses_cuda and local_processes > torch.cuda.device_count():
-        raise OptionError(
-            f"{local_processes} processes were started for {torch.cuda.device_count()} GPUs: start one for each GPU."
-        )
 
 
 def steps_in(options: Options, num_images: int) -> int:

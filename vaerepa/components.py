@@ -71,7 +71,7 @@ def open_vae_and_data(options: Options, family: Family) -> tuple[nn.Module, Sour
     Raises:
         OptionError: one of them is not there, or does not fit the options.
     """
-    vae, sources = open_vae(options, family.knows_shift), open_data(options)
+    vae, sources = open_vae(options, options.cache_dir, family.knows_shift), open_data(options)
     methods = settings.classes_of(options)
     for method in methods:
         method.check_vae(options, vae)
@@ -135,7 +135,7 @@ def build_transformer(options: Options, components: Components) -> nn.Module:
         transformer = family.build_transformer(size, patch_size, spec, options.seed)
     check_capacity(options, family, transformer, downsampling_factor(vae))
     if options.rank:
-        lora.add_lora(transformer, family, options)
+        lora.add_lora(transformer, family, options, options.seed)
     return transformer
 
 

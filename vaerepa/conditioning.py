@@ -17,7 +17,7 @@ from vaerepa.evaluation import TrainingEvaluation
 from vaerepa.evaluation.samples import GenerateImages
 from vaerepa.families import Family
 from vaerepa.families.dit import has_learned_sigma
-from vaerepa.options import Options
+from vaerepa.training.options import GridOptions
 
 
 class Conditioning(ABC):
@@ -65,7 +65,7 @@ class ClassLabels(Conditioning):
     """Class labels, as a DiTPipeline takes them."""
 
     def __init__(
-        self, options: Options, family: Family, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str]
+        self, options: GridOptions, family: Family, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str]
     ):
         self.options = options
         self.family = family
@@ -126,7 +126,7 @@ class Captions(Conditioning):
 
     def __init__(
         self,
-        options: Options,
+        options: GridOptions,
         pipeline: DiffusionPipeline,
         prompts: Prompts,
         image_size: tuple[int, int],
@@ -166,7 +166,9 @@ class Captions(Conditioning):
             )
 
     def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[GenerateImages, str]:
-        generate = evaluation.images_of_prompts(self.pipeline, self.prompts, self.image_size)
+        generate = evaluation.images_of_prompts(
+            self.pipeline, self.prompts, self.options.negative_prompt, self.image_size
+        )
 
         def generate_by(numbers: list[int]) -> list:
             with self._holding(transformer):

@@ -54,7 +54,7 @@ def describe(options: Options) -> str:
     alignments = components.build_alignments(options, parts, transformer, no_statistics)
     shape = shape_of_latents(parts.vae, options.resolution)
     sizes = estimate(options, parts.family, transformer, shape, alignments, num_images)
-    learning_rate = optimization.learning_rate_schedule(options, num_steps)
+    learning_rate = optimization.learning_rate_schedule(options, options.global_batch_size, num_steps)
     classes = classes_in_batch(
         parts.sources.train,
         options.seed,

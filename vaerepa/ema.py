@@ -3,12 +3,31 @@
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from vaerepa.cli import option
+
 DECAY = 0.9999  # of SiT, REPA and SRA, which train for 400 000 steps and more
 SHARE_OF_RUN = 0.1  # that the EMA of a fine-tuning reaches back over: little of the base is left in it, and little lag
+
+
+@dataclass
+class EMAOptions:
+    """The EMA weights."""
+
+    use_ema: bool = option(True, "Keep an exponential moving average of the weights, and export it.", resume="fixed")
+    ema_decay: tuple[float, ...] | None = option(
+        None,
+        "Decay of the EMA weights; with several values the first are exported, all are kept and validated. Default: 0.9999; in "
+        "fine-tuning 1 - 10 / steps, up to 0.9999, which averages over the last tenth of the run.",
+        resume="fixed",
+        at_least=0,
+        below=1,
+    )
+    offload_ema: bool = option(False, "Keep the EMA weights in CPU memory; every step then copies the weights there.")
 
 
 class EMA:

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import peft
@@ -14,16 +14,42 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from vaerepa.cli import option
 from vaerepa.errors import OptionError
 from vaerepa.families import Family
-from vaerepa.options import Options
 from vaerepa.randomness import seeded_weights
 
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that peft knows
 PEFT_PREFIX = "base_model.model."
 
 
-def add_lora(transformer: nn.Module, family: Family, options: Options) -> None:
+@dataclass
+class LoRAOptions:
+    """LoRA in place of training all weights."""
+
+    rank: int | None = option(
+        None,
+        "Fine-tune a LoRA of this rank instead of all weights (diffusers' scripts: 4); it keeps no EMA weights.",
+        resume="fixed",
+        above=0,
+        goes_with="text_conditioning",
+    )
+    lora_alpha: int | None = option(
+        None, "Alpha of the LoRA. Default: its rank.", resume="fixed", above=0, goes_with="rank"
+    )
+    lora_dropout: float = option(
+        0.0, "Dropout in the LoRA layers.", resume="schedule", at_least=0, below=1, goes_with="rank"
+    )
+    lora_layers: tuple[str, ...] = option(
+        (),
+        "Layers that the LoRA is laid over, by the ends of their names, with commas or spaces between. Default: those of the "
+        "attention.",
+        resume="fixed",
+        goes_with="rank",
+    )
+
+
+def add_lora(transformer: nn.Module, family: Family, options: LoRAOptions, seed: int) -> None:
     """Freezes the transformer and lays LoRA layers of --rank over it, in place; these stay in float32.
 
     Raises:
@@ -40,7 +66,7 @@ def add_lora(transformer: nn.Module, family: Family, options: Options) -> None:
         target_modules=layers or list(family.lora_layers),
     )
     try:
-        with seeded_weights(options.seed, "lora"):
+        with seeded_weights(seed, "lora"):
             peft.inject_adapter_in_model(config, transformer)
     except ValueError as error:
         raise OptionError(

@@ -4,21 +4,28 @@ from torch import nn
 
 from vaerepa import families
 from vaerepa.alignment import settings
-from vaerepa.data import parse_buckets
+from vaerepa.alignment.options import AlignmentOptions
+from vaerepa.data.buckets import parse_buckets
+from vaerepa.data.options import DataOptions
 from vaerepa.errors import OptionError
 from vaerepa.families import Conditioning, Family, Size
+from vaerepa.families.options import ModelOptions, TextOptions
 from vaerepa.families.pretrained import Pretrained, find_family, load_pretrained, load_text_encoders
-from vaerepa.options import Options
+from vaerepa.lora import LoRAOptions
 
 CUSTOM_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "patch_size")
 
 
-def conditioning_of(options: Options) -> Conditioning:
+class TransformerOptions(ModelOptions, TextOptions, LoRAOptions, DataOptions, AlignmentOptions):
+    """Options that decide what is trained, and whether images and alignment fit it."""
+
+
+def conditioning_of(options: TransformerOptions) -> Conditioning:
     """The kind of condition that is trained."""
     return "captions" if options.text_conditioning else "labels"
 
 
-def transformer_size(options: Options) -> tuple[Family, Size, int]:
+def transformer_size(options: TransformerOptions) -> tuple[Family, Size, int]:
     """Family, size and patch size of a model from scratch.
 
     Raises:
@@ -39,7 +46,7 @@ def transformer_size(options: Options) -> tuple[Family, Size, int]:
     return family, size, patch_size
 
 
-def _custom_size(options: Options) -> tuple[Size, int]:
+def _custom_size(options: TransformerOptions) -> tuple[Size, int]:
     missing = [f"--{name}" for name in CUSTOM_SIZE if getattr(options, name) is None]
     if missing:
         raise OptionError(f"--model {options.model} needs {', '.join(missing)} too.")
@@ -52,7 +59,7 @@ def _custom_size(options: Options) -> tuple[Size, int]:
     return size, options.patch_size
 
 
-def check_model(options: Options) -> None:
+def check_model(options: TransformerOptions) -> None:
     """Checks the options of the model against each other.
 
     Raises:
@@ -85,7 +92,7 @@ def check_model(options: Options) -> None:
     transformer_size(options)
 
 
-def family_of(options: Options) -> Family:
+def family_of(options: TransformerOptions) -> Family:
     """The family that is trained, as the preset or the index of the fine-tuned pipeline says; opens nothing else.
 
     Raises:
@@ -97,7 +104,7 @@ def family_of(options: Options) -> Family:
     return family_of_preset(options)
 
 
-def family_of_preset(options: Options) -> Family:
+def family_of_preset(options: TransformerOptions) -> Family:
     """The family of --model.
 
     Raises:
@@ -109,7 +116,7 @@ def family_of_preset(options: Options) -> Family:
         raise OptionError(f"--model {options.model}: {error}, or custom, {families.custom_models()}.") from error
 
 
-def open_pretrained(options: Options) -> Pretrained | None:
+def open_pretrained(options: TransformerOptions) -> Pretrained | None:
     """What is fine-tuned, or the text encoders that a model from scratch is given; None where neither is asked for.
 
     Raises:
@@ -121,7 +128,9 @@ def open_pretrained(options: Options) -> Pretrained | None:
     return load_text_encoders(encoders, family, **_where(options)) if family.text_components else None
 
 
-def check_geometry(options: Options, downsampling: int, patch_size: int, trained_size: int | None = None) -> int:
+def check_geometry(
+    options: TransformerOptions, downsampling: int, patch_size: int, trained_size: int | None = None
+) -> int:
     """The side of the latents, in latent pixels; `trained_size` is that of a pretrained transformer.
 
     Raises:
@@ -144,7 +153,7 @@ def check_geometry(options: Options, downsampling: int, patch_size: int, trained
     return options.resolution // downsampling
 
 
-def check_capacity(options: Options, family: Family, transformer: nn.Module, downsampling: int) -> None:
+def check_capacity(options: TransformerOptions, family: Family, transformer: nn.Module, downsampling: int) -> None:
     """Checks that a transformer has positions for all patches of an image.
 
     Raises:
@@ -159,5 +168,5 @@ def check_capacity(options: Options, family: Family, transformer: nn.Module, dow
             )
 
 
-def _where(options: Options) -> dict[str, str | None]:
+def _where(options: TransformerOptions) -> dict[str, str | None]:
     return {"revision": options.revision, "variant": options.variant, "cache_dir": options.cache_dir}

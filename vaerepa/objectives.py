@@ -1,7 +1,8 @@
 """Objectives: how latents are corrupted, what the transformer predicts, and which stock scheduler samples the result."""
 
 import math
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from diffusers import (
@@ -12,10 +13,44 @@ from diffusers import (
 )
 
 from pipeline_vaerepa import head_velocity
+from vaerepa.cli import option
 from vaerepa.randomness import draw_normal, draw_uniform
 
 NUM_TIMESTEPS = 1000  # stock schedulers count timesteps from 0 to 999
 DENSITY = 2  # kept with a run: in 1, --logit_mean was that of t and not of 1 - t
+
+
+@dataclass
+class ObjectiveOptions:
+    """What is predicted, at which timesteps, and what is dropped."""
+
+    objective: Literal["flow_matching", "ddpm"] | None = option(
+        None,
+        "What the transformer predicts: the velocity (SiT), or the noise (DiT). Default: what the fine-tuned pipeline "
+        "predicts, or flow_matching.",
+        resume="fixed",
+        group="Objective",
+    )
+    timestep_sampling: Literal["uniform", "logit_normal", "mode"] = option(
+        "uniform", "Density of the training timesteps t in [0, 1].", resume="fixed"
+    )
+    logit_mean: float = option(
+        0.0, "Mean of the logit-normal density, as in diffusers: above 0 prefers little noise.", resume="fixed"
+    )
+    logit_std: float = option(1.0, "Standard deviation of the logit-normal density.", resume="fixed", above=0)
+    mode_scale: float = option(1.29, "Scale of the mode density (Stable Diffusion 3).", resume="fixed")
+    timestep_shift: float | None = option(
+        None,
+        "Shift s of the timesteps, s t / (1 + (s - 1) t). Default: the fine-tuned pipeline's own, or 1.",
+        resume="fixed",
+        above=0,
+    )
+    snr_gamma: float | None = option(
+        None, "Min-SNR weighting of the ddpm objective, 5.0 is its paper's value. Default: none.", resume="schedule"
+    )
+    label_dropout: float = option(
+        0.1, "Fraction of labels dropped for classifier-free guidance.", resume="fixed", at_least=0, below=1
+    )
 
 
 class Objective(Protocol):

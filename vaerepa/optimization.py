@@ -1,17 +1,50 @@
 """AdamW, in full or 8-bit precision, its guard against NaN, and its learning rate."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from vaerepa.cli import option
 from vaerepa.errors import OptionError
-from vaerepa.options import Options
 
 
-def build_optimizer(groups: Iterable[Iterable[nn.Parameter]], options: Options) -> torch.optim.Optimizer:
+@dataclass
+class OptimizerOptions:
+    """AdamW, its learning rate, and the limit of its gradients."""
+
+    learning_rate: float = option(1e-4, "Learning rate after the warm-up.", resume="schedule", above=0)
+    scale_lr: bool = option(False, "Multiply the learning rate by the global batch size.", resume="schedule")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = option("constant", "Learning rate schedule.", resume="schedule")
+    lr_warmup_steps: int = option(
+        0,
+        "Warm-up steps of the schedule. The paper uses none (diffusers' scripts: 500).",
+        resume="schedule",
+        at_least=0,
+    )
+    lr_num_cycles: int = option(1, "Number of restarts of cosine_with_restarts.", resume="schedule", above=0)
+    lr_power: float = option(1.0, "Power of the polynomial schedule.", resume="schedule")
+    adam_beta1: float = option(0.9, "AdamW's beta1.", resume="schedule", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW's beta2.", resume="schedule", at_least=0, below=1)
+    adam_weight_decay: float = option(
+        0.0, "AdamW's weight decay. The paper uses none (diffusers' scripts: 1e-2).", resume="schedule", at_least=0
+    )
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", resume="schedule", above=0)
+    max_grad_norm: float = option(
+        1.0, "Largest gradient norm; larger gradients are scaled down. 0: no limit.", resume="schedule", at_least=0
+    )
+    use_8bit_adam: bool = option(
+        False, "Use bitsandbytes' 8-bit AdamW: a quarter of the optimizer's memory.", resume="fixed"
+    )
+
+
+def build_optimizer(groups: Iterable[Iterable[nn.Parameter]], options: OptimizerOptions) -> torch.optim.Optimizer:
     """AdamW over one group per module that trains; modules without parameters get none.
 
     Raises:
@@ -26,7 +59,7 @@ def build_optimizer(groups: Iterable[Iterable[nn.Parameter]], options: Options) 
     )
 
 
-def _adamw(options: Options) -> Callable[..., torch.optim.Optimizer]:
+def _adamw(options: OptimizerOptions) -> Callable[..., torch.optim.Optimizer]:
     if not options.use_8bit_adam:
         return partial(torch.optim.AdamW, fused=True)
     try:
@@ -47,12 +80,14 @@ def skip_step_if(nonfinite: torch.Tensor, optimizer: torch.optim.Optimizer) -> N
         optimizer.zero_grad(set_to_none=True)  # without gradients it steps over every parameter
 
 
-def learning_rate_schedule(options: Options, num_training_steps: int) -> Callable[[int], float]:
+def learning_rate_schedule(
+    options: OptimizerOptions, global_batch_size: int, num_training_steps: int
+) -> Callable[[int], float]:
     """The learning rate as a function of the number of finished steps.
 
     Not a prepared scheduler, which accelerate would step once per process.
     """
-    base = options.learning_rate * (options.global_batch_size if options.scale_lr else 1)
+    base = options.learning_rate * (global_batch_size if options.scale_lr else 1)
     factor = get_scheduler(
         options.lr_scheduler,
         optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=base),

@@ -2,27 +2,10 @@
 
 import os
 import re
-import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from vaerepa.options import Options
+from typing import Any
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9_]{6,}")
-
-
-def take_token(options: "Options") -> "Options":
-    """Moves --hub_token into this process' environment, where huggingface_hub looks; nothing else keeps it."""
-    if options.hub_token is None:
-        return options
-    os.environ["HF_TOKEN"] = options.hub_token
-    if "--hub_token" in sys.argv:  # from where the command to go on is printed
-        place = sys.argv.index("--hub_token")
-        del sys.argv[place : place + 2]
-    sys.argv[:] = [argument for argument in sys.argv if not argument.startswith("--hub_token=")]
-    return replace(options, hub_token=None)
 
 
 def redact(text: str) -> str:

@@ -7,9 +7,21 @@ the same steps, and two methods can be compared under the same noise. NVlabs/edm
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
+
+from vaerepa.cli import option
+
+
+@dataclass
+class SeedOptions:
+    """The seed of all random numbers."""
+
+    seed: int = option(
+        0, "Everything random follows from it: weights, order, noise, timesteps.", resume="fixed", group="Training"
+    )
 
 
 def draw_seed(seed: int, name: str, *indices: int) -> int:

@@ -9,18 +9,18 @@ from torch import nn
 
 from vaerepa import frozen
 from vaerepa.errors import OptionError
+from vaerepa.families.options import ModelOptions
 from vaerepa.hub.reasons import UNREADABLE, lacks_file, why_unreadable
-from vaerepa.options import Options
 
 EXPECTED = "a Hub id, or a folder with the VAE's config.json and weights, itself or in `vae`"
 DEFAULT = "stabilityai/sd-vae-ft-mse"  # the paper's
 CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
-def open_vae(options: Options, keep_shift: bool) -> ModelMixin:
+def open_vae(options: ModelOptions, cache_dir: str | None, keep_shift: bool) -> ModelMixin:
     """The VAE that the options name, the fine-tuned pipeline's own, or the paper's; see `load_vae`."""
     own, pretrained = options.pretrained_vae_model_name_or_path, options.pretrained_model_name_or_path
-    where = {"cache_dir": options.cache_dir}
+    where = {"cache_dir": cache_dir}
     if not (own and pretrained):  # else these are the pipeline's
         where |= {"revision": options.revision, "variant": options.variant}
     return load_vae(own or pretrained or DEFAULT, **where, keep_shift=keep_shift)

@@ -22,7 +22,7 @@ PER_METHOD = (
 )
 # what survived in other trainers that fine-tune text-to-image models: weight 1.0 was too strong
 TEXT_FINE_TUNING = {"weight": 0.2, "weight_schedule": "cosine"}
-SHARE_OF_RUN = 1 / 3  # after which their alignment ends
+FRACTION_OF_RUN = 1 / 3  # after which their alignment ends
 
 
 def methods_of(options: AlignmentOptions) -> tuple[str, ...]:
@@ -117,8 +117,8 @@ def fill_in_defaults(options: AlignmentOptions) -> AlignmentOptions:
 
 
 def end_with_run(options: AlignmentOptions, max_train_steps: int) -> AlignmentOptions:
-    """Lets a weight that falls, but for which no end is known yet, end after a share of the run."""
-    end = max(1, round(SHARE_OF_RUN * max_train_steps))
+    """Lets a weight that falls, but for which no end is known yet, end after a fraction of the run."""
+    end = max(1, round(FRACTION_OF_RUN * max_train_steps))
     return end_at(options, (end,) * len(options.alignment))
 
 

@@ -2,13 +2,13 @@
 
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
+from vaerepa.data.options import DataOptions
 from vaerepa.errors import OptionError
-from vaerepa.options import Options
 
 LARGEST_PATCH = 4  # of the presets, so that sizes found by themselves fit them all
 
 
-def parse_buckets(options: Options, downsampling: int) -> tuple[tuple[int, int], ...]:
+def parse_buckets(options: DataOptions, downsampling: int) -> tuple[tuple[int, int], ...]:
     """Heights and widths in pixels that --aspect_ratio_buckets names, or of about the area of --resolution; () without it.
 
     Raises:

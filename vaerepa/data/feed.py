@@ -17,12 +17,12 @@ from vaerepa.data.buckets import parse_buckets
 from vaerepa.data.encoding import Encoding
 from vaerepa.data.latents_cache import FEATURES, MOMENTS, LatentsCache, open_cache, rounded
 from vaerepa.data.numbers import DROP, NOISE, POSTERIOR, Numbers, PosteriorNumbers, T, ValidationNumbers, no_numbers
+from vaerepa.data.options import FeedOptions
 from vaerepa.data.order import stream_sizes
 from vaerepa.data.prompts import Prompts, choose_prompt
 from vaerepa.data.reading import Preprocessing, SampleReader, read_micro_batches
 from vaerepa.data.source import Source
 from vaerepa.logs import get_logger
-from vaerepa.options import Options
 from vaerepa.vae import downsampling_factor, has_posterior
 
 logger = get_logger(__name__)
@@ -53,7 +53,7 @@ class Feed:
 
     def __init__(
         self,
-        options: Options,
+        options: FeedOptions,
         accelerator: Accelerator,
         vae: nn.Module,
         source: Source,

@@ -22,10 +22,10 @@ from torch import nn
 
 from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data.batch import Samples, Shape
+from vaerepa.data.options import DataOptions
 from vaerepa.data.source import Source
 from vaerepa.errors import OptionError
 from vaerepa.files import digest_of, digest_of_weights, replacing
-from vaerepa.options import Options
 from vaerepa.vae import has_posterior
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class CachedRow(NamedTuple):
 
 
 def open_cache(
-    options: Options,
+    options: DataOptions,
     source: Source,
     vae: nn.Module,
     vision_encoder: VisionEncoder | None,

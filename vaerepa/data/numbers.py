@@ -17,12 +17,17 @@ from typing import Self
 import torch
 
 from vaerepa.data.batch import Shape
-from vaerepa.objectives import sample_timestep
-from vaerepa.options import Options
-from vaerepa.randomness import draw_noise, draw_uniform
+from vaerepa.data.options import PromptOptions
+from vaerepa.families.options import TextOptions
+from vaerepa.objectives import ObjectiveOptions, sample_timestep
+from vaerepa.randomness import SeedOptions, draw_noise, draw_uniform
 
 NOISE, T, DROP, POSTERIOR = "noise", "t", "drop", "posterior"
 Numbers = Callable[[Sequence[int], Shape, bool], dict[str, torch.Tensor]]
+
+
+class NumberOptions(TextOptions, PromptOptions, ObjectiveOptions, SeedOptions):
+    """Options that the numbers of training samples follow from."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class TrainingNumbers:
     names: tuple[str, ...] = ()
 
     @classmethod
-    def from_options(cls, options: Options, timestep_shift: float, names: tuple[str, ...]) -> Self:
+    def from_options(cls, options: NumberOptions, timestep_shift: float, names: tuple[str, ...]) -> Self:
         """Numbers that a run asks for. --label_dropout and --proportion_empty_prompts are two names of one rate."""
         return cls(
             options.seed,

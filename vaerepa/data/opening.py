@@ -23,13 +23,13 @@ from vaerepa.data.columns import find_columns, find_image_column
 from vaerepa.data.files import UNREADABLE, wait_for_storage
 from vaerepa.data.folders import Folder, look_into, open_image_folder, split_shards
 from vaerepa.data.labels import Classes, classes_of, distinct_labels, lacks_labels
+from vaerepa.data.options import FeedOptions
 from vaerepa.data.shards import Collection, Split, open_parquet, open_streamed, open_tabled
 from vaerepa.data.source import Columns, MomentFiles, Source, TableRows
 from vaerepa.data.survey import temporary_folder, writable_cache
 from vaerepa.data.tars import open_tars
 from vaerepa.errors import OptionError
 from vaerepa.hub.reasons import why_no_data_set
-from vaerepa.options import Options
 from vaerepa.randomness import draw_permutation, draw_uniform
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Sources:
     id2label: dict[int, str]
 
 
-def open_data(options: Options) -> Sources:
+def open_data(options: FeedOptions) -> Sources:
     """The data that are asked for.
 
     Raises:

@@ -12,10 +12,10 @@ from vaerepa.data import Prompts, Source, take_at_random
 from vaerepa.data.prompts import choose_caption
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.evaluator import REPORT, Evaluator, Report, open_evaluator, read_report
+from vaerepa.evaluation.options import MeasuringOptions
 from vaerepa.evaluation.reference import MAX_KEPT
 from vaerepa.evaluation.samples import GenerateImages, balanced, choose_labels, images_of_labels, images_of_prompts
 from vaerepa.layout import step_of
-from vaerepa.options import Options
 from vaerepa.privacy import public_name
 
 FOLDER = "evaluation"  # in the output folder
@@ -29,7 +29,7 @@ class TrainingEvaluation:
         choices: class label or caption of each image.
     """
 
-    options: Options
+    options: MeasuringOptions
     evaluator: Evaluator
     choices: list[Any]
 
@@ -37,11 +37,12 @@ class TrainingEvaluation:
         """Generation by a class-conditional pipeline of vaerepa.sampling."""
         return images_of_labels(pipeline, self.choices, self.options.seed, **self._call())
 
-    def images_of_prompts(self, pipeline: DiffusionPipeline, prompts: Prompts, size: tuple[int, int]) -> GenerateImages:
+    def images_of_prompts(
+        self, pipeline: DiffusionPipeline, prompts: Prompts, negative_prompt: str, size: tuple[int, int]
+    ) -> GenerateImages:
         """Generation by a stock text-to-image pipeline; `size` is height and width in pixels."""
-        options = self.options
         more = self._call() | {"height": size[0], "width": size[1]}
-        return images_of_prompts(pipeline, prompts, self.choices, options.negative_prompt, options.seed, **more)
+        return images_of_prompts(pipeline, prompts, self.choices, negative_prompt, self.options.seed, **more)
 
     def run(self, step: int, generate: GenerateImages, weights: str, sampler: str) -> Report:
         """Generates images and measures them; every process must call it.
@@ -81,7 +82,7 @@ def newest_report(output_dir: Path, step: int) -> Report | None:
 
 
 def open_evaluation(
-    options: Options, accelerator: Accelerator, source: Source, num_classes: int
+    options: MeasuringOptions, accelerator: Accelerator, source: Source, num_classes: int
 ) -> TrainingEvaluation | None:
     """Opens extractor and reference if --eval_steps is given; every process must call it.
 

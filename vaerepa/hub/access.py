@@ -2,20 +2,75 @@
 
 import os
 import re
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
+from vaerepa.cli import option
 from vaerepa.errors import OptionError
 from vaerepa.hub.push import NO_SUCH_ROUTE, what_went_wrong
-from vaerepa.options import Options
+from vaerepa.training.options import OutputOptions
 
 REVISION = re.compile(r"(?!.*(\.\.|//))\w[\w./-]*")
 
 
-def check_names(options: Options) -> None:
+@dataclass
+class HubOptions:
+    """Pushes to the Hub."""
+
+    push_to_hub: bool = option(
+        False,
+        "Push the model to the Hub, in the background. Exit code 3: the last push failed, the run did not.",
+        group="Hub",
+    )
+    hub_model_id: str | None = option(
+        None,
+        "Repository to push to, user/name. Default: the name of --output_dir, in your own account.",
+        goes_with="push_to_hub",
+    )
+    hub_token: str | None = option(
+        None,
+        "Token for the Hub. Better: log in with `hf auth login`, or set HF_TOKEN. It is saved nowhere.",
+        secret=True,
+    )
+    hub_private_repo: bool = option(
+        False, "Make the repository a private one, when it is not there yet.", goes_with="push_to_hub"
+    )
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = option(
+        "every_save",
+        "What is pushed when, as in transformers' Trainer: the model at the end; or at every save; or with it the newest "
+        "training state, as last-checkpoint/; or every one, as checkpoint-N/. Each push is a commit with the tag step-N.",
+    )
+    hub_revision: str | None = option(
+        None,
+        "Branch to push to, made when it is not there; its tags are named REVISION-step-N. Default: main.",
+        goes_with="push_to_hub",
+    )
+    hub_license: str = option("unknown", "Licence in the model card, as the Hub spells it, for example apache-2.0.")
+
+
+class PushOptions(OutputOptions, HubOptions):
+    """Options of the Hub, and of the output folder that is pushed."""
+
+
+def take_token(options: HubOptions) -> HubOptions:
+    """Moves --hub_token into this process' environment, where huggingface_hub looks; nothing else keeps it."""
+    if options.hub_token is None:
+        return options
+    os.environ["HF_TOKEN"] = options.hub_token
+    if "--hub_token" in sys.argv:  # from where the command to go on is printed
+        place = sys.argv.index("--hub_token")
+        del sys.argv[place : place + 2]
+    sys.argv[:] = [argument for argument in sys.argv if not argument.startswith("--hub_token=")]
+    return replace(options, hub_token=None)
+
+
+def check_names(options: PushOptions) -> None:
     """Checks the Hub's options against each other, without asking the Hub.
 
     Raises:
@@ -37,7 +92,7 @@ def check_names(options: Options) -> None:
         ) from error
 
 
-def open_repository(options: Options) -> str:
+def open_repository(options: PushOptions) -> str:
     """Makes the repository and its branch, unless they are there, and returns its id.
 
     Raises:
@@ -88,5 +143,5 @@ def _check_license(name: str) -> None:
         raise OptionError(f"--hub_license {name}: {what_went_wrong(error)}") from error
 
 
-def _wanted_id(options: Options) -> str:
+def _wanted_id(options: PushOptions) -> str:
     return options.hub_model_id or Path(options.output_dir).resolve().name

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from vaerepa.hub import access
 from vaerepa.layout import step_of
 from vaerepa.logs import get_logger
-from vaerepa.options import Options
 from vaerepa.privacy import redact
 from vaerepa.processes import on_main_process
 
@@ -150,7 +149,7 @@ class Uploader:
         self._process = self.uploading = self.waiting = None
 
 
-def uploading(options: Options, accelerator: Accelerator) -> AbstractContextManager[Uploader | None]:
+def uploading(options: access.PushOptions, accelerator: Accelerator) -> AbstractContextManager[Uploader | None]:
     """Who pushes to the Hub while the context lasts, and waits for it at its end; None on all but the main process."""
     if not options.push_to_hub:
         return nullcontext()

@@ -46,7 +46,9 @@ class TrainingState:
         if setup.base_heads and not step:
             _keep_base_heads(heads, setup.base_heads, self.alignments)
         self.ema = EMA(transformer, options.ema_decay, options.offload_ema, heads) if options.use_ema else None
-        self.learning_rate: Callable[[int], float] = optimization.learning_rate_schedule(options, setup.max_train_steps)
+        self.learning_rate: Callable[[int], float] = optimization.learning_rate_schedule(
+            options, options.global_batch_size, setup.max_train_steps
+        )
         self.running_means = RunningMeans()
         self.skipped_in_a_row = torch.zeros((), device=accelerator.device)
         self.skipped_images_before = 0

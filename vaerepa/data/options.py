@@ -1,0 +1,144 @@
+"""Options of the data: which, how they are read, cached and batched."""
+
+from dataclasses import dataclass
+
+from vaerepa.cli import option
+from vaerepa.families.options import TextOptions
+from vaerepa.randomness import SeedOptions
+
+
+@dataclass
+class PromptOptions:
+    """Captions on their way to the transformer."""
+
+    max_sequence_length: int | None = option(
+        None, "Tokens of a prompt; longer ones are cut. Default: the stock pipeline's.", resume="fixed", above=0
+    )
+    proportion_empty_prompts: float = option(
+        0.1,
+        "Fraction of captions replaced by the empty prompt, for classifier-free guidance.",
+        resume="fixed",
+        at_least=0,
+        below=1,
+    )
+    cache_text_embeddings: bool = option(
+        False,
+        "Encode all captions before training, into --latents_cache or else into the output folder, so that no text encoder "
+        "stays in memory.",
+        goes_with="text_conditioning",
+    )
+
+
+@dataclass
+class DataOptions:
+    """The data set, its splits and columns, images, order, cache and workers."""
+
+    dataset_name: str | None = option(
+        None,
+        "Data set: a Hub id, or a local folder in the Hub's layout. It is streamed.",
+        resume="content",
+        group="Data",
+        path=True,
+    )
+    train_data_dir: str | None = option(
+        None,
+        "Local data instead of --dataset_name: a folder of images in folders by class, of parquet files, of webdataset tar "
+        "shards, what save_to_disk wrote, the vae-sd layout of REPA and SRA, or one such file.",
+        resume="content",
+        path=True,
+    )
+    dataset_config_name: str | None = option(None, "Config of the data set, when it has several.", resume="content")
+    dataset_revision: str | None = option(None, "Revision of the data set on the Hub.", resume="content")
+    train_split: str = option("train", "Split to train on.", resume="fixed")
+    validation_split: str | None = option(
+        None,
+        "Validation images: the name of a split, or a fraction such as 0.02 that is taken out of the training split. "
+        "Default: the data set's own validation or test split, if it has one.",
+        resume="fixed",
+    )
+    image_column: str | None = option(
+        None,
+        "Column with the images. Default: found from the features; a column `moments` or `latents` goes before.",
+        resume="content",
+    )
+    label_column: str | None = option(
+        None,
+        "Column with the class labels: ClassLabel, whole numbers from 0 on, or the classes' names. Default: found from the "
+        "features.",
+        resume="content",
+    )
+    caption_column: str | None = option(
+        None,
+        "Column with captions; of several captions of an image one is sampled per epoch. Default: "
+        "found from the features.",
+        resume="content",
+    )
+    max_train_samples: int | None = option(
+        None, "Train on so many images, sampled by --seed. Default: on all.", resume="fixed", above=0
+    )
+    cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.", path=True)
+    resolution: int = option(256, "Images are resized and cropped to this many pixels square.", resume="fixed", above=0)
+    center_crop: bool = option(
+        True, "Crop the centre, as ADM, DiT and SiT do; otherwise a random square.", resume="fixed"
+    )
+    aspect_ratio_buckets: str | None = option(
+        None,
+        "Cut each image to the nearest of these sizes instead of to a square: 'height,width;height,width;...' in pixels, or auto "
+        "for the usual ratios from 1:2 to 2:1 at the area of --resolution. With --text_conditioning.",
+        resume="fixed",
+        goes_with="text_conditioning",
+    )
+    random_flip: bool = option(False, "Flip images horizontally at random. The paper does not.", resume="fixed")
+    num_streams: int | None = option(
+        None,
+        "Positions in parquet files, or in remote tar shards, that are read at once; all else is permuted whole. Each belongs to "
+        "one data worker, if this is a multiple of devices x workers. The order depends on it, not on those. Default: 256, or "
+        "as many as there are row groups or shards for (two to each, and 16 GiB for row groups over all workers).",
+        resume="fixed",
+        above=0,
+    )
+    shuffle_buffer_size: int | None = option(
+        None,
+        "Images that parquet files, or remote tar shards, are shuffled within, over all streams; row groups and shards are "
+        "too. Default: as many as take 1 GiB, undecoded, over all data workers.",
+        resume="fixed",
+        above=0,
+    )
+    latents_cache: str | None = option(
+        None,
+        "Folder where the latents' moments, and what --alignment repa aligns to, are kept in half precision: written in the "
+        "first epoch, read in the others. Not with a random crop.",
+        resume="schedule",
+        path=True,
+    )
+    precompute_latents_only: bool = option(
+        False, "Fill --latents_cache with all processes, and exit.", goes_with="latents_cache"
+    )
+    max_bad_fraction: float = option(
+        0.05,
+        "Stop when more than this fraction of the images cannot be read. Those are skipped, and counted in the metrics.",
+        at_least=0,
+        at_most=1,
+    )
+    dataloader_num_workers: int = option(
+        2, "Data worker processes per device; 0 loads in the main process.", at_least=0
+    )
+
+
+@dataclass
+class BatchOptions:
+    """Sizes of a step's batch."""
+
+    train_batch_size: int | None = option(
+        None, "Batch size per device. Default: 16, or what --global_batch_size asks of one device.", above=0
+    )
+    gradient_accumulation_steps: int | None = option(
+        None, "Number of micro-batches per step. Default: 1, or what --global_batch_size needs.", above=0
+    )
+    global_batch_size: int | None = option(
+        None, "Images per step over all devices. Default: batch size x devices x accumulation.", resume="fixed", above=0
+    )
+
+
+class FeedOptions(TextOptions, DataOptions, SeedOptions, BatchOptions):
+    """Options by which data are opened and a run is given its batches."""
