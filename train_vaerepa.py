@@ -106,7 +106,7 @@ def train(options: Options) -> None:
         check_shared(output_dir, accelerator)
         if options.latents_cache:
             check_shared(Path(options.latents_cache), accelerator)
-        checkpoint = on_main_process(accelerator, lambda: find_checkpoint(options, warn=logger.warning))
+        checkpoint = on_main_process(accelerator, lambda: find_checkpoint(options, options.cache_dir, logger.warning))
         trainer_state = checkpoints.load_trainer_state(checkpoint) if checkpoint else {}
         if checkpoint:
             options = past.keep_lengths(trainer_state, options)

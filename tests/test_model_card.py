@@ -137,7 +137,7 @@ HOSTILE = ["a: b\n---\nlicense: mit", "'\"}{%- for -%}", "[x](javascript:alert(1
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_name_breaks_the_card(tmp_path, name):
-    options = Options(train_data_dir=name, pretrained_model_name_or_path=name, alignment_width=(7,))
+    options = Options(dataset_name=name, pretrained_model_name_or_path=name, alignment_width=(7,))
     facts = {"num_classes": 2, "classes": [name, name], "validation_loss": 0.5, "works_in_stock": True, "steps": 3}
     facts["alignments"] = [describe_alignment(Alignment("vae", VAEAlignment(2), block=2))]
     write_card(tmp_path / "README.md", ROOT / "model_card_template.md", options, name, facts)

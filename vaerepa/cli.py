@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import yaml
 
 from vaerepa.errors import OptionError
+from vaerepa.privacy import mark_local
 
 Resume = Literal["fixed", "content", "schedule", "free"]
 OptionsType = TypeVar("OptionsType")
@@ -41,7 +42,7 @@ def option(
     resume: Resume = "free",
     group: str = "",
     secret: bool = False,
-    path: bool = False,
+    path: Literal["", "local", "hub"] = "",
     above: float | None = None,
     at_least: float | None = None,
     below: float | None = None,
@@ -58,7 +59,8 @@ def option(
             to come (allowed, and said), "free" where it changes no step at all.
         group: heading under which it and those after it are listed.
         secret: never shown or saved.
-        path: a local path, or a Hub id where no such path is: `~` and $VARIABLES are expanded.
+        path: "local" for a path, whose `~` and $VARIABLES are expanded; "hub" for a Hub id, or a path where there is such a
+            one, which `./` then begins.
         above, at_least, below, at_most: bounds of a number, or of each of several.
         goes_with: name of the option without which this one says nothing.
         named_by: name of an option of several names; this one then takes one value for all of them, or `name=value` for each.
@@ -216,8 +218,9 @@ def convert(spec: Field, value: Any) -> Any:
         got = "something else" if spec.metadata["secret"] else repr(value)
         switch = f" --{spec.name} turns it on, --no_{spec.name} off." if spec.type is bool else ""
         raise OptionError(f"--{spec.name}: expected {_describe(spec.type)}, got {got}.{switch}") from error
-    if spec.metadata["path"]:
-        return expand(converted, f"--{spec.name}") if isinstance(converted, str) else converted
+    if spec.metadata["path"] and isinstance(converted, str):
+        converted = expand(converted, f"--{spec.name}")
+        return mark_local(converted) if spec.metadata["path"] == "hub" else converted
     return converted
 
 

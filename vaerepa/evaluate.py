@@ -49,7 +49,7 @@ from vaerepa.files import digest_of, digest_of_weights
 from vaerepa.layout import MANIFEST, STATE, all_checkpoints, step_of
 from vaerepa.logs import set_up_logging
 from vaerepa.output_dir import check_shared, locked_output_dir
-from vaerepa.privacy import public_name, redact
+from vaerepa.privacy import mark_local, public_name, redact
 from vaerepa.system import num_cores
 from vaerepa.vae import downsampling_factor
 
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m vaerepa.evaluate", description="Samples a pipeline and measures its images.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the pipeline.")
+    add("--pretrained_model_name_or_path", type=mark_local, required=True, help="Hub id or folder of the pipeline.")
     add("--revision", help="Its revision on the Hub.")
     add("--variant", help="Variant of its files, for example fp16.")
     add(
@@ -120,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--npz", action="store_true", help="Also write samples.npz (arr_0), which the evaluator of ADM takes.")
     add(
         "--reference",
+        type=mark_local,
         help="Real images: a data set, or statistics as .npz. Without it, images are generated and not measured.",
     )
     add("--reference_split", default="train", help="Split of that data set (default: train).")
@@ -310,7 +311,7 @@ def open_texts(
     digest = digest_of("\n".join(texts).encode(), size=8)
     settings |= {
         "max_sequence_length": length,
-        "prompts": f"{public_name(str(args.prompts or args.reference))}, {digest}",
+        "prompts": f"{args.prompts.name if args.prompts else public_name(args.reference)}, {digest}",
     }
     generate = images_of_prompts(
         pipeline, prompts, texts, args.negative_prompt, args.seed, height=resolution, width=resolution, **call

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vaerepa.alignment import METHODS, Alignment, settings
+from vaerepa.data.options import public_dataset
 from vaerepa.evaluation import NAMES, Report
 from vaerepa.files import replacing
 from vaerepa.options import FIELDS, Options
@@ -47,7 +48,7 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         name=json.dumps(name),
         classes=_class_list(facts.get("classes", ())),
         resolution=options.resolution,
-        dataset=plain(public_name(_dataset(options))),
+        dataset=plain(public_dataset(options)),
         base=plain(public_name(options.pretrained_model_name_or_path or "")),
         vae=plain(public_name(options.pretrained_vae_model_name_or_path or "")),
         text=options.text_conditioning,
@@ -89,7 +90,7 @@ def card_metadata(options: Options, name: str, facts: dict[str, Any]) -> ModelCa
         tags += [TEXT_TASK, *facts.get("family_tags", ()), *(["lora", LORA_TEMPLATE] if options.rank else [])]
     else:
         tags += ["class-conditional", *([] if methods else ["sit"])]
-    results, dataset = [], public_name(_dataset(options))
+    results, dataset = [], public_dataset(options)
     if validation_loss is not None:
         results.append(
             EvalResult(
@@ -176,10 +177,6 @@ def _shown_options(options: Options) -> Iterable[tuple[str, object]]:
 
 def _shown_metrics(report: Report | None) -> list[tuple[str, str]]:
     return [(NAMES[name], f"{value:.5g}") for name, value in report.metrics.items()] if report else []
-
-
-def _dataset(options: Options) -> str:
-    return options.train_data_dir or options.dataset_name or ""
 
 
 def _hub_names(name: str | None) -> list[str]:

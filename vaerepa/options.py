@@ -73,7 +73,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 
 def changed_options(before: dict[str, Any], now: Options, resume: Resume) -> list[str]:
     """Names the options of one `resume` class that differ between a saved run, in its public values, and this one."""
-    current = public_values(as_plain(now))
+    current = public_values(as_plain(now), FIELDS)
     saved = {name: _listed(value, current[name]) for name, value in before.items() if name in current}
     idle = "alignment_" if now.alignment == ("none",) else None  # without a method its options say nothing
     return [

@@ -14,8 +14,8 @@ from vaerepa import checkpoints
 from vaerepa.errors import OptionError
 from vaerepa.hub import download
 from vaerepa.layout import all_checkpoints, step_of
-from vaerepa.options import Options
 from vaerepa.system import lock_exclusively
+from vaerepa.training.options import OutputOptions
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def check_shared(folder: Path, accelerator: Accelerator) -> None:
         )
 
 
-def find_checkpoint(options: Options, warn: Callable[[str], None]) -> Path | None:
+def find_checkpoint(options: OutputOptions, cache_dir: str | None, warn: Callable[[str], None]) -> Path | None:
     """Checkpoint that --resume_from_checkpoint names; None for a new run.
 
     Args:
@@ -93,7 +93,7 @@ def find_checkpoint(options: Options, warn: Callable[[str], None]) -> Path | Non
             raise OptionError(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole.")
         return newest
     if wanted.startswith(download.PREFIX):
-        folder = download.fetch_checkpoint(wanted, output_dir, options.cache_dir)
+        folder = download.fetch_checkpoint(wanted, output_dir, cache_dir)
     else:
         folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
     if not folder.is_dir():

@@ -1,7 +1,8 @@
-"""What may not leave this machine, nor be written anywhere on it: tokens, and the paths of local files."""
+"""Privacy: tokens and paths of local files, which leave this machine in no log, card, config or checkpoint."""
 
 import os
 import re
+from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ def redact(text: str) -> str:
     return TOKEN.sub("[token]", text.replace(secret, "[token]") if secret else text)
 
 
+def mark_local(name: str) -> str:
+    """A name that may be a Hub id, with `./` before that of a file or folder here, which from_pretrained would take.
+
+    Decided once, where the name is given; `is_local` reads it off.
+    """
+    return name if is_local(name) or not Path(name).exists() else f"./{name}"
+
+
 def is_local(name: str) -> bool:
-    """Whether a name is that of a file or folder here, as `from_pretrained` would take it, and not one of the Hub."""
-    return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
+    """Whether a name, as `mark_local` leaves it, is a path and no Hub id."""
+    return name.startswith(("/", "./", "../", "~"))
 
 
 def public_name(name: str) -> str:
@@ -24,6 +33,14 @@ def public_name(name: str) -> str:
     return Path(name).name if is_local(name) else name
 
 
-def public_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Options as they may be shown to others."""
-    return {name: public_name(value) if isinstance(value, str) else value for name, value in values.items()}
+def public_values(values: dict[str, Any], known: dict[str, Field]) -> dict[str, Any]:
+    """Values of options as they may be shown to others.
+
+    Args:
+        known: fields of the options, whose metadata says what is a path.
+    """
+    public = {"local": lambda path: Path(path).name, "hub": public_name}
+    return {
+        name: public[kind](value) if (kind := known[name].metadata["path"]) and value is not None else value
+        for name, value in values.items()
+    }

@@ -1,13 +1,30 @@
-"""What one process does for all of them."""
+"""The processes of a run: what their launcher asks for, and what one of them does for all."""
 
+import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from vaerepa.checkpoints import CheckpointError
 from vaerepa.errors import OptionError
+
+logger = logging.getLogger(__name__)
+
+UNSUPPORTED_BY_LAUNCHER = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+}
+IGNORED_FROM_LAUNCHER = {  # its neutral value, and what to use here
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--gradient_accumulation_steps"),
+    "ACCELERATE_GRADIENT_CLIPPING": ("none", "--max_grad_norm"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "--compile"),
+}
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
@@ -22,3 +39,36 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def has_gpu() -> bool:
+    """Whether there is a device that several processes can train on together; Apple's GPU is none."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device is not None and device.type != "mps"
+
+
+def check_launcher() -> None:
+    """Checks what torchrun or accelerate's launcher and configuration ask for by environment variables.
+
+    What has an option here is left to that option, with a warning.
+
+    Raises:
+        OptionError: they ask for what is not built in (FSDP, DeepSpeed, Megatron-LM, model parallelism), or for more
+            processes than there are GPUs.
+    """
+    for name, what in UNSUPPORTED_BY_LAUNCHER.items():
+        if os.environ.get(name, "").lower() in ("true", "1"):
+            raise OptionError(
+                f"accelerate's configuration or launcher asks for {what} ({name}), which is not supported: train with plain "
+                "data parallelism (`accelerate config`, or `accelerate launch --multi_gpu`)."
+            )
+    for name, (neutral, instead) in IGNORED_FROM_LAUNCHER.items():
+        value = os.environ.pop(name, neutral)  # accelerate would divide losses, and compile, by them
+        if value.lower() != neutral:
+            logger.warning(f"{name}={value}, from accelerate's configuration or launcher, is ignored: use {instead}")
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    uses_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
+    if uses_cuda and local_processes > torch.cuda.device_count():
+        raise OptionError(
+            f"{local_processes} processes were started for {torch.cuda.device_count()} GPUs: start one for each GPU."
+        )

@@ -30,7 +30,7 @@ class REPAOptions(OtherOptions):
         "Vision transformer of transformers that `repa` aligns to: a Hub id or a folder of a DINOv2, DINOv3, CLIP, SigLIP or "
         "their like, with its image processor.",
         resume="content",
-        path=True,
+        path="hub",
     )
     alignment_irepa: bool = option(
         False,

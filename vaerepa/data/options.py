@@ -1,9 +1,11 @@
 """Options of the data: which, how they are read, cached and batched."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from vaerepa.cli import option
 from vaerepa.families.options import TextOptions
+from vaerepa.privacy import public_name
 from vaerepa.randomness import SeedOptions
 
 
@@ -38,14 +40,14 @@ class DataOptions:
         "Data set: a Hub id, or a local folder in the Hub's layout. It is streamed.",
         resume="content",
         group="Data",
-        path=True,
+        path="hub",
     )
     train_data_dir: str | None = option(
         None,
         "Local data instead of --dataset_name: a folder of images in folders by class, of parquet files, of webdataset tar "
         "shards, what save_to_disk wrote, the vae-sd layout of REPA and SRA, or one such file.",
         resume="content",
-        path=True,
+        path="local",
     )
     dataset_config_name: str | None = option(None, "Config of the data set, when it has several.", resume="content")
     dataset_revision: str | None = option(None, "Revision of the data set on the Hub.", resume="content")
@@ -76,7 +78,7 @@ class DataOptions:
     max_train_samples: int | None = option(
         None, "Train on so many images, sampled by --seed. Default: on all.", resume="fixed", above=0
     )
-    cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.", path=True)
+    cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.", path="local")
     resolution: int = option(256, "Images are resized and cropped to this many pixels square.", resume="fixed", above=0)
     center_crop: bool = option(
         True, "Crop the centre, as ADM, DiT and SiT do; otherwise a random square.", resume="fixed"
@@ -109,7 +111,7 @@ class DataOptions:
         "Folder where the latents' moments, and what --alignment repa aligns to, are kept in half precision: written in the "
         "first epoch, read in the others. Not with a random crop.",
         resume="schedule",
-        path=True,
+        path="local",
     )
     precompute_latents_only: bool = option(
         False, "Fill --latents_cache with all processes, and exit.", goes_with="latents_cache"
@@ -138,6 +140,11 @@ class BatchOptions:
     global_batch_size: int | None = option(
         None, "Images per step over all devices. Default: batch size x devices x accumulation.", resume="fixed", above=0
     )
+
+
+def public_dataset(options: DataOptions) -> str:
+    """Name of the data set as others may see it: a Hub id, or the last part of a path; empty where there is none."""
+    return Path(options.train_data_dir).name if options.train_data_dir else public_name(options.dataset_name or "")
 
 
 class FeedOptions(TextOptions, DataOptions, SeedOptions, BatchOptions):

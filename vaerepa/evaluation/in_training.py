@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from vaerepa.data import Prompts, Source, take_at_random
+from vaerepa.data.options import public_dataset
 from vaerepa.data.prompts import choose_caption
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.evaluator import REPORT, Evaluator, Report, open_evaluator, read_report
@@ -16,7 +17,6 @@ from vaerepa.evaluation.options import MeasuringOptions
 from vaerepa.evaluation.reference import MAX_KEPT
 from vaerepa.evaluation.samples import GenerateImages, balanced, choose_labels, images_of_labels, images_of_prompts
 from vaerepa.layout import step_of
-from vaerepa.privacy import public_name
 
 FOLDER = "evaluation"  # in the output folder
 
@@ -102,7 +102,7 @@ def open_evaluation(
         choices = [captions[place] for place in balanced(count, len(captions), seed)]
     else:
         choices = choose_labels(count, num_classes, seed, options.label_sampling)
-    about = {"dataset": public_name(options.train_data_dir or options.dataset_name), "split": options.train_split}
+    about = {"dataset": public_dataset(options), "split": options.train_split}
     about |= {"resolution": options.resolution}
     reference = Path(options.eval_reference) if options.eval_reference else take_at_random(source, MAX_KEPT)
     evaluator = open_evaluator(accelerator, options.inception_weights, reference, about, options.cache_dir)

@@ -27,12 +27,12 @@ class EvaluationOptions:
         None,
         "Statistics of real images (.npz, as `python -m vaerepa.evaluate` keeps or takes them). Default: of up to 10000 "
         "training images, measured once.",
-        path=True,
+        path="local",
     )
     eval_guidance_scale: float = option(1.0, "Guidance scale of these images; 1 is none.", at_least=0)
     eval_num_inference_steps: int = option(50, "Sampling steps of these images.", above=0)
     inception_weights: str | None = option(
-        None, "File of the FID Inception's weights. Default: torch-fidelity downloads its own.", path=True
+        None, "File of the FID Inception's weights. Default: torch-fidelity downloads its own.", path="local"
     )
 
 

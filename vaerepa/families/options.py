@@ -28,14 +28,14 @@ class ModelOptions:
         "Hub id or folder of a DiTPipeline to fine-tune, instead of training --model from scratch; with --text_conditioning of "
         f"a {pipelines_of('captions')}.",
         resume="content",
-        path=True,
+        path="hub",
     )
     pretrained_vae_model_name_or_path: str | None = option(
         None,
         "Hub id or folder of the frozen VAE (AutoencoderKL or AutoencoderTiny); a pipeline's `vae` subfolder is found. "
         "Default: the fine-tuned pipeline's own, or stabilityai/sd-vae-ft-mse.",
         resume="content",
-        path=True,
+        path="hub",
     )
     revision: str | None = option(
         None, "Revision on the Hub of the pipeline to fine-tune, or else of the VAE.", resume="content"
@@ -59,6 +59,6 @@ class TextOptions:
         "Hub id or folder of the pipeline whose tokenizers and text encoders a --model from scratch is given; for PixArt "
         "also of a text encoder of transformers.",
         resume="content",
-        path=True,
+        path="hub",
         goes_with="text_conditioning",
     )

@@ -7,6 +7,7 @@ The trainer runs this command in the background; by hand it pushes the newest ch
 
 import argparse
 import io
+import json
 import logging
 import os
 import sys
@@ -17,8 +18,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 
-from vaerepa.layout import STATE, all_checkpoints, folder_of, read_lines, step_of
-from vaerepa.privacy import public_values, redact
+from vaerepa.layout import STATE, all_checkpoints, find_trainer_state, folder_of, read_lines, step_of
+from vaerepa.privacy import redact
 
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 NO_SUCH_ROUTE = (404, 405, 501)  # what a Hub of one's own may answer where it lacks a part of the real one
@@ -74,8 +75,9 @@ def published_files(output_dir: Path, checkpoint: Path, strategy: str) -> dict[s
             files[str(path.relative_to(output_dir))] = path.read_bytes()
     if events := metric_events(output_dir / METRICS):
         files[EVENTS] = events
-    config = yaml.safe_load((output_dir / "run_config.yaml").read_text(encoding="utf-8"))
-    files["run_config.yaml"] = yaml.safe_dump(public_values(config), sort_keys=False).encode()
+    trainer_state = checkpoint / STATE / find_trainer_state(path.name for path in (checkpoint / STATE).iterdir())
+    public_options = json.loads(trainer_state.read_text(encoding="utf-8"))["options"]
+    files["run_config.yaml"] = yaml.safe_dump(public_options, sort_keys=False).encode()
     if strategy in ("checkpoint", "all_checkpoints"):
         folder = LAST_CHECKPOINT if strategy == "checkpoint" else checkpoint.name
         files |= {f"{folder}/{place}": path for place, path in in_checkpoint.items()}

@@ -46,9 +46,9 @@ class OutputOptions:
     """What a run writes, and when."""
 
     output_dir: str = option(
-        "outputs/vaerepa", "Folder for checkpoints, pictures and the final pipeline.", group="Output", path=True
+        "outputs/vaerepa", "Folder for checkpoints, pictures and the final pipeline.", group="Output", path="local"
     )
-    logging_dir: str = option("logs", "Folder for the trackers' logs, inside the output folder.", path=True)
+    logging_dir: str = option("logs", "Folder for the trackers' logs, inside the output folder.", path="local")
     logging_steps: int = option(50, "Log the mean of the losses and the throughput every so many steps.", above=0)
     report_to: str = option("tensorboard", "Tracker: tensorboard, any other that accelerate knows, or none.")
     dry_run: bool = option(False, "Print sizes, costs and schedule of this run, and exit.")
@@ -65,5 +65,5 @@ class OutputOptions:
         None,
         "Checkpoint to go on from: its folder, `latest` (starts afresh when there is none), or hub:user/name, "
         "hub:user/name@revision for one that --hub_strategy checkpoint pushed.",
-        path=True,
+        path="local",
     )

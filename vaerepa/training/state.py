@@ -14,6 +14,7 @@ from vaerepa.data.order import ORDER
 from vaerepa.ema import EMA
 from vaerepa.errors import OptionError
 from vaerepa.logs import RunningMeans, get_logger
+from vaerepa.options import FIELDS
 from vaerepa.privacy import public_values
 from vaerepa.processes import on_main_process
 from vaerepa.training.setup import Setup
@@ -132,7 +133,7 @@ class TrainingState:
         setup.feed.flush_cache()
         trainer_state = {
             "step": self.step,
-            "options": public_values(as_plain(options)),
+            "options": public_values(as_plain(options), FIELDS),
             "num_images": len(setup.sources.train),
             "content": setup.content,
             "environment": past.environment_of(options, accelerator),
