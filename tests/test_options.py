@@ -4,7 +4,7 @@ import json
 import re
 import types
 import typing
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import yaml
@@ -15,6 +15,7 @@ from vaerepa.cli import as_plain, write_config
 from vaerepa.errors import OptionError
 from vaerepa.foreign_flags import ALIASES, FOREIGN
 from vaerepa.options import FIELDS, Options, changed_options, parse_options
+from vaerepa.privacy import public_values
 
 RESUME_CLASSES = ("fixed", "content", "schedule", "free")
 KEPT = {name: spec for name, spec in FIELDS.items() if not spec.metadata["secret"]}
@@ -442,3 +443,47 @@ def test_the_help_has_a_line_for_each_option_and_the_whole_meaning_on_request(ca
         (line,) = (line for line in lines if line.split()[:1] == [f"--{name}"])
         assert spec.metadata["help"].split(". ")[0].rstrip(".") in line
     assert FIELDS["max_bad_fraction"].metadata["help"] in help_of(capsys, "max_bad_fraction")
+
+
+# ---- rooms
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_options_of_a_method_stand_in_its_file_and_go_with_it(method):
+    for spec in fields(method.options) if method.options else ():
+        assert method.options.__module__ == method.__module__
+        assert FIELDS[spec.name].metadata["goes_with"] == f"alignment {method.name}"
+
+
+def test_an_option_of_another_method_is_refused():
+    options = parse_options(["--alignment", "sra", "vae", "--alignment_target", "velocity"])
+    cli.check(options)
+    with pytest.raises(OptionError, match="--alignment_target goes with --alignment vae"):
+        cli.check(replace(options, alignment=("sra",)))
+
+
+# ---- paths
+
+
+def test_a_name_is_local_if_there_was_such_a_folder_when_it_was_given(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user/digits").mkdir(parents=True)
+    names = ["--dataset_name", "user/digits", "--pretrained_model_name_or_path", "user/model", "--train_split", "user"]
+    options = parse_options([*names, "--latents_cache", "user/cache"])
+    (tmp_path / "user/digits").rmdir()
+    (tmp_path / "user/model").mkdir()
+    public = public_values(as_plain(options), FIELDS)
+    assert options.dataset_name == "./user/digits"
+    assert {name: public[name] for name in ("dataset_name", "latents_cache", "train_split")} == {
+        "dataset_name": "digits",
+        "latents_cache": "cache",
+        "train_split": "user",
+    }
+    assert public["pretrained_model_name_or_path"] == "user/model"
+
+
+def test_a_run_that_named_a_local_folder_without_a_mark_goes_on(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/digits").mkdir(parents=True)
+    saved = as_plain(Options()) | {"dataset_name": "digits"}  # as earlier releases kept data/digits
+    assert changed_options(saved, parse_options(["--dataset_name", "data/digits"]), "content") == []

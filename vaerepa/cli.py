@@ -62,7 +62,8 @@ def option(
         path: "local" for a path, whose `~` and $VARIABLES are expanded; "hub" for a Hub id, or a path where there is such a
             one, which `./` then begins.
         above, at_least, below, at_most: bounds of a number, or of each of several.
-        goes_with: name of the option without which this one says nothing.
+        goes_with: name of the option without which this one has no effect; or name and value, as `alignment vae`, where the
+            other option must hold this value.
         named_by: name of an option of several names; this one then takes one value for all of them, or `name=value` for each.
     """
     bounds = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
@@ -251,16 +252,18 @@ def check(options: Any) -> None:
     """Checks each option against its bounds, and against the option that it goes with.
 
     Raises:
-        OptionError: a value outside its range, or one that says nothing here.
+        OptionError: a value outside its range, or one that has no effect here.
     """
     for spec in fields_of(type(options)).values():
         value, metadata = getattr(options, spec.name), spec.metadata
         for one in value if isinstance(value, tuple) else (value,):
             if one is not None and not all(BOUNDS[name][1](one, bound) for name, bound in metadata["bounds"].items()):
                 raise OptionError(f"--{spec.name} {one}: expected a number {_say_bounds(spec)}.")
-        needed = metadata["goes_with"]
-        if needed and value != spec.default and not getattr(options, needed):
-            raise OptionError(f"--{spec.name} goes with --{needed}.")
+        needed, _, choice = (metadata["goes_with"] or "").partition(" ")
+        if needed and value != spec.default:
+            given = getattr(options, needed)
+            if not given or (choice and choice not in given):
+                raise OptionError(f"--{spec.name} goes with --{metadata['goes_with']}.")
 
 
 # ---- writing

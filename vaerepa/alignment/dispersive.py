@@ -14,14 +14,21 @@ from vaerepa.errors import OptionError
 
 @dataclass
 class DispersiveOptions(OtherOptions):
+    """Groups and temperature of the dispersive loss."""
+
     alignment_group_size: int = option(
         16,
         "Samples that `dispersive` compares with one another; --train_batch_size must be a multiple of it.",
         resume="fixed",
+        goes_with="alignment dispersive",
         above=1,
     )
     alignment_temperature: float = option(
-        0.5, "Temperature of `dispersive`: distances well above it count little.", resume="schedule", above=0
+        0.5,
+        "Temperature of `dispersive`: distances well above it count little.",
+        resume="schedule",
+        goes_with="alignment dispersive",
+        above=0,
     )
 
 

@@ -88,7 +88,7 @@ class AlignmentMethod(ABC):
         name: value of --alignment.
         title, citation: name and paper.
         default_loss, default_layers: of --alignment_loss and --alignment_layers.
-        options: dataclass of the options that go with this method alone; the registry joins them.
+        options: dataclass of the options that go with this method alone (`goes_with`); the registry joins them.
         numbers: names of the random numbers that each sample is given for it.
 
     Attributes:

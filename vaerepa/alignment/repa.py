@@ -25,17 +25,21 @@ PROJECTOR_WIDTH = 2048
 
 @dataclass
 class REPAOptions(OtherOptions):
+    """Vision encoder and head of REPA."""
+
     alignment_encoder: str = option(
         "facebook/dinov2-base",
         "Vision transformer of transformers that `repa` aligns to: a Hub id or a folder of a DINOv2, DINOv3, CLIP, SigLIP or "
         "their like, with its image processor.",
         resume="content",
+        goes_with="alignment repa",
         path="hub",
     )
     alignment_irepa: bool = option(
         False,
         "iREPA: a 3x3 convolution as head of `repa`, and its target normalised per channel over the tokens of each image.",
         resume="fixed",
+        goes_with="alignment repa",
     )
 
 

@@ -1,12 +1,12 @@
 """The alignment options, method by method: how many values there are, their defaults, the blocks, what must be at hand."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from vaerepa.alignment.method import AlignmentMethod
 from vaerepa.alignment.options import AlignmentOptions
-from vaerepa.alignment.registry import METHODS, MethodOptions
+from vaerepa.alignment.registry import METHODS
 from vaerepa.errors import OptionError
 
 PER_METHOD = (
@@ -73,10 +73,6 @@ def check_alignment(options: AlignmentOptions) -> None:
             raise OptionError(
                 f"--alignment_weight_schedule {schedule} needs --alignment_stop_step, where it reaches 0."
             )
-    for spec in fields(MethodOptions):
-        owner = next(name for name, method in METHODS.items() if hasattr(method.options, spec.name))
-        if owner not in methods and getattr(options, spec.name) != spec.default:
-            raise OptionError(f"--{spec.name} goes with --alignment {owner}.")
     with_teacher = [name for name, method in METHODS.items() if method.default_teacher_block(1) is not None]
     if options.alignment_teacher_block is not None and not set(with_teacher) & set(methods):
         raise OptionError(f"--alignment_teacher_block goes with --alignment {' or '.join(with_teacher)}.")

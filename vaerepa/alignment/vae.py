@@ -26,6 +26,8 @@ LATENT_TARGETS = ("latent", "velocity")  # the others are stages of the VAE's en
 
 @dataclass
 class VAEAlignmentOptions(OtherOptions):
+    """Target of VAE-REPA."""
+
     alignment_target: Literal[
         "latent",
         "velocity",
@@ -38,12 +40,14 @@ class VAEAlignmentOptions(OtherOptions):
         "latent",
         "What `vae` aligns to: the latents, their velocity, or features of the VAE's encoder, which then runs twice.",
         resume="fixed",
+        goes_with="alignment vae",
     )
     alignment_normalize: bool = option(
         False,
         "Normalise the target of `vae` per channel, with statistics measured on the data. For VAEs whose latents are not near "
         "unit scale; with --text_conditioning there always.",
         resume="fixed",
+        goes_with="alignment vae",
     )
 
 

@@ -86,7 +86,7 @@ class DataOptions:
     aspect_ratio_buckets: str | None = option(
         None,
         "Cut each image to the nearest of these sizes instead of to a square: 'height,width;height,width;...' in pixels, or auto "
-        "for the usual ratios from 1:2 to 2:1 at the area of --resolution. With --text_conditioning.",
+        "for the usual ratios from 1:2 to 2:1 at the area of --resolution.",
         resume="fixed",
         goes_with="text_conditioning",
     )

@@ -21,7 +21,7 @@ REVISION = re.compile(r"(?!.*(\.\.|//))\w[\w./-]*")
 
 @dataclass
 class HubOptions:
-    """Pushes to the Hub."""
+    """The repository, the token, and what is pushed when."""
 
     push_to_hub: bool = option(
         False,
