@@ -131,7 +131,7 @@ def probe_xformers(device: torch.device) -> None:
 def next_memory_lever(options: MachineOptions) -> str:
     """What to do against a full GPU: the cheapest switch that is not yet on, and at last a smaller batch."""
     for name, advice in MEMORY_LEVERS.items():
-        if not getattr(options, name):
+        if not getattr(options, name) and not (name == "use_8bit_adam" and options.optimizer != "adamw"):
             return advice
     return "Next lever: a smaller --train_batch_size, with --global_batch_size unchanged (more accumulation)."
 

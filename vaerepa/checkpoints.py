@@ -141,6 +141,9 @@ def copy_parameters(parameters: dict[str, nn.Parameter], tensors: dict[str, torc
         parameter.copy_(tensors[name])
 
 
+ESTIMATES = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")  # of Prodigy, which all its groups have in common
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:
     """The optimizer's moments, and what else it keeps, by the name of their parameter."""
     tensors: dict[str, torch.Tensor] = {}
@@ -152,6 +155,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter
                 value = value.clone()
             pointers.add(value.data_ptr())
             tensors[f"{names[parameter]}/{key}"] = value
+    for key in optimizer.param_groups[0].keys() & set(ESTIMATES):
+        tensors[f"/{key}"] = torch.tensor(optimizer.param_groups[0][key], dtype=torch.float64)
     return tensors
 
 
@@ -168,7 +173,10 @@ def load_optimizer(
             continue
         is_count = value.ndim == 0 and value.dtype == torch.int64  # a number once, as 8-bit AdamW counts steps
         state.setdefault(index_of[name], {})[moment] = value.item() if is_count else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    for group in groups:
+        group.update({key: tensors[f"/{key}"].item() for key in ESTIMATES if f"/{key}" in tensors})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _replace(unfinished: Path, final: Path) -> None:

@@ -14,6 +14,7 @@ from vaerepa.ema import DECAY, fitting_decay
 from vaerepa.errors import OptionError
 from vaerepa.hub import access
 from vaerepa.model import check_model
+from vaerepa.optimization import check_optimizer
 from vaerepa.options import Options
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def check_options(options: Options) -> None:
     if len(set(options.ema_decay or ())) < len(options.ema_decay or ()):
         raise OptionError(f"--ema_decay {' '.join(map(str, options.ema_decay))}: expected different numbers.")
     settings.check_alignment(options)
+    check_optimizer(options, options.rank)
     if options.report_to != "none":
         check_tracker(options.report_to)
     if options.eval_steps:

@@ -17,6 +17,7 @@ from vaerepa.vae import shape_of_latents
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 GIB = 2.0**30
+MOMENTS = {"adamw": 2, "muon": 2, "prodigy": 4}  # of a parameter, by --optimizer
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ def estimate(
     frozen_memory = (size - own) * (FLOAT16 if options.mixed_precision in ("bf16", "fp16") else FLOAT32)
     exported = own if options.rank else stock_size
     averages = len(options.ema_decay) if options.use_ema else 0
-    moments = 2 if options.use_8bit_adam else 2 * FLOAT32
+    moments = MOMENTS[options.optimizer] * (1 if options.use_8bit_adam else FLOAT32) * trained
+    if options.optimizer == "muon":  # one of each matrix
+        moments -= FLOAT32 * sum(matrix.numel() for matrix in family.matrices(transformer))
     encoders = [a.method.encoder for a in alignments if "vision_features" in a.method.needs]
     kept = 2 * math.prod(latent_shape) + sum(encoder.width * encoder.grid**2 for encoder in encoders)
     return Estimate(
@@ -109,13 +112,14 @@ def estimate(
         flops=plain,
         head_flops=head_flops,
         frozen_flops=frozen_flops(forward, alignments, options.resolution),
-        state_memory=trained * (2 * FLOAT32 + moments)
+        state_memory=trained * 2 * FLOAT32
+        + moments
         + frozen_memory
         + (0 if options.offload_ema else averages * size * FLOAT32),
         encoder_memory=sum(count(encoder.model) * FLOAT16 for encoder in encoders),
         activation_memory=saved_bytes(options, forward, heads, block_of),
         pipeline_bytes=exported * FLOAT32,
-        checkpoint_bytes=exported * FLOAT32 + trained * (FLOAT32 + moments) + averages * size * FLOAT32,
+        checkpoint_bytes=exported * FLOAT32 + trained * FLOAT32 + moments + averages * size * FLOAT32,
         latents_cache_bytes=kept * FLOAT16 * num_images * variants_of(options),
     )
 

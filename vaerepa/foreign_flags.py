@@ -22,9 +22,11 @@ ALIASES = {  # the same meaning under another name
 }
 
 _INSTEAD = {  # what to do in the place of several flags
-    "the optimizer is AdamW, or --use_8bit_adam; its weight decay is --adam_weight_decay.": (
-        "optimizer prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup "
+    "--optimizer is adamw, also with --use_8bit_adam, muon or prodigy; its weight decay is --adam_weight_decay.": (
         "use_adafactor weight_decay"
+    ),
+    "--optimizer prodigy has what is their default in diffusers' scripts.": (
+        "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
     ),
     "captions come with the data: a column, or a .txt beside each image.": (
         "instance_prompt instance_prompts concepts_list"

@@ -14,6 +14,7 @@ from diffusers.models.embeddings import PatchEmbed
 from torch import nn
 
 Conditioning = Literal["labels", "captions"]
+MODULATION = ("norm", "adaLN")  # in names of layers that scale and shift tokens by an embedding of t, or make this
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,15 @@ class Family(ABC):
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """The transformer blocks, counted from 1 by --alignment_block."""
         return transformer.transformer_blocks
+
+    def matrices(self, transformer: nn.Module) -> list[nn.Parameter]:
+        """Weights of the Linear layers of the blocks' attention and feed-forward, without those of their modulation."""
+        layers = (layer for block in self.blocks(transformer) for layer in block.named_modules())
+        return [
+            layer.weight
+            for name, layer in layers
+            if isinstance(layer, nn.Linear) and not any(part in name for part in MODULATION)
+        ]
 
     def hidden_states_of(self, output: Any) -> torch.Tensor:
         """The hidden states (B, N, d) in what a block returns, of all tokens."""

@@ -56,7 +56,7 @@ class TrainingState:
         aligned = _align(setup, heads, self.alignments)
         acceleration.apply_switches(options, transformer, setup.family.blocks(transformer), accelerator.device)
         trained = [setup.trained_weights.values(), *(head.parameters() for head in heads.values())]
-        optimizer = optimization.build_optimizer(trained, options)
+        optimizer = optimization.build_optimizer(trained, options, setup.family.matrices(transformer))
         self.model, self.optimizer = accelerator.prepare(aligned, optimizer)
         self._narrow_feed()
 
