@@ -31,6 +31,7 @@ import yaml
 from vaerepa import checks, components, dry_run
 from vaerepa.cli import as_plain, read_rows
 from vaerepa.errors import OptionError
+from vaerepa.evaluation import newest_report
 from vaerepa.files import replacing
 from vaerepa.layout import folder_of
 from vaerepa.logs import MetricsFile
@@ -68,12 +69,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run has measured: each metric by step, the seconds of the steps before each log line, peak bytes."""
+    """What one run has measured: each metric by step, the seconds of the steps before each log line, peak bytes.
+
+    `samples` are the settings of the images that were evaluated, in words; empty where none were.
+    """
 
     metrics: dict[str, dict[int, float]]
     interval_seconds: dict[int, float]
     step_seconds: float
     peak_memory: int
+    samples: str = ""
 
 
 Runs = dict[str, list[Run]]  # by row, of each seed
@@ -270,7 +275,12 @@ def read_run(options: Options) -> Run:
         if "train/images_per_second" in line:
             intervals[line["step"]] = images / line["train/images_per_second"]
     seconds = statistics.median(intervals.values()) / options.logging_steps
-    return Run(metrics, intervals, seconds, read_record(options)["peak_memory"])
+    report = newest_report(Path(options.output_dir), max((step for of in metrics.values() for step in of), default=0))
+    facts = {
+        name: value for name, value in (report.samples if report else {}).items() if name not in ("trained", "seed")
+    }
+    samples = ", ".join(f"{name} {value}" for name, value in facts.items())
+    return Run(metrics, intervals, seconds, read_record(options)["peak_memory"], samples)
 
 
 # ---- table and plot
@@ -294,7 +304,10 @@ def describe(runs: Runs, costs: dict[str, Cost], seeds: list[int]) -> str:
     lines += ["", HOW]
     for metric in metrics_of(runs):
         others = [f"{name}: mean (minus `{first}`, by seed)" for name in list(runs)[1:]]
-        lines += ["", f"## {title_of(metric)}", "", f"| {' | '.join(['step', first, *others])} |"]
+        lines += ["", f"## {title_of(metric)}", ""]
+        if metric != VALIDATION_LOSS:
+            lines += [*(f"* {name}: {of_row[0].samples}" for name, of_row in runs.items()), ""]
+        lines += [f"| {' | '.join(['step', first, *others])} |"]
         lines += ["|---" * (len(runs) + 1) + "|"]
         for step in steps_of(runs, metric):
             values = {name: [run.metrics[metric][step] for run in of_row] for name, of_row in runs.items()}

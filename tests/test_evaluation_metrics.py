@@ -269,10 +269,15 @@ def test_text_to_image_training_measures_too(finetune, weights, tmp_path):
         num_eval_samples=10,
         eval_num_inference_steps=1,
         eval_guidance_scale=2.0,
+        eval_head_guidance_scale=0.5,
+        alignment_stop_step=None,
+        alignment_weight=0.2,
         inception_weights=weights,
         cache_dir=tmp_path,
         max_train_samples=10,
         max_train_steps=1,
     )
     assert [line["step"] for line in read_metrics(run, "evaluation/fid")] == [1]
-    assert "guidance_scale 2.0" in ModelCard.load(run / "README.md").text
+    text = ModelCard.load(run / "README.md").text
+    assert "guidance_scale 2.0" in text
+    assert "head_guidance_scale 0.5, head_guidance_interval" in text

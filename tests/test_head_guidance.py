@@ -5,18 +5,23 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline_vaerepa import GuidingHead, VAEREPAPipeline, head_velocity
 from tests.test_pipeline import GaussianField, build_pipeline, build_scheduler
+from vaerepa import evaluate
 from vaerepa.alignment import HeadGuidance, VAEAlignment
 from vaerepa.alignment.grid import patchify
+from vaerepa.evaluation.samples import choose_labels, image_path
 from vaerepa.objectives import NoisePrediction
+from vaerepa.randomness import generator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -267,6 +272,83 @@ def test_heads_that_are_missing_or_of_unknown_origin_are_said_to_be(trained, noi
     sample(pipeline, noise, head_guidance_scale=1.0)
     with pytest.raises(ValueError, match="head_guidance_interval"):
         sample(pipeline, noise, head_guidance_interval=(0.5, 0.2))
+
+
+# ---- in training, and in evaluation
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "ddpm"])
+def test_sample_grids_are_guided_by_the_ema_head(train, tmp_path, objective):
+    options = {"objective": objective, "max_train_steps": 3, "learning_rate": 1e-2, "num_validation_images": 3}
+    options |= {"validation_guidance_scale": 2.0, "validation_num_inference_steps": 4, "ema_decay": 0.5}
+    plain = train(**options, output_dir=tmp_path / "plain")
+    run = train(**options, validation_head_guidance_scale=0.6, head_guidance_interval=[0.2, 0.9])
+    assert weights_of(plain) == weights_of(run)
+    transformer, vae, scheduler = open_stock(run)
+    guided = HeadGuidance(transformer, GuidingHead.from_pretrained(run), 0.6, (0.2, 0.9), scheduler=scheduler)
+    pipeline = DiTPipeline(guided, vae, scheduler)
+    if objective == "flow_matching":
+        pipeline = VAEREPAPipeline(guided, vae, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    images = pipeline([0, 1, 2], guidance_scale=2.0, num_inference_steps=4, generator=generators).images
+    expected = np.concatenate([np.asarray(image) for image in images], axis=1).astype(int)
+    grid, unguided = (np.asarray(Image.open(of / "samples/step-0000003.png")).astype(int) for of in (run, plain))
+    assert abs(grid - expected).max() <= 1
+    assert abs(unguided - expected).max() > 1
+    text = (run / "README.md").read_text()
+    assert "guided by the alignment head with scale 0.6 for t in [0.2, 0.9]" in text
+    assert "guided by the alignment head" not in (plain / "README.md").read_text()
+
+
+def weights_of(run) -> bytes:
+    return (run / "transformer/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("scale", ["validation_head_guidance_scale", "eval_head_guidance_scale"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alignment": "sra"}, "needs a head that predicts latents or velocity"),
+        ({"alignment": "none"}, "needs a head that predicts latents or velocity"),
+        ({"alignment_target": "vae_mid_block"}, "needs a head that predicts latents or velocity"),
+        ({"alignment": ["sra", "vae"], "alignment_stop_step": "vae=3"}, "needs the head of vae to the end"),
+        ({"head_guidance_interval": [0.5, 0.2]}, "expected two rising numbers within 0 and 1"),
+        ({"head_guidance_interval": [0.5]}, "expected two rising numbers within 0 and 1"),
+    ],
+)
+def test_guidance_without_a_head_is_refused(train, capsys, scale, options, words):
+    train(code=2, **options, **{scale: 0.5})
+    assert words in capsys.readouterr().err
+
+
+def test_evaluation_guides_and_says_so(train, tmp_path, capsys):
+    run = train(max_train_steps=3, learning_rate=1e-2)
+    call = {"num_samples": 3, "num_inference_steps": 4, "sampler": "euler", "head_guidance_interval": [0.2, 0.9]}
+
+    def evaluated(name, code=0, **options):
+        given = {"pretrained_model_name_or_path": run, "output_dir": tmp_path / name, **call, **options}
+        line = [str(word) for key, value in given.items() for word in (f"--{key}", *np.ravel(value))]
+        assert evaluate.main(line) == code
+        return tmp_path / name
+
+    guided = evaluated("guided", head_guidance_scale=0.6)
+    settings = json.loads((guided / "settings.json").read_text())
+    assert (settings["head_guidance_scale"], settings["head_guidance_interval"]) == (0.6, [0.2, 0.9])
+    pipeline = VAEREPAPipeline(*open_stock(run))
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": 1.0, "head_guidance_scale": 0.6, "head_guidance_interval": (0.2, 0.9)}
+    for i, label in enumerate(choose_labels(3, 3, 0, "random")):
+        image = pipeline(label, generator=generator(0, "evaluation", i), num_inference_steps=4, **options).images[0]
+        written = np.asarray(Image.open(image_path(guided, i))).astype(int)
+        assert abs(written - np.asarray(image).astype(int)).max() <= 1
+    evaluated("guided", head_guidance_scale=0.5, code=2)
+    assert "head_guidance_scale was 0.6 and is 0.5" in capsys.readouterr().err
+    evaluated("none", code=2)
+    assert "--head_guidance_interval goes with --head_guidance_scale" in capsys.readouterr().err
+    shutil.rmtree(run / "heads")
+    evaluated("none", head_guidance_scale=0.5, code=2)
+    assert "heads/config.json" in capsys.readouterr().err
 
 
 # ---- around a stock transformer

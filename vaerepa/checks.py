@@ -33,6 +33,7 @@ def check_options(options: Options) -> None:
         raise OptionError(f"--ema_decay {' '.join(map(str, options.ema_decay))}: expected different numbers.")
     settings.check_alignment(options)
     check_optimizer(options, options.rank)
+    check_head_guidance(options)
     if options.report_to != "none":
         check_tracker(options.report_to)
     if options.eval_steps:
@@ -55,7 +56,36 @@ def fit_to_run(options: Options, max_train_steps: int) -> Options:
     """Gives a value to the options whose default depends on the length of the run."""
     if options.ema_decay is None:
         options = replace(options, ema_decay=(fitting_decay(max_train_steps),))
-    return settings.end_with_run(options, max_train_steps)
+    options = settings.end_with_run(options, max_train_steps)
+    check_head_guidance(options)
+    return options
+
+
+def check_head_guidance(options: Options) -> None:
+    """Checks that the head is there, and stays, where something is to be guided by it.
+
+    Raises:
+        OptionError: no head can guide, or it is dropped on the way; an interval that is none.
+    """
+    low, high = (*options.head_guidance_interval, 1.0, 0.0)[:2]
+    if len(options.head_guidance_interval) != 2 or not 0 <= low <= high <= 1:
+        given = " ".join(map(str, options.head_guidance_interval))
+        raise OptionError(f"--head_guidance_interval {given}: expected two rising numbers within 0 and 1.")
+    stops = dict(zip(settings.methods_of(options), settings.values_of(options, "alignment_stop_step"), strict=False))
+    guiding = [method for method in settings.classes_of(options) if method.can_guide(options)]
+    for flag in ("validation_head_guidance_scale", "eval_head_guidance_scale"):
+        if not getattr(options, flag):
+            continue
+        if not guiding:
+            raise OptionError(
+                f"--{flag} needs a head that predicts latents or velocity: --alignment vae, with --alignment_target latent or "
+                "velocity."
+            )
+        if stops[guiding[0].name] is not None:
+            raise OptionError(
+                f"--{flag} needs the head of {guiding[0].name} to the end: leave --alignment_stop_step out; where a "
+                "text-to-image model is fine-tuned, give --alignment_weight, which then stays."
+            )
 
 
 def check_data(options: Options) -> None:

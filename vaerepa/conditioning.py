@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from vaerepa import sampling
+from vaerepa.alignment import GuidingHead, HeadGuidance
 from vaerepa.data import Prompts
 from vaerepa.evaluation import TrainingEvaluation
 from vaerepa.evaluation.samples import GenerateImages
@@ -23,11 +24,14 @@ from vaerepa.training.options import GridOptions
 class Conditioning(ABC):
     """Kind of condition that a model is trained with."""
 
+    options: GridOptions
     summary: str  # for the log
     pipeline_class: type[DiffusionPipeline]
 
     @abstractmethod
-    def plot_grid(self, transformer: nn.Module, num_images: int, path: Path) -> Image.Image | None:
+    def plot_grid(
+        self, transformer: nn.Module, head: GuidingHead | None, num_images: int, path: Path
+    ) -> Image.Image | None:
         """Generates a sample grid by these weights and writes it as one PNG.
 
         Returns:
@@ -35,8 +39,10 @@ class Conditioning(ABC):
         """
 
     @abstractmethod
-    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[GenerateImages, str]:
-        """Generation of an evaluation's images by these weights, and the name of the sampler."""
+    def evaluation_images(
+        self, transformer: nn.Module, head: GuidingHead | None, evaluation: TrainingEvaluation
+    ) -> tuple[GenerateImages, dict[str, Any]]:
+        """Generation of an evaluation's images by these weights, and the settings of the sampler."""
 
     @abstractmethod
     def card_facts(self, transformer: nn.Module, output_dir: Path, step: int) -> dict[str, Any]:
@@ -46,6 +52,14 @@ class Conditioning(ABC):
             output_dir: where samples/ lies.
             step: number of finished steps.
         """
+
+    def _sampler(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """What samples an evaluation's images, and how the head guides them."""
+        settings, options = {"sampler": sampling.sampler_name(pipeline)}, self.options
+        if options.eval_head_guidance_scale:
+            settings["head_guidance_scale"] = options.eval_head_guidance_scale
+            settings["head_guidance_interval"] = list(options.head_guidance_interval)
+        return settings
 
     def report(self) -> None:
         """Logs at the end of a run which captions were cut."""
@@ -81,10 +95,10 @@ class ClassLabels(Conditioning):
             return None
         return "DiTPipeline guides up to 1000 classes only: load this model with the pipeline_vaerepa.py beside it"
 
-    def plot_grid(self, transformer: nn.Module, num_images: int, path: Path) -> Image.Image:
+    def plot_grid(self, transformer: nn.Module, head: GuidingHead | None, num_images: int, path: Path) -> Image.Image:
         options = self.options
         return sampling.plot_grid(
-            self._pipeline(transformer),
+            self._pipeline(transformer, head, options.validation_head_guidance_scale),
             sampling.grid_labels(num_images, len(self.id2label)),
             options.validation_guidance_scale,
             options.validation_num_inference_steps,
@@ -92,9 +106,11 @@ class ClassLabels(Conditioning):
             path,
         )
 
-    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[GenerateImages, str]:
-        pipeline = self._pipeline(transformer)
-        return evaluation.images_of_labels(pipeline), sampling.sampler_name(pipeline)
+    def evaluation_images(
+        self, transformer: nn.Module, head: GuidingHead | None, evaluation: TrainingEvaluation
+    ) -> tuple[GenerateImages, dict[str, Any]]:
+        pipeline = self._pipeline(transformer, head, self.options.eval_head_guidance_scale)
+        return evaluation.images_of_labels(pipeline), self._sampler(pipeline)
 
     def card_facts(self, transformer: nn.Module, output_dir: Path, step: int) -> dict[str, Any]:
         grids = sorted((output_dir / "samples").glob("*.png"))
@@ -110,8 +126,15 @@ class ClassLabels(Conditioning):
             "draws_any_size": True,
         }
 
-    def _pipeline(self, transformer: nn.Module) -> DiffusionPipeline:
-        return sampling.build_pipeline(transformer, self.vae, self.scheduler, self.id2label)
+    def _pipeline(self, transformer: nn.Module, head: GuidingHead | None, head_scale: float) -> DiffusionPipeline:
+        pipeline = sampling.build_pipeline(transformer, self.vae, self.scheduler, self.id2label)
+        if head_scale:
+            interval = self.options.head_guidance_interval
+            guided = HeadGuidance(
+                pipeline.transformer, head, head_scale, interval, scheduler=self.scheduler, family=self.family
+            )
+            pipeline.register_modules(transformer=guided)
+        return pipeline
 
 
 class Captions(Conditioning):
@@ -147,11 +170,13 @@ class Captions(Conditioning):
     def load_with(self) -> str:
         return "".join(f", {name}=None" for name in self.left_out)
 
-    def plot_grid(self, transformer: nn.Module, num_images: int, path: Path) -> Image.Image | None:
+    def plot_grid(
+        self, transformer: nn.Module, head: GuidingHead | None, num_images: int, path: Path
+    ) -> Image.Image | None:
         options = self.options
         if not options.validation_prompts:
             return None
-        with self._holding(transformer), torch.no_grad():
+        with self._holding(transformer, head, options.validation_head_guidance_scale), torch.no_grad():
             return sampling.plot_prompt_grid(
                 self.pipeline,
                 self.prompts,
@@ -165,16 +190,18 @@ class Captions(Conditioning):
                 path,
             )
 
-    def evaluation_images(self, transformer: nn.Module, evaluation: TrainingEvaluation) -> tuple[GenerateImages, str]:
+    def evaluation_images(
+        self, transformer: nn.Module, head: GuidingHead | None, evaluation: TrainingEvaluation
+    ) -> tuple[GenerateImages, dict[str, Any]]:
         generate = evaluation.images_of_prompts(
             self.pipeline, self.prompts, self.options.negative_prompt, self.image_size
         )
 
         def generate_by(numbers: list[int]) -> list:
-            with self._holding(transformer):
+            with self._holding(transformer, head, self.options.eval_head_guidance_scale):
                 return generate(numbers)
 
-        return generate_by, sampling.sampler_name(self.pipeline)
+        return generate_by, self._sampler(self.pipeline)
 
     def card_facts(self, transformer: nn.Module, output_dir: Path, step: int) -> dict[str, Any]:
         pictures = sorted((output_dir / "samples" / sampling.LATEST).glob("*.png"))
@@ -188,9 +215,12 @@ class Captions(Conditioning):
         }
 
     @contextmanager
-    def _holding(self, transformer: nn.Module) -> Iterator[None]:
+    def _holding(self, transformer: nn.Module, head: GuidingHead | None, head_scale: float) -> Iterator[None]:
         """Puts this transformer into the pipeline in place of the trained one, for as long as the context lasts."""
-        trained = self.pipeline.transformer
+        trained, scheduler, family = self.pipeline.transformer, self.pipeline.scheduler, self.prompts.family
+        if head_scale:
+            interval = self.options.head_guidance_interval
+            transformer = HeadGuidance(transformer, head, head_scale, interval, scheduler=scheduler, family=family)
         self.pipeline.register_modules(transformer=transformer)
         try:
             yield

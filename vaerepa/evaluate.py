@@ -26,8 +26,9 @@ import yaml
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, DiTPipeline
 
-from pipeline_vaerepa import DEFAULT_STEPS, VAEREPAPipeline
+from pipeline_vaerepa import DEFAULT_STEPS, HEAD_GUIDANCE_INTERVAL, GuidingHead, VAEREPAPipeline
 from vaerepa import checkpoints, evaluation, objectives
+from vaerepa.alignment import HeadGuidance
 from vaerepa.data import Prompts, Source, open_images
 from vaerepa.data.prompts import choose_caption
 from vaerepa.errors import OptionError
@@ -43,7 +44,7 @@ from vaerepa.evaluation.samples import (
     images_of_prompts,
     write_npz,
 )
-from vaerepa.families import TextFamily
+from vaerepa.families import Family, TextFamily
 from vaerepa.families.pretrained import load_stock_pipeline
 from vaerepa.files import digest_of, digest_of_weights
 from vaerepa.layout import MANIFEST, STATE, all_checkpoints, step_of
@@ -109,6 +110,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help="Guide in these t only (default: 0 1).",
     )
+    add(
+        "--head_guidance_scale",
+        type=float,
+        default=0.0,
+        help="Guidance by the alignment head beside the weights: w in v + w (v - v_head) (default: 0, none).",
+    )
+    add(
+        "--head_guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help=f"Guide by the head in these t only (default: {' '.join(map(str, HEAD_GUIDANCE_INTERVAL))}).",
+    )
     add("--prompts", type=Path, help="File with a prompt per line. Default: captions of the reference data set.")
     add("--negative_prompt", default="", help="Negative prompt of text-to-image pipelines.")
     add(
@@ -166,8 +180,11 @@ def evaluate(args: argparse.Namespace) -> None:
             reference = open_reference(args, with_captions=captioned and args.prompts is None)
         pipeline.to(accelerator.device)
         precision = f"{pipeline.transformer.dtype}, mixed precision {accelerator.mixed_precision}".replace("torch.", "")
+        settings = describe(args, pipeline)
+        if args.head_guidance_scale:
+            settings |= guide_by_head(args, pipeline, family)
         subject = open_texts(args, pipeline, family, reference) if captioned else open_classes(args, pipeline)
-        settings = describe(args, pipeline) | subject.settings | {"seed": args.seed, "precision": precision}
+        settings |= subject.settings | {"seed": args.seed, "precision": precision}
         with accelerator.main_process_first():
             claim_folder(folder, settings)
         if reference is None:
@@ -204,11 +221,36 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise OptionError(f"--{name} {value}: expected above 0.")
     if args.reference:
         evaluation.check(args.num_samples, args.reference if args.reference.endswith(".npz") else None)
-    low, high = args.guidance_interval or (0.0, 1.0)
-    if not 0 <= low <= high <= 1:
-        raise OptionError(f"--guidance_interval {low} {high}: expected two rising numbers within 0 and 1.")
+    for name in ("guidance_interval", "head_guidance_interval"):
+        low, high = getattr(args, name) or (0.0, 1.0)
+        if not 0 <= low <= high <= 1:
+            raise OptionError(f"--{name} {low} {high}: expected two rising numbers within 0 and 1.")
+    if args.head_guidance_interval and not args.head_guidance_scale:
+        raise OptionError("--head_guidance_interval goes with --head_guidance_scale.")
     if args.prompts and not args.prompts.is_file():
         raise OptionError(f"--prompts {args.prompts}: there is no such file.")
+
+
+def guide_by_head(args: argparse.Namespace, pipeline: DiffusionPipeline, family: Family) -> dict[str, Any]:
+    """Guides the pipeline by the alignment head beside its weights, and returns what the images depend on.
+
+    Raises:
+        OptionError: there is no head, or none that can guide.
+    """
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        head = GuidingHead.from_pretrained(args.pretrained_model_name_or_path, **where)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--head_guidance_scale {args.head_guidance_scale}: {error}") from error
+    head.to(pipeline.device, pipeline.transformer.dtype)
+    scale, interval = args.head_guidance_scale, tuple(args.head_guidance_interval or HEAD_GUIDANCE_INTERVAL)
+    guided = HeadGuidance(pipeline.transformer, head, scale, interval, scheduler=pipeline.scheduler, family=family)
+    pipeline.register_modules(transformer=guided)
+    return {
+        "head": digest_of_weights(head)[:16],
+        "head_guidance_scale": scale,
+        "head_guidance_interval": list(interval),
+    }
 
 
 def open_reference(args: argparse.Namespace, with_captions: bool) -> Path | Source | None:

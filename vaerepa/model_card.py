@@ -60,6 +60,8 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         base_revision=plain(options.revision or "") if options.pretrained_model_name_or_path else "",
         load=_load_arguments(options, name, facts),
         guidance_scale=options.validation_guidance_scale,
+        head_guidance_scale=options.validation_head_guidance_scale,
+        head_guidance_interval=list(options.head_guidance_interval),
         sampling_steps=options.validation_num_inference_steps,
         metrics=_shown_metrics(facts.get("report")),
         report_context=plain(facts["report"].context()) if facts.get("report") else "",

@@ -7,7 +7,7 @@ from typing import Any
 
 from vaerepa import cli
 from vaerepa.acceleration import AccelerationOptions, MachineOptions
-from vaerepa.alignment.options import AlignmentOptions
+from vaerepa.alignment.options import AlignmentOptions, GuidanceOptions
 from vaerepa.cli import Resume, as_plain
 from vaerepa.data.numbers import NumberOptions
 from vaerepa.data.options import BatchOptions, DataOptions, FeedOptions, PromptOptions
@@ -43,6 +43,7 @@ class Options(
     DataOptions,
     ObjectiveOptions,
     AlignmentOptions,
+    GuidanceOptions,
     SeedOptions,
     BatchOptions,
     TrainingOptions,

@@ -158,6 +158,11 @@ class AlignmentMethod(ABC):
         return False
 
     @classmethod
+    def can_guide(cls, options: OtherOptions) -> bool:
+        """Whether its head predicts the latents or their velocity."""
+        return False
+
+    @classmethod
     def open_encoder(cls, options: OtherOptions) -> Any:
         """The vision encoder that the target comes from; None where it comes from none.
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline_vaerepa import HEAD_GUIDANCE_INTERVAL
 from vaerepa.alignment.registry import METHODS, MethodOptions
 from vaerepa.cli import option
 
@@ -84,4 +85,22 @@ class AlignmentOptions(MethodOptions):
         "Block that a method which learns from the model itself aligns to, counted from 1: for `sra` of the EMA weights, for "
         "others of the same forward pass. Default: the method's own, see docs/alignment.md.",
         resume="fixed",
+    )
+
+
+@dataclass
+class GuidanceOptions:
+    """Guidance by the alignment head."""
+
+    validation_head_guidance_scale: float = option(
+        0.0,
+        "Guidance of the sample grids by the alignment head: w in v + w (v - v_head); 0 is none, see docs/alignment.md.",
+        group="Guidance by the head",
+        at_least=0,
+    )
+    eval_head_guidance_scale: float = option(
+        0.0, "Guidance of the images of the evaluation, as of the sample grids; 0 is none.", at_least=0
+    )
+    head_guidance_interval: tuple[float, ...] = option(
+        HEAD_GUIDANCE_INTERVAL, "Range of t, two numbers, where the head guides these images."
     )

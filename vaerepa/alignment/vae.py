@@ -148,6 +148,11 @@ class VAEAlignment(AlignmentMethod):
         return options.alignment_target in LATENT_TARGETS and not options.alignment_normalize
 
     @classmethod
+    def can_guide(cls, options: OtherOptions) -> bool:
+        """Whether latents, or their velocity, are aligned to."""
+        return options.alignment_target in LATENT_TARGETS
+
+    @classmethod
     def from_options(
         cls, options: VAEAlignmentOptions, head_and_loss: dict[str, Any], parts: MethodParts
     ) -> "VAEAlignment":

@@ -44,13 +44,14 @@ class TrainingEvaluation:
         more = self._call() | {"height": size[0], "width": size[1]}
         return images_of_prompts(pipeline, prompts, self.choices, negative_prompt, self.options.seed, **more)
 
-    def run(self, step: int, generate: GenerateImages, weights: str, sampler: str) -> Report:
+    def run(self, step: int, generate: GenerateImages, weights: str, sampler: dict[str, Any]) -> Report:
         """Generates images and measures them; every process must call it.
 
         The report stays in the output folder, the images do not.
 
         Args:
             weights: name of the evaluated weights, for example "EMA 0.9999".
+            sampler: settings of what samples the images.
         """
         options, accelerator = self.options, self.evaluator.accelerator
         folder = Path(options.output_dir, FOLDER, f"step-{step}")
@@ -58,7 +59,7 @@ class TrainingEvaluation:
             shutil.rmtree(folder, ignore_errors=True)  # of this step before a restart
             (folder / "images").mkdir(parents=True)
         accelerator.wait_for_everyone()
-        settings = {"trained": f"{step} steps, {weights}", "sampler": sampler, **self._call(), "seed": options.seed}
+        settings = {"trained": f"{step} steps, {weights}", **sampler, **self._call(), "seed": options.seed}
         if not options.text_conditioning:
             settings["label_sampling"] = options.label_sampling
         settings["precision"] = f"mixed precision {accelerator.mixed_precision}"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from vaerepa.alignment.options import GuidanceOptions
 from vaerepa.cli import option
 from vaerepa.randomness import SeedOptions
 
@@ -37,7 +38,7 @@ class ValidationOptions:
     num_validation_samples: int = option(512, "Validation images that the validation loss is measured on.", at_least=0)
 
 
-class GridOptions(SeedOptions, ValidationOptions):
+class GridOptions(GuidanceOptions, SeedOptions, ValidationOptions):
     """Options that the images of sample grids follow from."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pipeline_vaerepa import GUIDING_TARGETS, GuidingHead
 from vaerepa import acceleration, checkpoints, objectives, optimization, past
 from vaerepa.alignment import AlignedTransformer, Alignment, stored_heads
 from vaerepa.cli import as_plain
@@ -74,6 +75,14 @@ class TrainingState:
     def exported_heads(self) -> torch.nn.ModuleDict:
         """The heads that lie beside them."""
         return self.ema.exported_heads if self.ema else self.aligned_transformer.heads
+
+    def guiding_head(self, heads: torch.nn.ModuleDict) -> GuidingHead | None:
+        """The first of these heads that can guide; None where none can."""
+        configs = {
+            a.name: {"block": a.block, "final": a.method.final, **a.method.describe_target()} for a in self.alignments
+        }
+        names = [name for name, config in configs.items() if config["target"] in GUIDING_TARGETS]
+        return GuidingHead.from_config(configs[names[0]], heads[names[0]]) if names else None
 
     # ---- steps
 

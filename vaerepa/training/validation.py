@@ -35,7 +35,8 @@ def plot_grid(setup: Setup, state: TrainingState) -> None:
         num_images = min(num_images, MAX_COLUMNS)
     with unless_out_of_space("the sample grid"), state.ema.on_device() if state.ema else nullcontext():
         with setup.accelerator.autocast():
-            grid = setup.conditioning.plot_grid(state.exported_transformer.eval(), num_images, path)
+            head = state.guiding_head(state.exported_heads)
+            grid = setup.conditioning.plot_grid(state.exported_transformer.eval(), head, num_images, path)
         if grid is not None:
             log_picture(setup.accelerator, "samples", grid, state.step)
 
@@ -71,7 +72,9 @@ def _losses_of(setup: Setup, transformer: nn.Module, batch: Batch) -> tuple[torc
 def evaluate(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
     """FID and other metrics of images that the exported weights generate; every process must call it."""
     with state.ema.on_device() if state.ema else nullcontext():
-        generate, sampler = setup.conditioning.evaluation_images(state.exported_transformer.eval(), setup.evaluation)
+        head = state.guiding_head(state.exported_heads)
+        transformer = state.exported_transformer.eval()
+        generate, sampler = setup.conditioning.evaluation_images(transformer, head, setup.evaluation)
         weights = f"EMA {setup.options.ema_decay[0]}" if state.ema else "no EMA"
         report = setup.evaluation.run(state.step, generate, weights, sampler)
     monitor.write({f"evaluation/{name}": value for name, value in report.metrics.items()})
