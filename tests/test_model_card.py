@@ -165,7 +165,7 @@ def test_no_heading_stands_empty(train, tmp_path):
 
 
 def test_a_card_that_cannot_be_written_does_not_end_the_run(train, tmp_path, caplog):
-    (tmp_path / "run/.README.md.new").mkdir(parents=True)
+    (tmp_path / "run/.README.md.unfinished").mkdir(parents=True)
     run = train(checkpointing_steps=2)
     assert (run / "model_index.json").exists()
     assert "model card could not be written" in caplog.text

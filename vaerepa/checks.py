@@ -10,6 +10,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from vaerepa import cli, evaluation
 from vaerepa.alignment import settings
 from vaerepa.data import parse_buckets
+from vaerepa.data.options import DataOptions
 from vaerepa.ema import DECAY, fitting_decay
 from vaerepa.errors import OptionError
 from vaerepa.hub import access
@@ -88,7 +89,7 @@ def check_head_guidance(options: Options) -> None:
             )
 
 
-def check_data(options: Options) -> None:
+def check_data(options: DataOptions) -> None:
     """Checks the options of the data against each other.
 
     Raises:

@@ -8,6 +8,7 @@ from torch import nn
 
 from vaerepa import lora, objectives
 from vaerepa.alignment import METHODS, Alignment, MethodParts, settings
+from vaerepa.alignment.options import AlignmentOptions
 from vaerepa.alignment.stored_heads import StoredHeads, load_heads
 from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data import Sources, open_data
@@ -55,7 +56,7 @@ def open_components(options: Options) -> Components:
     return Components(family, vae, sources, objective, given, heads, open_encoder(options))
 
 
-def open_encoder(options: Options) -> VisionEncoder | None:
+def open_encoder(options: AlignmentOptions) -> VisionEncoder | None:
     """The vision encoder, where features of it are aligned to.
 
     Raises:

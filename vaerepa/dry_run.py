@@ -11,6 +11,7 @@ from torch import nn
 from vaerepa import checks, components, optimization, throughput
 from vaerepa.alignment import METHODS, AlignedTransformer, Alignment
 from vaerepa.data import ClassesInBatch, classes_in_batch
+from vaerepa.data.options import DataOptions
 from vaerepa.families import Family
 from vaerepa.options import Options
 from vaerepa.vae import shape_of_latents
@@ -147,7 +148,7 @@ def training_flops(options: Options, sizes: Estimate, num_images: int, num_steps
     return flops
 
 
-def variants_of(options: Options) -> int:
+def variants_of(options: DataOptions) -> int:
     """How often the latents cache keeps an image: as it is, and flipped."""
     return 2 if options.random_flip else 1
 

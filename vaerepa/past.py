@@ -14,6 +14,7 @@ from vaerepa import objectives
 from vaerepa.alignment import settings
 from vaerepa.components import Components
 from vaerepa.data import Source
+from vaerepa.data.options import BatchOptions
 from vaerepa.errors import OptionError
 from vaerepa.files import digest_of_weights
 from vaerepa.logs import get_logger
@@ -126,7 +127,7 @@ def check_content(trainer_state: dict[str, Any], content: Digests, num_images: i
         raise OptionError(f"not as in this run's past: {', '.join(changed)}{names}. {remedy}")
 
 
-def environment_of(options: Options, accelerator: Accelerator) -> Digests:
+def environment_of(options: BatchOptions, accelerator: Accelerator) -> Digests:
     """What rounds a step otherwise, as it really is, whoever decided it: option, launcher, or machine."""
     on_gpu = accelerator.device.type == "cuda"
     return {
