@@ -186,7 +186,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploade
                 micro_batch = next(micro_batches)  # one batch, or one for each shape
                 for place, batch in enumerate(micro_batch, start=1):
                     ends_step = index == accumulation - 1 and place == len(micro_batch)
-                    share = batch.share / accumulation
+                    weight = batch.weight / accumulation
                     state.aligned_transformer.measure_gradients = logs_now and ends_step
                     if options.lora_dropout:  # the one number that torch generates itself
                         torch.manual_seed(draw_seed(options.seed, "dropout", batch.sample_indices[0]))
@@ -207,9 +207,9 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploade
                             losses[f"alignment_loss_{alignment.name}"] = alignment_loss
                             losses[f"alignment_by_t_{alignment.name}"] = by_noise_level(sample_losses, t)
                             loss = loss + alignment.weight_at(state.step) * alignment_loss
-                        accelerator.backward(share * loss)
+                        accelerator.backward(weight * loss)
                     for name, value in {"loss": loss, **losses}.items():
-                        sums[name] = sums.get(name, 0.0) + share * value.detach()
+                        sums[name] = sums.get(name, 0.0) + weight * value.detach()
             gradient_norm = accelerator.clip_grad_norm_(state.model.parameters(), options.max_grad_norm or torch.inf)
             state.skip_step_if_nonfinite(gradient_norm)
             state.optimizer.step()
@@ -238,7 +238,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploade
             if saves and not is_last and options.hub_strategy != "end" and accelerator.is_main_process:
                 publish(setup, state, monitor, uploader)  # the last state goes up with the last pictures
             if uploader:
-                uploader.tend()
+                uploader.poll()
             if stops:
                 command = command_to_go_on(setup.output_dir)
                 logger.warning(f"stopped by {stop.reason} after step {state.step}. Go on with\n    {command}")

@@ -104,7 +104,7 @@ def test_fine_tuning_keeps_heads_for_the_same_target_alone(train, tmp_path, capl
             max_train_steps=1,
         )
         assert ("its alignment heads are kept" in caplog.text) == kept
-        assert ("new ones are drawn" in caplog.text) != kept
+        assert ("new ones are initialised" in caplog.text) != kept
 
 
 def test_at_weight_zero_no_method_changes_the_transformer(train, tmp_path):

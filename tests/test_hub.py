@@ -100,7 +100,7 @@ def tend_until(uploader: Uploader, condition) -> None:
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
-        uploader.tend()
+        uploader.poll()
         time.sleep(0.02)
 
 

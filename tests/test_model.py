@@ -11,7 +11,7 @@ from torch import nn
 
 from vaerepa import throughput
 from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, VAEAlignment
-from vaerepa.ema import EMA, share_of_start
+from vaerepa.ema import EMA, fraction_of_initial
 from vaerepa.families import Size, parse_preset
 from vaerepa.families.dit import DiT, initialize, model_inputs, new_transformer
 
@@ -566,14 +566,14 @@ def test_an_update_leaves_the_trained_weights_alone(transformer):
     assert all(parameter.requires_grad for parameter in weights.parameters())
 
 
-def test_share_of_start_is_what_the_average_holds():
+def test_fraction_of_initial_is_what_the_average_holds():
     module = nn.Linear(1, 1, bias=False)
     nn.init.ones_(module.weight)
     ema = EMA(module, (0.99,))
     nn.init.zeros_(module.weight)
     for _ in range(100):
         ema.update(module)
-    assert ema.exported.weight.item() == pytest.approx(share_of_start(0.99, 100), rel=1e-4)
+    assert ema.exported.weight.item() == pytest.approx(fraction_of_initial(0.99, 100), rel=1e-4)
 
 
 # ---- the alignment's target and losses

@@ -100,7 +100,9 @@ def test_a_loras_card_is_found_and_loads_what_was_trained(tmp_path):
     facts = {
         "pipeline_class": "StableDiffusion3Pipeline",
         "has_lora_loader": True,
-        "family_tags": ("sd3",),
+        "task": "text-to-image",
+        "tags": ("text-to-image", "sd3", "lora", "template:sd-lora"),
+        "rank": 4,
         "pictures": [("a cat", "samples/latest/00.png"), ("two: dogs", "samples/latest/01.png")],
         "left_out": ("text_encoder_3", "tokenizer_3"),
         "dtype": "torch.bfloat16",

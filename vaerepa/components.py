@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Components:
-    """What is given before anything is trained."""
+    """Data and models of a run, as they are opened."""
 
     family: Family
     vae: nn.Module
@@ -42,10 +42,10 @@ class Components:
 
 
 def open_components(options: Options) -> Components:
-    """Opens VAE, data and what is fine-tuned.
+    """Opens VAE, data, pretrained models and vision encoder.
 
     Raises:
-        OptionError: one of them is not there, or does not fit the options.
+        OptionError: one of them does not exist, or does not fit the options.
     """
     family, given, heads = family_of(options), open_pretrained(options), None
     if options.pretrained_model_name_or_path:
@@ -57,17 +57,17 @@ def open_components(options: Options) -> Components:
 
 
 def open_encoder(options: AlignmentOptions) -> VisionEncoder | None:
-    """The vision encoder, where features of it are aligned to.
+    """Opens the vision encoder that an alignment method needs; None where none does.
 
     Raises:
-        OptionError: it is not there, or no vision transformer.
+        OptionError: it does not exist, or is no vision transformer.
     """
     encoders = (method.open_encoder(options) for method in settings.classes_of(options))
     return next((encoder for encoder in encoders if encoder is not None), None)
 
 
 def open_vae_and_data(options: Options, family: Family) -> tuple[nn.Module, Sources]:
-    """What latents are made from.
+    """Opens the VAE and the data.
 
     Raises:
         OptionError: one of them is not there, or does not fit the options.
@@ -92,10 +92,10 @@ def open_vae_and_data(options: Options, family: Family) -> tuple[nn.Module, Sour
 def build_objective(
     options: Options, family: Family, own_scheduler: SchedulerMixin | None, num_classes: int
 ) -> objectives.Objective:
-    """The objective that is asked for, or that of the scheduler.
+    """The objective of --objective, or the one that the scheduler implies.
 
     Args:
-        own_scheduler: of the fine-tuned pipeline, None for a model from scratch.
+        own_scheduler: scheduler of the fine-tuned pipeline; None for a model from scratch.
     """
     scheduler = own_scheduler or family.default_scheduler(options.timestep_shift)
     own = objectives.name_of(scheduler)
@@ -161,9 +161,9 @@ def fit_to_data(options: Options, components: Components) -> None:
 def build_alignments(
     options: Options, components: Components, transformer: nn.Module, latent_statistics: list[list[float]]
 ) -> list[Alignment]:
-    """The alignment methods that are asked for, with their blocks, weights and ranges; `options` are filled in."""
+    """Builds the alignment methods with their blocks, weights and ranges of t; defaults in `options` must be filled in."""
     family, ranges = components.family, settings.t_ranges_of(options)
-    if family.conditioning == "captions" and not are_near_unit_scale(latent_statistics):
+    if family.normalizes_targets and not are_near_unit_scale(latent_statistics):
         logger.info("the latents are not near unit scale: the target of alignment `vae` is normalised per channel")
         options = replace(options, alignment_normalize=True)
     parts = MethodParts(

@@ -13,20 +13,33 @@ from torch import nn
 
 from vaerepa import sampling
 from vaerepa.alignment import GuidingHead, HeadGuidance
-from vaerepa.data import Prompts
+from vaerepa.data import Prompts, Source
+from vaerepa.data.numbers import NumberOptions
+from vaerepa.data.prompts import choose_caption
 from vaerepa.evaluation import TrainingEvaluation
-from vaerepa.evaluation.samples import GenerateImages
+from vaerepa.evaluation.options import MeasuringOptions
+from vaerepa.evaluation.samples import GenerateImages, balanced, choose_labels
 from vaerepa.families import Family
 from vaerepa.families.dit import has_learned_sigma
+from vaerepa.model_card import CLASS_TASK, TEXT_TASK
 from vaerepa.training.options import GridOptions
 
 
 class Conditioning(ABC):
-    """Kind of condition that a model is trained with."""
+    """Kind of condition that a model is trained with.
+
+    Attributes:
+        summary: one phrase for the log.
+        pipeline_class: stock pipeline that loads the result.
+    """
 
     options: GridOptions
-    summary: str  # for the log
+    summary: str
     pipeline_class: type[DiffusionPipeline]
+
+    @abstractmethod
+    def drop_rate(self, options: NumberOptions) -> float:
+        """Fraction of the training samples that lose their label or caption."""
 
     @abstractmethod
     def plot_grid(
@@ -37,6 +50,18 @@ class Conditioning(ABC):
         Returns:
             The grid, None where there is nothing to show.
         """
+
+    @abstractmethod
+    def evaluation_choices(self, options: MeasuringOptions, source: Source) -> list[Any]:
+        """Label or caption of each image that an evaluation generates.
+
+        Args:
+            source: training images.
+        """
+
+    def evaluation_settings(self, options: MeasuringOptions) -> dict[str, Any]:
+        """How these labels or captions are chosen, for the report."""
+        return {}
 
     @abstractmethod
     def evaluation_images(
@@ -106,6 +131,15 @@ class ClassLabels(Conditioning):
             path,
         )
 
+    def drop_rate(self, options: NumberOptions) -> float:
+        return options.label_dropout
+
+    def evaluation_choices(self, options: MeasuringOptions, source: Source) -> list[int]:
+        return choose_labels(options.num_eval_samples, len(self.id2label), options.seed, options.label_sampling)
+
+    def evaluation_settings(self, options: MeasuringOptions) -> dict[str, Any]:
+        return {"label_sampling": options.label_sampling}
+
     def evaluation_images(
         self, transformer: nn.Module, head: GuidingHead | None, evaluation: TrainingEvaluation
     ) -> tuple[GenerateImages, dict[str, Any]]:
@@ -115,7 +149,9 @@ class ClassLabels(Conditioning):
     def card_facts(self, transformer: nn.Module, output_dir: Path, step: int) -> dict[str, Any]:
         grids = sorted((output_dir / "samples").glob("*.png"))
         return {
-            "family_tags": self.family.tags,
+            "task": CLASS_TASK,
+            "tags": ("class-conditional",),
+            "tags_without_alignment": ("sit",),
             "left_out": (),
             "pictures": [(f"Samples at step {step}", f"samples/{grids[-1].name}")] if grids else [],
             "classes": self.id2label.values(),
@@ -161,10 +197,11 @@ class Captions(Conditioning):
         self.image_size = image_size
         self.pipeline_class = type(pipeline)
         self.summary = type(pipeline).__name__
+
         self.left_out = left_out
 
     def report(self) -> None:
-        self.prompts.report_cuts()  # but for those that a cache told of
+        self.prompts.report_cuts()  # those of a cache were reported when it was filled
 
     @property
     def load_with(self) -> str:
@@ -190,6 +227,14 @@ class Captions(Conditioning):
                 path,
             )
 
+    def drop_rate(self, options: NumberOptions) -> float:
+        return options.proportion_empty_prompts
+
+    def evaluation_choices(self, options: MeasuringOptions, source: Source) -> list[str]:
+        count, seed = options.num_eval_samples, options.seed
+        captions = [choose_caption(several, seed, i) for i, several in enumerate(source.captions())]
+        return [captions[place] for place in balanced(count, len(captions), seed)]
+
     def evaluation_images(
         self, transformer: nn.Module, head: GuidingHead | None, evaluation: TrainingEvaluation
     ) -> tuple[GenerateImages, dict[str, Any]]:
@@ -207,7 +252,8 @@ class Captions(Conditioning):
         pictures = sorted((output_dir / "samples" / sampling.LATEST).glob("*.png"))
         places = [picture.relative_to(output_dir).as_posix() for picture in pictures]
         return {
-            "family_tags": self.prompts.family.tags,
+            "task": TEXT_TASK,
+            "tags": (TEXT_TASK, *self.prompts.family.tags),
             "left_out": self.left_out,
             "pictures": list(zip(self.options.validation_prompts, places, strict=False)),
             "has_learned_sigma": False,

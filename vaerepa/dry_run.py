@@ -23,12 +23,16 @@ MOMENTS = {"adamw": 2, "muon": 2, "prodigy": 4}  # of a parameter, by --optimize
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes in numbers of parameters, FLOPs of one image's forward pass (of frozen models by method), bytes."""
+    """Sizes of a run: numbers of parameters, FLOPs of one image's forward pass, bytes.
+
+    `training_passes` is the cost of a training step in forward passes; `frozen_flops` and `head_flops` are by method.
+    """
 
     parameters: int
     trained_parameters: int
     stock_parameters: int
     head_parameters: dict[str, int]
+    training_passes: int
     flops: int
     head_flops: dict[str, int]
     frozen_flops: dict[str, int]
@@ -64,7 +68,7 @@ def describe(options: Options) -> str:
         options.shuffle_buffer_size,
         options.global_batch_size,
     )
-    return report(options, sizes, num_images, num_steps, learning_rate, alignments, classes)
+    return report(options, parts.family, sizes, num_images, num_steps, learning_rate, alignments, classes)
 
 
 def estimate(
@@ -98,8 +102,8 @@ def estimate(
     own = count(transformer, trained=True)  # all of it, or its LoRA
     trained = own + sum(head_sizes.values())
     frozen_memory = (size - own) * (FLOAT16 if options.mixed_precision in ("bf16", "fp16") else FLOAT32)
-    exported = own if options.rank else stock_size
-    averages = len(options.ema_decay) if options.use_ema else 0
+    exported = own if own < size else stock_size
+    num_emas = len(options.ema_decay) if options.use_ema else 0
     moments = MOMENTS[options.optimizer] * (1 if options.use_8bit_adam else FLOAT32) * trained
     if options.optimizer == "muon":  # one of each matrix
         moments -= FLOAT32 * sum(matrix.numel() for matrix in family.matrices(transformer))
@@ -110,17 +114,18 @@ def estimate(
         trained_parameters=own,
         stock_parameters=stock_size,
         head_parameters=head_sizes,
+        training_passes=throughput.training_passes(transformer),
         flops=plain,
         head_flops=head_flops,
         frozen_flops=frozen_flops(forward, alignments, options.resolution),
         state_memory=trained * 2 * FLOAT32
         + moments
         + frozen_memory
-        + (0 if options.offload_ema else averages * size * FLOAT32),
+        + (0 if options.offload_ema else num_emas * size * FLOAT32),
         encoder_memory=sum(count(encoder.model) * FLOAT16 for encoder in encoders),
         activation_memory=saved_bytes(options, forward, heads, block_of),
         pipeline_bytes=exported * FLOAT32,
-        checkpoint_bytes=exported * FLOAT32 + trained * FLOAT32 + moments + averages * size * FLOAT32,
+        checkpoint_bytes=exported * FLOAT32 + trained * FLOAT32 + moments + num_emas * size * FLOAT32,
         latents_cache_bytes=kept * FLOAT16 * num_images * variants_of(options),
     )
 
@@ -140,8 +145,7 @@ def frozen_flops(forward: "OneForward", alignments: list[Alignment], resolution:
 def training_flops(options: Options, sizes: Estimate, num_images: int, num_steps: int) -> int:
     """FLOPs of a whole run, forward and backward; of frozen models forward, once per image where a cache keeps their output."""
     num_seen = num_steps * options.global_batch_size
-    passes = 2 if options.rank else 3  # backward: gradients of what flows through, and of the weights that train
-    flops = passes * (sizes.flops + sum(sizes.head_flops.values())) * num_seen
+    flops = sizes.training_passes * (sizes.flops + sum(sizes.head_flops.values())) * num_seen
     for name, frozen in sizes.frozen_flops.items():
         is_kept = "vision_features" in METHODS[name].needs and options.latents_cache
         flops += frozen * (num_images * variants_of(options) if is_kept else num_seen)
@@ -149,7 +153,7 @@ def training_flops(options: Options, sizes: Estimate, num_images: int, num_steps
 
 
 def variants_of(options: DataOptions) -> int:
-    """How often the latents cache keeps an image: as it is, and flipped."""
+    """Number of variants of an image in the latents cache: 2 if images are flipped, else 1."""
     return 2 if options.random_flip else 1
 
 
@@ -217,6 +221,7 @@ class OneForward:
 
 def report(
     options: Options,
+    family: Family,
     sizes: Estimate,
     num_images: int,
     num_steps: int,
@@ -225,12 +230,13 @@ def report(
     classes: ClassesInBatch | None,
 ) -> str:
     """The table that --dry_run prints, in Markdown."""
-    frozen = "VAE and text encoders" if options.text_conditioning else "the VAE"
+    frozen = "VAE and text encoders" if family.text_components else "the VAE"
+    is_lora = sizes.trained_parameters < sizes.parameters
     points = (0, num_steps // 2, num_steps - 1)
     rows = [
         ("parameters of the transformer", f"{sizes.parameters / 1e6:.1f} M"),
         (f"of them the LoRA of rank {options.rank}, which trains", f"{sizes.trained_parameters / 1e6:.3g} M")
-        if options.rank
+        if is_lora
         else ("in the stock file, an embedder per block", f"{sizes.stock_parameters / 1e6:.1f} M"),
         ("forward pass, one image", f"{sizes.flops / 1e9:.1f} GFLOP"),
     ]
@@ -243,14 +249,14 @@ def report(
             rows.append((f"frozen models of `{name}`, one image", f"{frozen:.1f} GFLOP, forward only"))
     activations = 0 if options.gradient_checkpointing else options.train_batch_size * sizes.activation_memory
     memory = (sizes.state_memory + sizes.encoder_memory + activations) / GIB
-    rows.append(("weights, gradients, optimizer and averages, per device", size_of(sizes.state_memory)))
+    rows.append(("weights, gradients, optimizer and EMA weights, per device", size_of(sizes.state_memory)))
     if sizes.encoder_memory:
         rows.append(("vision encoder, in half precision, per device", f"{sizes.encoder_memory / GIB:.2f} GiB"))
     rows += [
         ("activations, one image", f"{sizes.activation_memory / GIB:.3f} GiB"),
         (f"memory per device at batch {options.train_batch_size}, without {frozen}, about", f"{memory:.1f} GiB"),
-        (f"exported {'LoRA' if options.rank else f'pipeline, without {frozen}'}", size_of(sizes.pipeline_bytes)),
-        (f"a checkpoint{'' if options.rank else f', without {frozen}'}", size_of(sizes.checkpoint_bytes)),
+        (f"exported {'LoRA' if is_lora else f'pipeline, without {frozen}'}", size_of(sizes.pipeline_bytes)),
+        (f"a checkpoint{'' if is_lora else f', without {frozen}'}", size_of(sizes.checkpoint_bytes)),
         ("a latents cache of all images", f"{sizes.latents_cache_bytes / GIB:.2f} GiB"),
         ("images", f"{num_images}"),
         *([("classes in a batch", str(classes))] if classes else []),

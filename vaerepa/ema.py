@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights of transformer and alignment heads, each modules of its own."""
+"""Exponential moving average (EMA) of the weights of transformer and alignment heads, kept in modules of their own."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -31,16 +31,16 @@ class EMAOptions:
 
 
 class EMA:
-    """Averages with constant decay, started from a copy; paired with the trained weights by name.
+    """EMA weights with constant decays, started from a copy and paired with the trained weights by name.
 
     diffusers' EMAModel pairs by position, which a shared embedder breaks, and warms its decay up; SiT, REPA and SRA use a
     constant 0.9999 (`update_ema`), as this does.
 
     Args:
-        transformer: the trained transformer in its first state.
-        decays: decay of each average; the first is the one that is exported.
-        offload: keep them in CPU memory, but while `on_device`.
-        heads: the trained alignment heads by method, in their first state.
+        transformer: trained transformer before the first step.
+        decays: decays, each with EMA weights of its own; those of the first decay are exported.
+        offload: keeps the EMA weights in CPU memory, except while `on_device`.
+        heads: trained alignment heads by method, before the first step.
     """
 
     def __init__(
@@ -55,63 +55,63 @@ class EMA:
         self.transformers: dict[float, nn.Module] = {}
         self.heads: dict[float, nn.ModuleDict] = {}
         for decay in decays:
-            for averages, trained in ((self.transformers, transformer), (self.heads, heads or nn.ModuleDict())):
-                average = copy.deepcopy(trained).eval().requires_grad_(False)
-                averages[decay] = average.to("cpu" if offload else self.device)
+            for ema_modules, trained in ((self.transformers, transformer), (self.heads, heads or nn.ModuleDict())):
+                ema_module = copy.deepcopy(trained).eval().requires_grad_(False)
+                ema_modules[decay] = ema_module.to("cpu" if offload else self.device)
 
     @property
     def exported(self) -> nn.Module:
-        """The average that checkpoints are made of."""
+        """EMA transformer that checkpoints export."""
         return next(iter(self.transformers.values()))
 
     @property
     def exported_heads(self) -> nn.ModuleDict:
-        """The heads that lie beside it."""
+        """EMA heads that checkpoints export."""
         return next(iter(self.heads.values()))
 
     @torch.no_grad()
     def update(self, transformer: nn.Module, heads: nn.ModuleDict | None = None) -> None:
-        """One step of every average: ema = decay * ema + (1 - decay) * weights, in place."""
-        for averages, trained in ((self.transformers, transformer), (self.heads, heads)):
+        """Updates all EMA weights in place: ema = decay * ema + (1 - decay) * weights."""
+        for ema_modules, trained in ((self.transformers, transformer), (self.heads, heads)):
             weights = dict(trained.named_parameters()) if trained is not None else {}
-            for decay, average in averages.items():
-                pairs = [(parameter, weights[name]) for name, parameter in average.named_parameters()]
+            for decay, ema_module in ema_modules.items():
+                pairs = [(parameter, weights[name]) for name, parameter in ema_module.named_parameters()]
                 if pairs:
                     means, values = zip(*pairs, strict=True)
                     torch._foreach_lerp_(means, [value.to(means[0].device) for value in values], 1.0 - decay)
 
     def drop_heads(self, names: Iterable[str]) -> None:
-        """Removes these heads from every average."""
+        """Removes these heads from the EMA weights."""
         for name in names:
             for heads in self.heads.values():
                 del heads[name]
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """The averages where the trained transformer is, to compute with them."""
-        averages = (*self.transformers.values(), *self.heads.values())
-        for average in averages:
-            average.to(self.device)
+        """Moves the EMA weights to the device of the trained transformer for the time of the context."""
+        ema_modules = (*self.transformers.values(), *self.heads.values())
+        for ema_module in ema_modules:
+            ema_module.to(self.device)
         try:
             yield
         finally:
-            for average in averages:
-                average.to("cpu" if self.offload else self.device)
+            for ema_module in ema_modules:
+                ema_module.to("cpu" if self.offload else self.device)
 
 
-def share_of_start(decay: float, steps: int) -> float:
-    """How much of the initial weights an average still holds after so many steps."""
+def fraction_of_initial(decay: float, steps: int) -> float:
+    """Weight of the initial values in the EMA after a number of steps."""
     return decay**steps
 
 
 def fitting_decay(num_steps: int) -> float:
-    """The decay whose average reaches back over the last tenth of so many steps, at most 0.9999; 0 keeps no average."""
+    """Decay whose EMA averages over the last tenth of the steps, at most 0.9999; 0 means no averaging."""
     return min(DECAY, max(0.0, round(1.0 - 1.0 / (SHARE_OF_RUN * num_steps), 6)))
 
 
 @torch.no_grad()
 def relative_distance(weights: Iterable[tuple[str, torch.Tensor]], start: dict[str, torch.Tensor]) -> float:
-    """How far weights are from those of the same names in `start`, on the CPU, as a share of the norm of these."""
+    """Distance of weights from those of the same names in `start` (on the CPU), divided by the norm of `start`."""
     moved, norm = 0.0, 0.0
     for name, weight in weights:
         before = start[name].double()

@@ -2,6 +2,7 @@
 
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch import nn
 from vaerepa import frozen, lora
 from vaerepa.families import Family
 from vaerepa.files import link_tree
+from vaerepa.model_card import LORA_TEMPLATE
 
 PIPELINE_INDEX = "model_index.json"
 
@@ -20,6 +22,8 @@ class Export(ABC):
 
     how_to_load: ClassVar[str]
     ships_heads: ClassVar[bool]  # whether the alignment heads lie beside the result
+    rank: int | None = None  # of a LoRA
+    tags: ClassVar[tuple[str, ...]] = ()  # of the model card
 
     @abstractmethod
     def write_frozen_parts(self) -> None:
@@ -28,6 +32,10 @@ class Export(ABC):
     @abstractmethod
     def write(self, folder: Path, transformer: nn.Module) -> None:
         """Writes a checkpoint's files of the pipeline, with the weights of this transformer."""
+
+    def parameters(self, transformer: nn.Module) -> Iterable[nn.Parameter]:
+        """Those of the transformer's parameters that `write` exports."""
+        return transformer.parameters()
 
 
 class StockExport(Export):
@@ -77,15 +85,22 @@ class LoRAExport(Export):
 
     Args:
         pipeline_class: the stock pipeline that loads them.
+        rank: of the layers.
     """
 
     how_to_load, ships_heads = "is a LoRA; its README.md shows how to load it", False  # heads are larger than a LoRA
 
-    def __init__(self, pipeline_class: type[DiffusionPipeline]):
+    tags = ("lora", LORA_TEMPLATE)
+
+    def __init__(self, pipeline_class: type[DiffusionPipeline], rank: int):
         self.pipeline_class = pipeline_class
+        self.rank = rank
 
     def write_frozen_parts(self) -> None:
         """Writes nothing: the base model is not ours."""
 
     def write(self, folder: Path, transformer: nn.Module) -> None:
         lora.save_lora(folder, transformer, self.pipeline_class)
+
+    def parameters(self, transformer: nn.Module) -> Iterable[nn.Parameter]:
+        return (parameter for parameter in transformer.parameters() if parameter.requires_grad)

@@ -35,10 +35,11 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
 
     Args:
         name: the repository, user/name, or the name of the run.
-        facts: what the template asks for beyond the options; what is missing leaves no empty heading. `classes` are the
-            names of the classes, `validation_loss` is the exported weights' loss, `report` the newest of --eval_steps,
-            `pipeline_class` is the stock pipeline's name where it draws from text, `pictures` are the captions and places of
-            samples, `left_out` the parts that the pipeline does without, `dtype` is the one to load it in.
+        facts: variables of the template beside the options; missing ones leave no empty heading. `classes` are the
+            names of the classes, `task` is CLASS_TASK (the default) or TEXT_TASK, `tags` are further tags, `rank` is that of a
+            LoRA, `validation_loss` is the exported weights' loss, `report` the newest of --eval_steps, `pipeline_class` is
+            the stock pipeline's name where it takes prompts, `pictures` are the captions and paths of samples, `left_out`
+            the parts that the pipeline does without, `dtype` is the one to load it in.
     """
     metadata = card_metadata(options, name, facts)
     card = ModelCard.from_template(
@@ -51,8 +52,7 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         dataset=plain(public_dataset(options)),
         base=plain(public_name(options.pretrained_model_name_or_path or "")),
         vae=plain(public_name(options.pretrained_vae_model_name_or_path or "")),
-        text=options.text_conditioning,
-        rank=options.rank,
+        text=_task(facts) == TEXT_TASK,
         max_sequence_length=options.max_sequence_length,
         prompts=[plain(prompt) for prompt in options.validation_prompts],
         prompt=json.dumps((*options.validation_prompts, "a prompt")[0]),
@@ -82,16 +82,12 @@ class CardData(ModelCardData):
 
 
 def card_metadata(options: Options, name: str, facts: dict[str, Any]) -> ModelCardData:
-    """The card's head; libraries write it as YAML, so that no name can break it."""
+    """Metadata of the card; a library writes it as YAML, so that no name can break it."""
     validation_loss, report = facts.get("validation_loss"), facts.get("report")
-    methods = settings.methods_of(options)
     base, vae = options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path
-    task = TEXT_TASK if options.text_conditioning else CLASS_TASK
-    tags = ["diffusers", "diffusers-training", *(METHODS[name].title.lower() for name in methods)]
-    if options.text_conditioning:
-        tags += [TEXT_TASK, *facts.get("family_tags", ()), *(["lora", LORA_TEMPLATE] if options.rank else [])]
-    else:
-        tags += ["class-conditional", *([] if methods else ["sit"])]
+    task, titles = _task(facts), [METHODS[name].title.lower() for name in settings.methods_of(options)]
+    titles = titles or facts.get("tags_without_alignment", ())
+    tags = ["diffusers", "diffusers-training", *titles, *facts.get("tags", ())]
     results, dataset = [], public_dataset(options)
     if validation_loss is not None:
         results.append(
@@ -124,17 +120,21 @@ def card_metadata(options: Options, name: str, facts: dict[str, Any]) -> ModelCa
         tags=tags,
         datasets=_hub_names(options.dataset_name) or None,
         base_model=next(iter(_hub_names(base)), None) or next(iter(_hub_names(None if base else vae)), None),
-        base_model_relation=("adapter" if options.rank else "finetune") if _hub_names(base) else None,
+        base_model_relation=("adapter" if facts.get("rank") else "finetune") if _hub_names(base) else None,
         widget=[{"text": text, "output": {"url": url}} for text, url in facts.get("pictures", ())] or None,
         model_name=name,
         eval_results=results or None,
     )
 
 
+def _task(facts: dict[str, Any]) -> str:
+    return facts.get("task", CLASS_TASK)
+
+
 def _load_arguments(options: Options, name: str, facts: dict[str, Any]) -> str:
-    """What the snippets give to from_pretrained: of a LoRA, where its base is."""
+    """Arguments of from_pretrained in the card's snippets; for a LoRA those of its base."""
     arguments = dict.fromkeys(facts.get("left_out", ()))
-    if options.rank:
+    if facts.get("rank"):
         base = options.pretrained_model_name_or_path
         name = public_name(base)
         where = {"revision": options.revision if _hub_names(base) else None, "variant": options.variant}
@@ -144,7 +144,7 @@ def _load_arguments(options: Options, name: str, facts: dict[str, Any]) -> str:
 
 
 def describe_alignment(alignment: Alignment) -> dict[str, Any]:
-    """What the template says of one method."""
+    """Facts for the template on one alignment."""
     method = alignment.method
     described = {
         "name": alignment.name,
@@ -167,7 +167,7 @@ def _class_list(names: Iterable[str]) -> str:
 
 
 def _shown_options(options: Options) -> Iterable[tuple[str, object]]:
-    """The options that tell most, and all that are not at their default and name no place on this machine."""
+    """Options for the card's table: SHOWN, and all that are not at their default and are not paths."""
     for name, spec in FIELDS.items():
         value = getattr(options, name)
         if name == "ema_decay" and not options.use_ema:

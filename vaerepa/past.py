@@ -1,4 +1,4 @@
-"""The past of a run that goes on: what it trained on and how, as its checkpoint remembers, compared with now."""
+"""Comparison of a checkpoint with the run that goes on from it: options, data, models and environment."""
 
 import os
 from dataclasses import replace
@@ -22,13 +22,13 @@ from vaerepa.options import Options, changed_options
 
 VALIDATION = "validation split"
 logger = get_logger(__name__)
-Digests = dict[str, Any]  # by the names under which a change is told; what an older checkpoint lacks is not compared
+Digests = dict[str, Any]  # by names for messages; a name that an older checkpoint does not have is not compared
 
 
 def check_options(trainer_state: dict[str, Any], options: Options, checkpoint: Path) -> None:
-    """Refuses options that the checkpoint's steps did not have.
+    """Checks that the options are those of the checkpoint, as far as they change what is computed.
 
-    Where the checkpoint knows the content of data and models, it does not matter by which names they are given.
+    Names of data and models are compared only where the checkpoint has no digests of their content.
 
     Raises:
         OptionError: names every such option.
@@ -45,9 +45,9 @@ def check_options(trainer_state: dict[str, Any], options: Options, checkpoint: P
 
 
 def keep_lengths(trainer_state: dict[str, Any], options: Options) -> Options:
-    """The options with those of the checkpoint's steps whose default follows from the length of the run.
+    """Options, with defaults that depend on the length of the run taken from the checkpoint.
 
-    The steps taken had them; a run that is to be longer or shorter now keeps them, and says so.
+    A run that becomes longer or shorter keeps the values of its first steps, and logs so.
     """
     before, kept = options_of(trainer_state), options
     decays, ends = before["ema_decay"], before.get("alignment_stop_step")
@@ -65,46 +65,46 @@ def keep_lengths(trainer_state: dict[str, Any], options: Options) -> Options:
 
 
 def options_of(trainer_state: dict[str, Any]) -> dict[str, Any]:
-    """The public options of a checkpoint's steps, as they would be given now."""
+    """Public options of a checkpoint, converted to their present meaning."""
     options = trainer_state["options"]
     if trainer_state.get("density", 1) < objectives.DENSITY and "logit_mean" in options:
         options = options | {"logit_mean": -options["logit_mean"]}
     return options
 
 
-def content_of(options: Options, components: Components) -> Digests:
-    """Digests of all that is given to a run and that its steps depend on; and of what it is validated on.
+def content_of(components: Components) -> Digests:
+    """Digests of data and models that the steps depend on, and of the validation data.
 
-    They must be taken before a LoRA is laid over the pretrained transformer, or anything moves to another precision.
+    Call it before LoRA layers are added to the pretrained transformer, and before anything is cast to another precision.
     """
     sources, vae, pretrained = components.sources, components.vae, components.pretrained_transformer
     scale = [vae.config.get(name) for name in ("scaling_factor", "shift_factor")]
-    content = _data(options, sources.train) | {"VAE": f"{digest_of_weights(vae)} {scale}"}
-    content[VALIDATION] = _data(options, sources.validation) if sources.validation else None
+    read = "labels" if sources.id2label else "captions"
+    content = _data(sources.train, read) | {"VAE": f"{digest_of_weights(vae)} {scale}"}
+    content[VALIDATION] = _data(sources.validation, read) if sources.validation else None
     content["pretrained transformer"] = digest_of_weights(pretrained, sampled=True) if pretrained else None
-    if options.text_conditioning:
+    if components.family.text_components:
         parts = components.given.text_components.values()
         content["text encoders"] = [
             digest_of_weights(part, sampled=True) for part in parts if isinstance(part, nn.Module)
         ]
-    else:
+    if sources.id2label:
         content["class names"] = list(sources.id2label.values())
     if components.encoder:
         content["vision encoder"] = f"{digest_of_weights(components.encoder.model)} {components.encoder.preparation}"
     return content
 
 
-def _data(options: Options, source: Source) -> Digests:
+def _data(source: Source, read: str) -> Digests:
     digests = source.storage.digests
-    used = {"captions": digests.captions} if options.text_conditioning else {"labels": digests.labels}
-    return {"images": digests.images, **used}
+    return {"images": digests.images, read: getattr(digests, read)}
 
 
 def check_content(trainer_state: dict[str, Any], content: Digests, num_images: int) -> None:
-    """Refuses data and models that are not those of the checkpoint's steps.
+    """Checks that data and models are those of the checkpoint.
 
     Raises:
-        OptionError: names what is different.
+        OptionError: they differ; the message names in what.
     """
     remedy = "Give the same, or start a new run in another --output_dir."
     if trainer_state.get("num_images", num_images) != num_images:
@@ -128,7 +128,7 @@ def check_content(trainer_state: dict[str, Any], content: Digests, num_images: i
 
 
 def environment_of(options: BatchOptions, accelerator: Accelerator) -> Digests:
-    """What rounds a step otherwise, as it really is, whoever decided it: option, launcher, or machine."""
+    """Facts that change the rounding of a step, whether options, launcher or machine decided them."""
     on_gpu = accelerator.device.type == "cuda"
     return {
         "mixed precision": accelerator.mixed_precision,
@@ -144,12 +144,12 @@ def environment_of(options: BatchOptions, accelerator: Accelerator) -> Digests:
 
 
 def changes_of_rounding(trainer_state: dict[str, Any], environment: Digests) -> list[str]:
-    """What differs from the environment of the checkpoint, in words."""
+    """Differences from the environment of the checkpoint, as phrases for the log."""
     chosen = trainer_state.get("options", {}).get("mixed_precision")  # all that older checkpoints know
     before = trainer_state.get("environment") or ({"mixed precision": chosen} if chosen else {})
     return [f"{name} was {before[name]} and is {environment[name]}" for name in _changes(before, environment)]
 
 
 def _changes(before: Digests, now: Digests) -> list[str]:
-    """The names under which both have something, and not the same."""
+    """Names that both have, with different values."""
     return [name for name, digest in now.items() if name in before and before[name] != digest]

@@ -1,4 +1,4 @@
-"""How fast a run is: images per second, time spent waiting for data, model FLOPs utilisation."""
+"""Throughput of a run: images per second, time spent waiting for data, model FLOPs utilisation."""
 
 import platform
 import time
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 # dense bf16 peak without sparsity, FLOP/s, from NVIDIA's and AMD's data sheets; the first name found in the device's counts
@@ -35,7 +36,7 @@ class Stopwatch:
         self._waited = 0.0
 
     def waiting_for(self, batches: Iterable) -> Iterator:
-        """The same batches; the time until each arrives counts as waiting."""
+        """Yields the batches, and counts the time until each arrives as waiting."""
         iterator = iter(batches)
         while True:
             start = time.perf_counter()
@@ -47,10 +48,15 @@ class Stopwatch:
             yield batch
 
     def read(self, step: int, batch_size: int) -> dict[str, float]:
-        """Images per second over all processes, and the share of the time that this process waited for data."""
+        """Images per second over all processes, and the fraction of the time that this process waited for data."""
         num_images = (step - self._step) * batch_size
         seconds = time.perf_counter() - self._start
         return {"images_per_second": num_images / seconds, "data_wait": self._waited / seconds}
+
+
+def training_passes(transformer: nn.Module) -> int:
+    """Cost of a training step in forward passes: the backward pass costs two, or one where most weights are frozen."""
+    return 3 if all(parameter.requires_grad for parameter in transformer.parameters()) else 2
 
 
 def peak_flops(device: torch.device, mixed_precision: str) -> float | None:

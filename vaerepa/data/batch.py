@@ -1,4 +1,4 @@
-"""Samples as they are read, and batches as a training step sees them; each holds samples whose latents have one shape."""
+"""Samples as they are read, and batches for a training step; each holds samples whose latents have one shape."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -25,7 +25,7 @@ class _Tensors:
     """A dataclass some of whose fields hold tensors, or dictionaries and lists of them."""
 
     def map_tensors(self, function: Callable, kind: type = torch.Tensor) -> Self:
-        """The same fields, with `function` applied to each tensor, or array of another kind, in them."""
+        """Copy with `function` applied to each tensor, or object of another `kind`, in its fields."""
         changed = {
             field.name: recursively_apply(function, value, test_type=lambda tensor: isinstance(tensor, kind))
             for field in fields(self)
@@ -43,7 +43,7 @@ class Samples(_Tensors):
         sample_indices: places in the run, ascending.
         row_indices: places in the split of the rows that were read.
         labels: class labels, int64, shape (B,).
-        captions: as the data have them.
+        captions: captions as the data set has them.
         flipped: whether each sample sees its image mirrored.
         numbers: random numbers by name, those that were asked for alone; B comes first in their shapes. See `numbers.py`.
         has_moments: which samples have moments (M of them); the other B - M have pixels.
@@ -73,11 +73,11 @@ class Samples(_Tensors):
 
 @dataclass(frozen=True)
 class Batch(_Tensors):
-    """B samples as a training step, or a validation, sees them, on the device.
+    """B samples for a training or validation step, on the device.
 
     Attributes:
         sample_indices: places in the run.
-        share: part of its micro-batch that this batch is, from 0 to 1; 1 where all latents of the micro-batch have one shape.
+        weight: number of samples divided by that of the micro-batch; 1 where all its latents have one shape.
         latents: clean, scaled latents z, shape (B, C, h, w).
         noise: standard normal noise of the same shape and dtype.
         t: times in (0, 1), shape (B,), in the dtype of the latents.
@@ -91,7 +91,7 @@ class Batch(_Tensors):
     """
 
     sample_indices: list[int]
-    share: float
+    weight: float
     latents: torch.Tensor
     noise: torch.Tensor
     t: torch.Tensor

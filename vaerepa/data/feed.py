@@ -1,7 +1,7 @@
 """The feed: micro-batches on the device, from images, from the latents cache, or from a data set of latents.
 
-It joins three rooms: `reading` (rows, pixels, random numbers), `encoding` (VAE, vision encoder) and `latents_cache`; and
-`prompts`, where the transformer is conditioned on captions.
+It joins `reading` (rows, pixels, random numbers), `encoding` (VAE, vision encoder), `latents_cache` and, where the transformer
+is conditioned on captions, `prompts`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,19 +33,19 @@ PIXELS = "pixel_values"
 
 
 class Feed:
-    """Gives a run its batches.
+    """Source of a run's training and validation batches.
 
     Args:
-        vae: on the device.
+        vae: VAE, already on the device.
         source: rows that are trained on.
         latent_shape: (C, h, w) of a square image.
-        prompts: encodes captions, where the transformer is conditioned on captions and not on labels.
-        vision_encoder: makes features of training images, where they are aligned to.
+        prompts: encodes captions; None where the transformer is conditioned on labels.
+        vision_encoder: computes features of training images; None where no alignment method needs them.
 
     Attributes:
-        cache: of --latents_cache, if that is given.
-        num_skipped: images that this process could not read.
-        first_skipped: the first of them, and why.
+        cache: cache of --latents_cache; None without it.
+        num_skipped: number of images that this process could not read.
+        first_skipped: the first of these images, with the reason.
 
     Raises:
         OptionError: --latents_cache cannot be used.
@@ -77,18 +77,18 @@ class Feed:
         self._warn_of_few_streams()
 
     def choose_precision(self) -> None:
-        """Lets the VAE encode in bfloat16 where the run does and it moves latents little; every process must call it."""
+        """Lets the VAE encode in bfloat16 if the run uses it and latents change little; every process must call it."""
         if not self.encoding.may_choose_bf16:
             return
         count = min(NUM_COMPARED_IMAGES, len(self.source))
-        [first, *_] = next(self._read(self.source, no_numbers, count, 0, count, share=False))
+        [first, *_] = next(self._read(self.source, no_numbers, count, 0, count, split=False))
         if first.pixel_values is not None:
             self.encoding.choose_precision(first.pixel_values.to(self.accelerator.device))
 
     def first_latents(self, count: int) -> Iterator[torch.Tensor]:
         """Yields latents (B, C, h, w) of the first `count` samples of a run, all of them in each process."""
         numbers = PosteriorNumbers(self.options.seed)
-        for micro_batch in self._read(self.source, numbers, min(count, 16), 0, count, share=False):
+        for micro_batch in self._read(self.source, numbers, min(count, 16), 0, count, split=False):
             for samples in map(self._to_device, micro_batch):
                 yield self._latents_of(samples, self._encode(samples))
 
@@ -114,9 +114,9 @@ class Feed:
         return chain.from_iterable(self._batches(micro_batch, trains=False) for micro_batch in read)
 
     def narrow(self, needs: Iterable[str]) -> None:
-        """From now on gives training batches `pixel_values` and `vision_features` where `needs` names them alone.
+        """Limits `pixel_values` and `vision_features` of further training batches to those in `needs`.
 
-        Features are made as long as a cache waits for them. Every process must call it.
+        Features are still computed as long as a cache needs them. Every process must call it.
         """
         self.needs = frozenset(needs)
         if FEATURES in self.needs or self.encoding.vision_encoder is None:
@@ -129,7 +129,7 @@ class Feed:
     # ---- the cache
 
     def fill_cache(self) -> Iterator[int]:
-        """Encodes what the cache lacks of this process's images, and yields after each micro-batch of one epoch how many."""
+        """Encodes this process's images that the cache does not hold; yields the number of images after each micro-batch."""
         read = self._read(self.source, no_numbers, self.options.train_batch_size, 0, len(self.source), self.cache)
         for micro_batch in read:
             for samples in micro_batch:
@@ -138,12 +138,12 @@ class Feed:
             yield sum(map(len, micro_batch))
 
     def flush_cache(self) -> None:
-        """Writes what the cache is still to hold of the images encoded so far."""
+        """Writes images that were encoded but not yet written to the cache."""
         if self.cache is not None:
             self.cache.flush()
 
     def reload_cache(self) -> None:
-        """Writes what is pending, and loads what all processes wrote; every process must call it."""
+        """Writes pending rows, and loads those that all processes wrote; every process must call it."""
         self.flush_cache()
         self.accelerator.wait_for_everyone()
         self.cache.reload()
@@ -151,7 +151,7 @@ class Feed:
         logger.info(f"the latents cache holds {self.cache.count(self.source.members)} of {len(self.source)} images")
 
     def _all_hold_all(self) -> bool:
-        """Whether the cache is complete in the eyes of all processes; another run may be writing into it."""
+        """Whether every process sees the cache complete; another run may be writing into it."""
         complete = torch.tensor([self.cache.holds(self.source.members)], device=self.accelerator.device)
         return bool(self.accelerator.gather(complete).all())
 
@@ -165,10 +165,10 @@ class Feed:
         first: int,
         last: int,
         cache: LatentsCache | None = None,
-        share: bool = True,
+        split: bool = True,
         validates: bool = False,
     ) -> Iterator[list[Samples]]:
-        """Micro-batches of the samples `first` to `last`, on the host; with `share` this process's part of them."""
+        """Micro-batches of the samples `first` to `last`, on the host; with `split` only this process's part of them."""
         options, accelerator = self.options, self.accelerator
         preprocessing = Preprocessing(
             options.resolution,
@@ -188,8 +188,8 @@ class Feed:
             options.num_streams,
             options.shuffle_buffer_size,
             seed=0 if validates else options.seed,
-            process=accelerator.process_index if share else 0,
-            num_processes=accelerator.num_processes if share else 1,
+            process=accelerator.process_index if split else 0,
+            num_processes=accelerator.num_processes if split else 1,
             cache=cache,
             has_posterior=has_posterior(self.encoding.vae),
         )
@@ -197,7 +197,7 @@ class Feed:
         return read_micro_batches(reader, options.dataloader_num_workers, pin_memory)
 
     def _batches(self, micro_batch: list[Samples], trains: bool) -> list[Batch]:
-        """The batches of a micro-batch; what does not train is read once more some day, and neither counted nor cached."""
+        """Batches of a micro-batch; validation images are neither counted as skipped nor cached."""
         size = sum(map(len, micro_batch))
         batches = []
         for samples in micro_batch:
@@ -210,7 +210,7 @@ class Feed:
             batches.append(
                 Batch(
                     sample_indices=samples.sample_indices,
-                    share=len(samples) / size,
+                    weight=len(samples) / size,
                     latents=clean,
                     noise=numbers.pop(NOISE).to(clean.dtype),
                     t=numbers.pop(T).to(clean.dtype),

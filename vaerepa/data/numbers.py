@@ -36,7 +36,7 @@ class TrainingNumbers:
 
     Args:
         seed: seed of the run.
-        drop_rate: share of labels or captions that are dropped.
+        drop_rate: fraction of labels or captions that are dropped.
         timestep_sampling, logit_mean, logit_std, mode_scale, timestep_shift: density of t, see `sample_timestep`.
         names: names of further numbers, each uniform on (0, 1), that alignment methods ask for.
     """
@@ -51,11 +51,13 @@ class TrainingNumbers:
     names: tuple[str, ...] = ()
 
     @classmethod
-    def from_options(cls, options: NumberOptions, timestep_shift: float, names: tuple[str, ...]) -> Self:
-        """Numbers that a run asks for. --label_dropout and --proportion_empty_prompts are two names of one rate."""
+    def from_options(
+        cls, options: NumberOptions, drop_rate: float, timestep_shift: float, names: tuple[str, ...]
+    ) -> Self:
+        """Numbers that a run needs; `timestep_shift` is used where --timestep_shift is not given."""
         return cls(
             options.seed,
-            options.proportion_empty_prompts if options.text_conditioning else options.label_dropout,
+            drop_rate,
             options.timestep_sampling,
             options.logit_mean,
             options.logit_std,

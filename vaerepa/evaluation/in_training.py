@@ -1,6 +1,7 @@
 """--eval_steps: a small evaluation in training, by the same code as `python -m vaerepa.evaluate`."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,11 @@ from diffusers import DiffusionPipeline
 
 from vaerepa.data import Prompts, Source, take_at_random
 from vaerepa.data.options import public_dataset
-from vaerepa.data.prompts import choose_caption
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.evaluator import REPORT, Evaluator, Report, open_evaluator, read_report
 from vaerepa.evaluation.options import MeasuringOptions
 from vaerepa.evaluation.reference import MAX_KEPT
-from vaerepa.evaluation.samples import GenerateImages, balanced, choose_labels, images_of_labels, images_of_prompts
+from vaerepa.evaluation.samples import GenerateImages, images_of_labels, images_of_prompts
 from vaerepa.layout import step_of
 
 FOLDER = "evaluation"  # in the output folder
@@ -27,11 +27,13 @@ class TrainingEvaluation:
 
     Attributes:
         choices: class label or caption of each image.
+        settings: how they were chosen, for the report.
     """
 
     options: MeasuringOptions
     evaluator: Evaluator
     choices: list[Any]
+    settings: dict[str, Any]
 
     def images_of_labels(self, pipeline: DiffusionPipeline) -> GenerateImages:
         """Generation by a class-conditional pipeline of vaerepa.sampling."""
@@ -60,9 +62,7 @@ class TrainingEvaluation:
             (folder / "images").mkdir(parents=True)
         accelerator.wait_for_everyone()
         settings = {"trained": f"{step} steps, {weights}", **sampler, **self._call(), "seed": options.seed}
-        if not options.text_conditioning:
-            settings["label_sampling"] = options.label_sampling
-        settings["precision"] = f"mixed precision {accelerator.mixed_precision}"
+        settings |= {**self.settings, "precision": f"mixed precision {accelerator.mixed_precision}"}
         report = self.evaluator.evaluate(folder, options.num_eval_samples, options.train_batch_size, generate, settings)
         if accelerator.is_main_process:
             shutil.rmtree(folder / "images")
@@ -83,12 +83,18 @@ def newest_report(output_dir: Path, step: int) -> Report | None:
 
 
 def open_evaluation(
-    options: MeasuringOptions, accelerator: Accelerator, source: Source, num_classes: int
+    options: MeasuringOptions,
+    accelerator: Accelerator,
+    source: Source,
+    choose: Callable[[MeasuringOptions, Source], list[Any]],
+    settings: dict[str, Any],
 ) -> TrainingEvaluation | None:
     """Opens extractor and reference if --eval_steps is given; every process must call it.
 
     Args:
         source: training images; at most 10 000 of them are the reference, unless --eval_reference is given.
+        choose: returns the class label or caption of each image that is generated.
+        settings: how `choose` does it, for the report.
 
     Raises:
         OptionError: a package or file is missing, or the reference does not fit.
@@ -97,14 +103,9 @@ def open_evaluation(
         return None
     if source.holds_latents and options.eval_reference is None:
         raise OptionError("--eval_steps: the data set holds latents; give statistics of images by --eval_reference.")
-    count, seed = options.num_eval_samples, options.seed
-    if options.text_conditioning:
-        captions = [choose_caption(several, seed, i) for i, several in enumerate(source.captions())]
-        choices = [captions[place] for place in balanced(count, len(captions), seed)]
-    else:
-        choices = choose_labels(count, num_classes, seed, options.label_sampling)
+    choices = choose(options, source)
     about = {"dataset": public_dataset(options), "split": options.train_split}
     about |= {"resolution": options.resolution}
     reference = Path(options.eval_reference) if options.eval_reference else take_at_random(source, MAX_KEPT)
     evaluator = open_evaluator(accelerator, options.inception_weights, reference, about, options.cache_dir)
-    return TrainingEvaluation(options, evaluator, choices)
+    return TrainingEvaluation(options, evaluator, choices, settings)

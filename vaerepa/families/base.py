@@ -1,4 +1,4 @@
-"""Family, the one contract for every architecture: what the trainer asks of a transformer and of its stock pipeline."""
+"""Family, the contract of every architecture: how the trainer uses a transformer and its stock pipeline."""
 
 import inspect
 import types
@@ -28,7 +28,7 @@ class Size:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a transformer from scratch takes: latents of shape (C, s, s), and class labels or embeddings of text encoders."""
+    """Inputs of a transformer from scratch: latents of shape (C, s, s), and class labels or embeddings of text encoders."""
 
     latent_channels: int
     latent_size: int
@@ -37,7 +37,7 @@ class InputSpec:
 
 
 class Conditions(Protocol):
-    """The fields of a batch that tell what each of its samples is conditioned on.
+    """Fields of a batch with the condition of each sample.
 
     Attributes:
         labels: class labels, shape (B,).
@@ -64,6 +64,9 @@ class Family(ABC):
     dispensable_components: ClassVar[tuple[str, ...]] = ()  # of these, what the stock pipeline encodes captions without
     knows_shift: ClassVar[bool]  # whether the stock pipeline undoes the VAE's shift_factor
     keeps_scheduler: ClassVar[bool] = True  # whether the stock pipeline works with any scheduler of a fine-tuned flow
+    normalizes_targets: ClassVar[bool] = (
+        False  # whether latents far from unit scale are normalised as alignment targets
+    )
     lora_layers: ClassVar[tuple[str, ...]] = ()
     preset: ClassVar[str | None] = None  # what the names of its presets begin with; None where it is fine-tuned only
     sizes: ClassVar[dict[str, Size]] = {}
@@ -104,7 +107,7 @@ class Family(ABC):
 
     @abstractmethod
     def inputs(self, transformer: nn.Module, timesteps: torch.Tensor, batch: Conditions) -> dict[str, Any]:
-        """What `predict` takes beside the latents of a batch."""
+        """Arguments of `predict` for a batch, beside the latents."""
 
     @abstractmethod
     def predict(self, transformer: nn.Module, noisy: torch.Tensor, **inputs: Any) -> torch.Tensor:
@@ -157,7 +160,7 @@ class Family(ABC):
         return output
 
     def image_token_slice(self, transformer: nn.Module, noisy: torch.Tensor, hidden_states: torch.Tensor) -> slice:
-        """The place of the image's tokens among the hidden states of a block; all of them, if the text has none there."""
+        """Slice of the image tokens in the hidden states of a block; all tokens, where there are no text tokens."""
         return slice(None)
 
     def inner_width(self, transformer: nn.Module) -> int:
@@ -177,11 +180,11 @@ class Family(ABC):
         return transformer.config.in_channels
 
     def fixed_size(self, transformer: nn.Module) -> int | None:
-        """Side of the only latents that it takes; None where others are possible."""
+        """Side of the latents if the transformer takes one size only, else None."""
         return None
 
     def max_patches(self, transformer: nn.Module) -> int | None:
-        """Patches along one side that it has positions for; None where their number is open."""
+        """Largest number of patches along one side; None where there is no limit."""
         return None
 
     # ---- the stock pipeline

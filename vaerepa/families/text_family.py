@@ -1,4 +1,4 @@
-"""TextFamily: what the contract has beyond `Family` for models that are conditioned on captions."""
+"""TextFamily: the contract of models that are conditioned on captions, beyond `Family`."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ class TextFamily(Family):
     """An architecture that is conditioned on captions, by the text encoders of its stock pipeline."""
 
     conditioning = "captions"
+    normalizes_targets = True
     max_sequence_length: ClassVar[int]  # the stock pipeline's default
     call_options: ClassVar[dict[str, Any]] = {
         "prompt": None
@@ -39,7 +40,7 @@ class TextFamily(Family):
     def encode_prompts(
         self, pipeline: DiffusionPipeline, prompts: list[str], max_sequence_length: int
     ) -> list[dict[str, torch.Tensor]]:
-        """What the stock pipeline makes of each prompt, without padding where it is masked."""
+        """Embeddings of each prompt by the stock pipeline's encoders, without padding that is masked."""
 
     @abstractmethod
     def collate(self, embeddings: list[dict[str, torch.Tensor]]) -> Condition:

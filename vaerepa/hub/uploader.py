@@ -30,10 +30,10 @@ class NotPushedError(RuntimeError):
 
 
 class Uploader:
-    """Pushes the newest checkpoint that it was given; one that is overtaken while the Hub cannot be reached is left out.
+    """Pushes the newest checkpoint that it was given; older ones that could not be pushed in time are skipped.
 
     Args:
-        repo_id, revision, strategy: what vaerepa.hub.push is told.
+        repo_id, revision, strategy: arguments of vaerepa.hub.push.
     """
 
     def __init__(self, output_dir: Path, repo_id: str, revision: str | None, strategy: str):
@@ -66,27 +66,27 @@ class Uploader:
         return {folder for folder in (self.waiting, self.uploading) if folder}
 
     def push(self, checkpoint: Path) -> None:
-        """Takes the newest checkpoint; returns at once."""
+        """Starts or queues the upload of this checkpoint; returns at once."""
         if self.waiting is not None:
             self._overtaken.append(step_of(self.waiting))
         self.waiting = checkpoint
-        self.tend()
+        self.poll()
 
-    def tend(self) -> None:
-        """Looks after the upload that is under way, and begins the next; returns at once."""
+    def poll(self) -> None:
+        """Checks the running upload, and starts the next one when it is due; returns at once."""
         if self._process is not None and self._process.poll() is not None:
             self._end_attempt()
         if self._process is None and self.waiting is not None and time.monotonic() >= self._next_attempt:
             self._begin_attempt()
 
     def finish(self) -> None:
-        """Waits for the newest checkpoint to be pushed, and says how to do it by hand when it cannot be."""
+        """Waits until the newest checkpoint is pushed; logs the command to do it by hand if that fails."""
         attempts_before = self._failures
         if self.folders:
             logger.info(f"pushing to {self.repo_id}; Ctrl-C leaves it to be done by hand")
         try:
             while self.folders and self._failures - attempts_before < LAST_ATTEMPTS:
-                self.tend()
+                self.poll()
                 time.sleep(0.05)
         except KeyboardInterrupt:
             self._reason = "interrupted"
@@ -150,7 +150,7 @@ class Uploader:
 
 
 def uploading(options: access.PushOptions, accelerator: Accelerator) -> AbstractContextManager[Uploader | None]:
-    """Who pushes to the Hub while the context lasts, and waits for it at its end; None on all but the main process."""
+    """Context with the uploader of the main process, which finishes uploads at its end; None elsewhere or without a push."""
     if not options.push_to_hub:
         return nullcontext()
     repo_id = on_main_process(accelerator, lambda: access.open_repository(options))

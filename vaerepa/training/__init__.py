@@ -1,1 +1,1 @@
-"""Training: what is built before the first step, what the steps change, what is told of them, and how it is validated."""
+"""Training: setup (built before the first step), state (changed by the steps), monitor, validation and publishing."""

@@ -11,7 +11,7 @@ from vaerepa import checks, past, throughput
 from vaerepa.cli import as_plain
 from vaerepa.data import classes_in_batch
 from vaerepa.data.order import ORDER
-from vaerepa.ema import share_of_start
+from vaerepa.ema import fraction_of_initial
 from vaerepa.errors import TrainingError
 from vaerepa.layout import all_checkpoints
 from vaerepa.logs import MetricsFile, get_logger
@@ -23,11 +23,11 @@ logger = get_logger(__name__)
 
 
 def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, trainer_state: dict[str, Any]) -> None:
-    """Says what is about to happen; every process must call it.
+    """Logs model, data, schedule and warnings before the first step; every process must call it.
 
     Args:
-        checkpoint: the one to go on from, None for a new run.
-        trainer_state: of this checkpoint.
+        checkpoint: checkpoint that the run goes on from; None for a new run.
+        trainer_state: trainer state of this checkpoint.
     """
     options, accelerator = setup.options, setup.accelerator
     changes = changed_options(trainer_state.get("options", {}), options, "schedule")
@@ -44,7 +44,7 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
     heads = sum(parameter.numel() for parameter in state.aligned_transformer.heads.parameters()) / 1e6
     logger.info(
         f"{options.pretrained_model_name_or_path or options.model}: {size:.2f} M parameters, "
-        + (f"of which a LoRA of rank {options.rank} trains {trained:.2f} M, " if options.rank else "")
+        + (f"of which a LoRA of rank {setup.export.rank} trains {trained:.2f} M, " if setup.export.rank else "")
         + f"alignment heads {heads:.2f} M, {setup.conditioning.summary}"
     )
     for alignment in state.alignments:
@@ -65,10 +65,10 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
     if accelerator.is_main_process:
         _announce_classes(setup)
     for decay in state.ema.transformers if state.ema else ():
-        share = share_of_start(decay, setup.max_train_steps)
+        initial = fraction_of_initial(decay, setup.max_train_steps)
         logger.log(
-            logging.WARNING if share > 0.05 else logging.INFO,
-            f"after {setup.max_train_steps} steps the EMA of decay {decay} holds {share:.1%} of the initial weights",
+            logging.WARNING if initial > 0.05 else logging.INFO,
+            f"after {setup.max_train_steps} steps the EMA of decay {decay} holds {initial:.1%} of the initial weights",
         )
     if setup.conditioning.warning:
         logger.warning(setup.conditioning.warning)
@@ -77,7 +77,7 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
 
 
 def _announce_classes(setup: Setup) -> None:
-    """Says how well the images are shuffled, where they have classes."""
+    """Logs how many different classes a batch holds, where images have classes."""
     options = setup.options
     sizes = options.num_streams, options.shuffle_buffer_size
     classes = classes_in_batch(setup.sources.train, options.seed, *sizes, options.global_batch_size)
@@ -88,7 +88,7 @@ def _announce_classes(setup: Setup) -> None:
 
 
 class Monitor:
-    """What a run tells of itself; every process has one, and the main process writes."""
+    """Log lines, progress bar, metrics.jsonl and trackers; every process has a monitor, the main process writes."""
 
     def __init__(self, setup: Setup, state: TrainingState):
         accelerator = setup.accelerator
@@ -109,7 +109,7 @@ class Monitor:
         accelerator.init_trackers("vaerepa", values)
 
     def log(self) -> None:
-        """Means since the last log line, to metrics.jsonl, the trackers and the progress bar; every process must call it."""
+        """Writes means since the last log line to metrics.jsonl, trackers and progress bar; every process must call it."""
         setup, state, options, accelerator = self.setup, self.state, self.setup.options, self.setup.accelerator
         values = state.running_means.means(accelerator)
         ratios = state.aligned_transformer.gradient_ratios()
@@ -118,8 +118,8 @@ class Monitor:
         values |= {"epoch": state.step * options.global_batch_size / len(setup.sources.train)}
         values |= self.stopwatch.read(state.step, options.global_batch_size)
         peak = throughput.peak_flops(accelerator.device, accelerator.mixed_precision)
-        if peak:  # the backward pass costs two forward passes, or one where the weights are frozen
-            passes = 2 if options.rank else 3
+        if peak:
+            passes = throughput.training_passes(setup.transformer)
             flops_per_second = passes * self._flops_per_image() * values["images_per_second"]
             values |= {"mfu": flops_per_second / (peak * accelerator.num_processes)}
         values |= {"skipped_images": state.count_skipped_images()}
@@ -147,17 +147,18 @@ class Monitor:
             self._drop_trackers(error)
 
     def _drop_trackers(self, error: Exception) -> None:
-        """Goes on without trackers, which do not recover from an error; metrics.jsonl has what they lack."""
+        """Removes all trackers after an error, from which they do not recover; metrics.jsonl has all values."""
         accelerator = self.setup.accelerator
         names = ", ".join(tracker.name for tracker in accelerator.trackers)
         logger.error(f"the tracker {names} failed and is left out from now on: {error}")
         accelerator.trackers = []
 
     def check(self) -> None:
-        """Stops a run that has diverged, or whose data are damaged beyond --max_bad_fraction; every process must call it.
+        """Checks that training has not diverged and that enough images can be read; every process must call it.
 
         Raises:
-            TrainingError: it has, or they are.
+            TrainingError: gradients were not finite for --max_skipped_steps steps, or more images than --max_bad_fraction
+                are damaged.
         """
         state, options = self.state, self.setup.options
         if state.skipped_in_a_row >= options.max_skipped_steps:

@@ -1,4 +1,4 @@
-"""Publishing: the result at the root of the output folder, with curves and model card, and its way to the Hub."""
+"""Publishing: copies the result to the root of the output folder, writes curves and model card, and uploads to the Hub."""
 
 import shutil
 from importlib.metadata import version
@@ -27,7 +27,7 @@ PACKAGES = ("torch", "diffusers", "accelerate", "datasets")
 
 
 def copy_to_root(setup: Setup, state: TrainingState) -> None:
-    """Puts the last checkpoint's pipeline at the root of the output folder; on the main process."""
+    """Copies the last checkpoint's pipeline to the root of the output folder; call it on the main process."""
     root, last = setup.output_dir, folder_of(setup.output_dir, state.step)
     shutil.rmtree(root / stored_heads.FOLDER, ignore_errors=True)  # they may have been dropped since
     training_only = {STATE} if setup.export.ships_heads else {STATE, stored_heads.FOLDER}
@@ -46,7 +46,7 @@ def copy_to_root(setup: Setup, state: TrainingState) -> None:
 
 
 def publish(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploader | None) -> None:
-    """Describes the newest checkpoint in curves and card, and hands it to the uploader; on the main process."""
+    """Writes curves and model card of the newest checkpoint and gives it to the uploader; call it on the main process."""
     checkpoint = folder_of(setup.output_dir, state.step)
     if not checkpoint.is_dir():  # it could not be saved
         return
@@ -61,10 +61,11 @@ def publish(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uplo
 
 
 def card_facts(setup: Setup, state: TrainingState, monitor: Monitor) -> dict[str, Any]:
-    """What the model card tells beyond the options."""
+    """Facts for the model card beside the options."""
     root, transformer = setup.output_dir, state.exported_transformer
     grids = sorted((root / "samples").glob("*.png"))
-    published = setup.trained_weights.values() if setup.options.rank else transformer.parameters()
+    published = setup.export.parameters(transformer)
+    of_condition = setup.conditioning.card_facts(transformer, root, state.step)
     return {
         "dtype": DTYPES.get(setup.accelerator.mixed_precision, "torch.float32"),
         "parameters": f"{sum(parameter.numel() for parameter in published) / 1e6:.1f}",
@@ -80,12 +81,14 @@ def card_facts(setup: Setup, state: TrainingState, monitor: Monitor) -> dict[str
         "has_lora_loader": lora.has_loader(setup.conditioning.pipeline_class),
         "machine": throughput.describe_machine(setup.accelerator),
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
-        **setup.conditioning.card_facts(transformer, root, state.step),
+        **of_condition,
+        "tags": (*of_condition["tags"], *setup.export.tags),
+        "rank": setup.export.rank,
     }
 
 
 def _last_validation_loss(setup: Setup, monitor: Monitor) -> float | None:
-    """The newest validation loss of the weights that are exported."""
+    """Newest validation loss of the exported weights; None where there is none."""
     decays = setup.options.ema_decay if setup.options.use_ema else ()
     key = f"validation/ema_{decays[0]}/loss" if len(decays) > 1 else "validation/loss"
     return next((line[key] for line in reversed(monitor.metrics.read()) if key in line), None)

@@ -1,4 +1,4 @@
-"""The setup of a run: all that its steps work with and do not change, built before the first of them."""
+"""Setup of a run: everything that training steps use and do not change, built before the first step."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +31,15 @@ PIPELINE_FILE = Path(__file__).parents[2] / "pipeline_vaerepa.py"
 
 @dataclass(frozen=True)
 class Setup:
-    """All that the steps of a run work with.
+    """Everything that the steps of a run use and do not change.
 
     Attributes:
-        transformer: what is trained, in training form.
+        transformer: trained transformer, in training form.
         latent_statistics: mean and standard deviation of the latents per channel.
-        content: digests of data and frozen models, which a restart compares.
-        alignments: all of the run, those too that have ended.
-        base_heads: alignment heads that lie beside the pipeline which is fine-tuned.
-        base_weights: on the main process' CPU, the weights that are fine-tuned.
+        content: digests of data and frozen models; a restart compares them.
+        alignments: all alignments of the run, ended ones too.
+        base_heads: alignment heads of the pipeline that is fine-tuned, if it has some.
+        base_weights: initial weights of a full fine-tuning, on the CPU of the main process; else empty.
     """
 
     options: Options
@@ -63,27 +63,27 @@ class Setup:
 
     @property
     def trained_weights(self) -> dict[str, nn.Parameter]:
-        """All weights of the transformer, or those of its LoRA."""
+        """All weights of the transformer, or the LoRA's weights."""
         return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
 
     @property
     def alignment_facts(self) -> list[dict[str, Any]]:
-        """What the model card tells of each alignment."""
+        """Facts for the model card on each alignment."""
         return [model_card.describe_alignment(alignment) for alignment in self.alignments]
 
 
 def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[str, Any]) -> Setup:
-    """Opens data and models and builds all that the options ask for; every process must call it.
+    """Opens data and models and builds the setup; every process must call it.
 
     Args:
-        trainer_state: of the checkpoint to go on from, or {} for a new run.
+        trainer_state: trainer state of the checkpoint that the run goes on from; {} for a new run.
 
     Raises:
-        OptionError: something is not there, does not fit, or is not what the checkpoint was trained with.
+        OptionError: data or a model does not exist, does not fit, or differs from what the checkpoint was trained with.
     """
     with accelerator.main_process_first():
         components = open_components(options)
-        content = past.content_of(options, components)
+        content = past.content_of(components)
     past.check_content(trainer_state, content, len(components.sources.train))
     max_train_steps = checks.steps_in(options, len(components.sources.train))
     options = checks.fit_to_run(options, max_train_steps)
@@ -97,13 +97,15 @@ def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[
     _, height, width = latent_shape
     num_tokens = height * width // family.patch_size(transformer) ** 2
     names = tuple(name for method in settings.classes_of(options) for name in method.numbers)
-    numbers = TrainingNumbers.from_options(options, objectives.shift_of(objective.scheduler, num_tokens), names)
+    shift = objectives.shift_of(objective.scheduler, num_tokens)
+    numbers = TrainingNumbers.from_options(options, conditioning.drop_rate(options), shift, names)
     if "latent_statistics" in trainer_state:
         latent_statistics, feed.encoding.in_bf16 = trainer_state["latent_statistics"], trainer_state["encode_in_bf16"]
     else:
-        latent_statistics = measure_latents(options, accelerator, feed)
+        latent_statistics = measure_latents(options, accelerator, feed, family)
     base_weights = {}
-    if components.pretrained_transformer and not options.rank and accelerator.is_main_process:
+    trains_all = all(parameter.requires_grad for parameter in transformer.parameters())
+    if components.pretrained_transformer and trains_all and accelerator.is_main_process:
         base_weights = {name: p.detach().to("cpu", copy=True) for name, p in transformer.named_parameters()}
     return Setup(
         options=options,
@@ -123,7 +125,13 @@ def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[
         alignments=build_alignments(options, components, transformer, latent_statistics),
         base_heads=components.heads,
         base_weights=base_weights,
-        evaluation=open_evaluation(options, accelerator, sources.train, len(sources.id2label)),
+        evaluation=open_evaluation(
+            options,
+            accelerator,
+            sources.train,
+            conditioning.evaluation_choices,
+            conditioning.evaluation_settings(options),
+        ),
     )
 
 
@@ -134,7 +142,7 @@ def build_conditioning(
     transformer: nn.Module,
     latent_shape: tuple[int, int, int],
 ) -> tuple[Conditioning, Export, Prompts | None]:
-    """The condition of the samples, the form in which they are exported and, for captions, what encodes these."""
+    """Conditioning, export and, for captions, the prompt encoder."""
     family, output_dir = components.family, Path(options.output_dir)
     vae, scheduler = components.vae, components.objective.scheduler
     if family.conditioning == "labels":
@@ -146,7 +154,7 @@ def build_conditioning(
     frozen_parts = {"vae": vae, **components.given.text_components}
     export = StockExport(output_dir, family, pipeline, frozen_parts)
     if options.rank:
-        export = LoRAExport(type(pipeline))
+        export = LoRAExport(type(pipeline), options.rank)
     if accelerator.is_main_process:
         export.write_frozen_parts()  # now: text encoders may leave memory, or move to half precision
     prompts = open_prompts(options, accelerator, components, pipeline)
@@ -159,11 +167,11 @@ def build_conditioning(
 def build_text_pipeline(
     options: Options, accelerator: Accelerator, components: Components, transformer: nn.Module
 ) -> DiffusionPipeline:
-    """The stock pipeline around a text-to-image transformer; what a LoRA leaves frozen goes to half precision."""
+    """Stock pipeline around a text-to-image transformer; frozen weights (of a LoRA's base) are cast to half precision."""
     half, given = _half_precision(accelerator), components.given
-    if half and options.rank:  # what does not train needs no more
-        for parameter in transformer.parameters():
-            parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(half)
+    for parameter in transformer.parameters():
+        if half and not parameter.requires_grad:  # what does not train needs no more
+            parameter.data = parameter.data.to(half)
     pipeline = components.family.build_pipeline(
         given.pipeline_class, transformer, components.vae, components.objective.scheduler, given.text_components
     )
@@ -174,7 +182,7 @@ def build_text_pipeline(
 def open_prompts(
     options: Options, accelerator: Accelerator, components: Components, pipeline: DiffusionPipeline
 ) -> Prompts:
-    """What encodes prompts: the text encoders, or a cache in their place."""
+    """Encoder of prompts: by the text encoders, or from the cache of --cache_text_embeddings."""
     length = options.max_sequence_length or components.family.max_sequence_length
     prompts = Prompts(components.family, pipeline, length, accelerator.device)
     for encoder in prompts.encoders.values():
@@ -187,14 +195,14 @@ def open_prompts(
     return prompts
 
 
-def measure_latents(options: Options, accelerator: Accelerator, feed: Feed) -> list[list[float]]:
-    """Mean and standard deviation per channel over the first images; a warning when they are far from unit scale."""
+def measure_latents(options: Options, accelerator: Accelerator, feed: Feed, family: Family) -> list[list[float]]:
+    """Mean and standard deviation per channel of the first images' latents; warns where they are far from unit scale."""
     count = min(NUM_MEASURED_LATENTS, len(feed.source))
     feed.choose_precision()
     values = torch.cat([z.transpose(0, 1).flatten(1) for z in feed.first_latents(count)], dim=1)  # (C, all values)
     logger.info(f"latents of the first {count} images: mean {values.mean():.3f}, standard deviation {values.std():.3f}")
     checks_scale = any(method.expects_unit_scale(options) for method in settings.classes_of(options))
-    if checks_scale and not options.text_conditioning and not 0.5 <= values.std() <= 2.0:
+    if checks_scale and not family.normalizes_targets and not 0.5 <= values.std() <= 2.0:
         logger.warning(
             f"the latents' standard deviation {values.std():.3f} is far from 1: the alignment loss may swamp the denoising "
             "loss, or vanish beside it. --alignment_normalize normalises its target per channel."

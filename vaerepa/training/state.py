@@ -1,4 +1,4 @@
-"""The training state: all that steps change, and how a checkpoint keeps it."""
+"""Training state: everything that steps change, and how checkpoints save and load it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,16 +27,16 @@ class TrainingState:
     """Weights, heads, EMA weights, optimizer, counters and running means of a run.
 
     Args:
-        setup: what the steps work with.
+        setup: setup of the run.
         step: number of finished steps.
 
     Attributes:
-        model: AlignedTransformer, as accelerate prepared it.
-        alignments: those that have not ended.
-        ema: None where no EMA weights are kept.
-        running_means: of losses, since the last log line.
-        skipped_in_a_row: steps whose gradients were not finite, counted on the device.
-        skipped_images_before: images that could not be read before the restart, by all processes.
+        model: AlignedTransformer as accelerate prepared it.
+        alignments: alignments that have not ended.
+        ema: EMA weights; None where none are kept.
+        running_means: running means of losses since the last log line.
+        skipped_in_a_row: number of consecutive steps whose gradients were not finite, a tensor on the device.
+        skipped_images_before: number of images that no process could read before the restart.
     """
 
     def __init__(self, setup: Setup, step: int):
@@ -63,12 +63,12 @@ class TrainingState:
 
     @property
     def aligned_transformer(self) -> AlignedTransformer:
-        """The model without the wrapper that accelerate lays around it."""
+        """Model without accelerate's wrapper."""
         return self.setup.accelerator.unwrap_model(self.model)
 
     @property
     def exported_transformer(self) -> torch.nn.Module:
-        """The weights that checkpoints are made of: the first EMA's, or the trained ones."""
+        """Exported weights: the first EMA weights, or the trained weights where there is no EMA."""
         return self.ema.exported if self.ema else self.setup.transformer
 
     @property
@@ -87,19 +87,19 @@ class TrainingState:
     # ---- steps
 
     def set_learning_rate(self) -> None:
-        """Gives the optimizer the learning rate of the next step."""
+        """Sets the optimizer's learning rate for the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
 
     def skip_step_if_nonfinite(self, gradient_norm: torch.Tensor) -> None:
-        """Lets AdamW skip a step with NaN or Inf in its gradients, alike on all processes."""
+        """Makes the optimizer skip this step if a gradient is NaN or Inf, on all processes alike."""
         nonfinite = (~torch.isfinite(gradient_norm)).float()
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * nonfinite
         if self.setup.accelerator.scaler is None:  # which skips such steps itself
             optimization.skip_step_if(nonfinite, self.optimizer.optimizer)
 
     def end_alignments(self) -> None:
-        """Lets the heads of alignments that are over leave module, optimizer and wrapper."""
+        """Removes the heads of ended alignments from module, optimizer and wrapper."""
         ended = [alignment.name for alignment in self.alignments if not alignment.is_active(self.step)]
         if not ended:
             return
@@ -118,12 +118,12 @@ class TrainingState:
         logger.info(f"step {self.step}: alignment `{'`, `'.join(ended)}` is over, its head is dropped")
 
     def count_skipped_images(self) -> int:
-        """Images that could not be read so far, over all processes; every process must call it."""
+        """Number of images that could not be read so far, over all processes; every process must call it."""
         counts = torch.tensor(self.setup.feed.num_skipped, device=self.setup.accelerator.device)
         return self.skipped_images_before + int(self.setup.accelerator.reduce(counts, reduction="sum"))
 
     def _narrow_feed(self) -> None:
-        """Leaves out of batches what no alignment that has not ended reads."""
+        """Limits batches to the inputs that the remaining alignments need."""
         self.setup.feed.narrow({need for alignment in self.alignments for need in alignment.method.needs})
 
     # ---- checkpoints
@@ -176,7 +176,7 @@ class TrainingState:
         on_main_process(accelerator, write)
 
     def load(self, checkpoint: Path, trainer_state: dict[str, Any]) -> None:
-        """Puts back what `save` wrote; every process must call it.
+        """Loads what `save` wrote; every process must call it.
 
         Raises:
             OptionError: an alignment is to go on whose head was dropped.
@@ -207,9 +207,9 @@ class TrainingState:
             accelerator.scaler.load_state_dict(trainer_state["scaler"])
 
     def _heads_by_file(self) -> dict[str, torch.nn.ModuleDict]:
-        """The trained heads and their averages, by their files in state/."""
-        averages = self.ema.heads.items() if self.ema else ()
-        return {"heads": self.aligned_transformer.heads} | {f"ema_heads_{decay}": heads for decay, heads in averages}
+        """Trained heads and their EMA weights, by the names of their files in state/."""
+        ema_heads = self.ema.heads.items() if self.ema else ()
+        return {"heads": self.aligned_transformer.heads} | {f"ema_heads_{decay}": heads for decay, heads in ema_heads}
 
     def _names(self) -> dict[torch.nn.Parameter, str]:
         return {parameter: name for name, parameter in self.aligned_transformer.named_parameters()}
@@ -232,7 +232,7 @@ def _keep_base_heads(
         checkpoints.load_parameters(heads, base_heads.tensors)
         logger.info("its alignment heads are kept")
     else:
-        logger.info("its alignment heads are for another alignment: new ones are drawn")
+        logger.info("its alignment heads are for another alignment: new ones are initialised")
 
 
 def _align(setup: Setup, heads: torch.nn.ModuleDict, alignments: list[Alignment]) -> AlignedTransformer:

@@ -12,9 +12,9 @@ def teacher_tokens(setup: Setup, ema: EMA, batch: Batch, t: torch.Tensor, block:
     """Image tokens (B, N, d) after a block of the exported EMA weights, see `AlignmentContext.teacher`.
 
     Args:
-        batch: what the student sees; the teacher sees it under the same noise and condition.
-        t: times of the teacher, shape (B,).
-        block: counted from 1.
+        batch: the student's batch; the teacher gets the same noise and condition.
+        t: times for the teacher, shape (B,).
+        block: number of the block, counted from 1.
     """
     family, transformer = setup.family, ema.exported
     noisy, _ = setup.objective.corrupt(batch.latents, batch.noise, t)
