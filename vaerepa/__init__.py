@@ -1,1 +1,1 @@
-"""The rooms that train_vaerepa.py calls, one per concern."""
+"""Modules that train_vaerepa.py calls, one per concern."""

@@ -129,7 +129,7 @@ def probe_xformers(device: torch.device) -> None:
 
 
 def next_memory_lever(options: MachineOptions) -> str:
-    """What to do against a full GPU: the cheapest switch that is not yet on, and at last a smaller batch."""
+    """Advice against a full GPU: the cheapest switch that is not yet on; if all are on, a smaller batch."""
     for name, advice in MEMORY_LEVERS.items():
         if not getattr(options, name) and not (name == "use_8bit_adam" and options.optimizer != "adamw"):
             return advice
@@ -138,7 +138,7 @@ def next_memory_lever(options: MachineOptions) -> str:
 
 @contextmanager
 def profiling(options: MachineOptions, is_main_process: bool) -> Iterator[Callable[[], None]]:
-    """With --profile, profiles ten steps of the main process after five others; yields what to call after each step."""
+    """Profiles ten steps of the main process after five others, with --profile; yields a function to call after each step."""
     if not (options.profile and is_main_process):
         yield lambda: None
         return

@@ -1,7 +1,7 @@
 """Checkpoints: each is a stock pipeline and, beside it in heads/ and state/, all that an exact restart needs.
 
 A checkpoint is written into a hidden folder, its manifest last, and takes its name in one rename: a folder named
-checkpoint-N is whole, or was damaged later, which the manifest tells.
+checkpoint-N is whole, or was damaged later, which its manifest shows.
 """
 
 import json
@@ -82,7 +82,7 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint: a sentence, or None when every file is as its manifest says."""
+    """Damage of a checkpoint as a sentence; None when every file is as its manifest says."""
     try:
         manifest = json.loads((folder / STATE / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -99,7 +99,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def newest_valid(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole; `warn` is told of every newer one that is not."""
+    """Newest checkpoint without damage; `warn` receives a message for every newer one that is damaged."""
     for folder in reversed(all_checkpoints(output_dir)):
         damage = find_damage(folder)
         if damage is None:
@@ -121,7 +121,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def has_tensors(folder: Path, name: str) -> bool:
-    """Whether there is such a file in state/; a checkpoint of an earlier version may lack one."""
+    """Whether state/ has this file; checkpoints of earlier releases may not have all."""
     return (folder / STATE / f"{name}.safetensors").is_file()
 
 

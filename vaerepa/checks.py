@@ -1,4 +1,4 @@
-"""What can be known to be wrong before anything expensive starts, in one clear sentence each."""
+"""Checks of the options before anything expensive starts; each error is one sentence."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ MIN_BAD_IMAGES = 10  # fewer say nothing about the data
 
 
 def check_options(options: Options) -> None:
-    """Checks what needs neither data nor model.
+    """Checks what can be checked without data or a model.
 
     Raises:
         OptionError: a value outside its range, or two that contradict each other.

@@ -30,7 +30,7 @@ def command_again() -> str:
 
 @cache
 def launcher() -> list[str]:
-    """What stands before the script: `accelerate launch` or torchrun with their options, which the parent process knows.
+    """Part of the command line before the script: `accelerate launch` or torchrun with options, read from the parent process.
 
     It is kept from the first call on: a launcher may die before its trainer.
     """

@@ -1,8 +1,8 @@
-"""Errors that are told in one sentence."""
+"""Errors whose message is one sentence for the user."""
 
 
 class OptionError(ValueError):
-    """What the user asked for cannot be done; the message says what was wrong, what was expected and what to do."""
+    """An option cannot be fulfilled; the message says what was wrong, what was expected and what to do."""
 
 
 class DataError(RuntimeError):

@@ -1,4 +1,4 @@
-"""What a run tells: means over a window of steps, metrics.jsonl, the curves."""
+"""Logging of a run: log lines, running means, metrics.jsonl, training curves."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ CHATTY = ("httpx", "httpx2", "datasets", "fsspec")
 
 
 def set_up_logging() -> None:
-    """For scripts: one form of lines, without the progress bars and the remarks of libraries that are no news to a user."""
+    """Configures logging for scripts: one format of lines, no progress bars or routine messages of libraries."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -42,7 +42,7 @@ def set_up_logging() -> None:
 
 
 class _RankLogger(MultiProcessAdapter):
-    """accelerate's logger, which names the process where there are several."""
+    """accelerate's logger; it names the process only where there are several."""
 
     def process(self, msg: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if PartialState().num_processes > 1:
@@ -60,8 +60,8 @@ class RunningMeans:
 
     A value is a scalar, or the sums and the numbers of samples at each noise level (see `by_noise_level`).
 
-    Kept per step and reduced over processes element by element, so that a window which a restart cut in two gives the same
-    mean to the last bit.
+    They are kept per step and reduced over processes element by element, so that a mean over steps before and after a
+    restart is the same to the last bit.
     """
 
     def __init__(self, reduced: dict[str, list] | None = None):
@@ -100,11 +100,11 @@ class RunningMeans:
         return means
 
     def __bool__(self) -> bool:
-        """Whether there are steps in it."""
+        """Whether there are values."""
         return bool(self._reduced or self._pending)
 
     def clear(self) -> None:
-        """Starts anew."""
+        """Removes all values."""
         self._reduced, self._pending = {}, {}
 
 
@@ -135,7 +135,7 @@ class MetricsFile:
             self._append("".join(self._unwritten).encode())
         except OSError as error:
             if len(self._unwritten) == 1:  # said once
-                logger.error(f"{self.path} cannot be written ({error}): its lines are kept until there is room")
+                logger.error(f"{self.path} cannot be written ({error}): its lines are kept until there is space")
             return
         if len(self._unwritten) > 1:
             logger.info(f"{self.path} is written again, with the {len(self._unwritten)} lines that were kept")
@@ -157,10 +157,10 @@ class MetricsFile:
         return [*read_lines(self.path), *map(json.loads, self._unwritten)]
 
     def keep_until(self, step: int, has_open_means: bool = False) -> None:
-        """Drops what was logged after `step`: those steps will be made again.
+        """Drops lines of steps after `step`, which will run again.
 
         Args:
-            has_open_means: drops the losses of `step` too: they were logged because the run ended there, and it goes on.
+            has_open_means: also drops the losses of `step`, which were logged early because the run had ended there.
         """
         kept = [line for line in self.read() if line["step"] <= step]
         if has_open_means:
@@ -170,7 +170,7 @@ class MetricsFile:
 
 
 def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
-    """Hands a picture to the trackers that take some; on the main process."""
+    """Logs a picture to the trackers that accept pictures; call it on the main process."""
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

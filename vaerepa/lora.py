@@ -19,7 +19,7 @@ from vaerepa.errors import OptionError
 from vaerepa.families import Family
 from vaerepa.randomness import seeded_weights
 
-LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that peft knows
+LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that peft supports
 PEFT_PREFIX = "base_model.model."
 
 
@@ -50,10 +50,10 @@ class LoRAOptions:
 
 
 def add_lora(transformer: nn.Module, family: Family, options: LoRAOptions, seed: int) -> None:
-    """Freezes the transformer and lays LoRA layers of --rank over it, in place; these stay in float32.
+    """Freezes the transformer and adds LoRA layers of --rank to it, in place; these stay in float32.
 
     Raises:
-        OptionError: --lora_layers names something that is none of its layers.
+        OptionError: --lora_layers names something that is no layer of the transformer.
     """
     transformer.requires_grad_(False)
     layers = [layer for names in options.lora_layers for layer in names.replace(",", " ").split()]

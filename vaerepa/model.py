@@ -21,7 +21,7 @@ class TransformerOptions(ModelOptions, TextOptions, LoRAOptions, DataOptions, Al
 
 
 def conditioning_of(options: TransformerOptions) -> Conditioning:
-    """The kind of condition that is trained."""
+    """Kind of condition that the options select."""
     return "captions" if options.text_conditioning else "labels"
 
 
@@ -117,7 +117,7 @@ def family_of_preset(options: TransformerOptions) -> Family:
 
 
 def open_pretrained(options: TransformerOptions) -> Pretrained | None:
-    """What is fine-tuned, or the text encoders that a model from scratch is given; None where neither is asked for.
+    """Opens the pipeline to fine-tune, or the text encoders for a model from scratch; None where the options name neither.
 
     Raises:
         OptionError: it is not there, or of another kind.
@@ -157,7 +157,7 @@ def check_capacity(options: TransformerOptions, family: Family, transformer: nn.
     """Checks that a transformer has positions for all patches of an image.
 
     Raises:
-        OptionError: it has not.
+        OptionError: it has too few.
     """
     most, patch = family.max_patches(transformer), downsampling * family.patch_size(transformer)
     for size in ((options.resolution, options.resolution), *parse_buckets(options, downsampling)):

@@ -54,7 +54,7 @@ class ObjectiveOptions:
 
 
 class Objective(Protocol):
-    """What a training step asks of the transformer.
+    """Training objective: corruption of latents, target and loss.
 
     Attributes:
         scheduler: the stock scheduler that samples a model trained so; it is exported with it.
@@ -168,7 +168,7 @@ class NoisePrediction:
 def flow_scheduler() -> SchedulerMixin:
     """A stock scheduler that samples a flow in any pipeline that samples noise predictions.
 
-    FlowMatchEulerDiscreteScheduler lacks scale_model_input, which DiTPipeline calls.
+    FlowMatchEulerDiscreteScheduler has no scale_model_input, which DiTPipeline calls.
     """
     return DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0)
 

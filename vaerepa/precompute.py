@@ -37,13 +37,13 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
         feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape, vision_encoder=encoder)
     check_shared(feed.cache.folder, accelerator)
     feed.choose_precision()
-    share = options.train_batch_size * accelerator.num_processes
+    images_per_step = options.train_batch_size * accelerator.num_processes
     progress = tqdm(total=count, desc="images", disable=not accelerator.is_local_main_process)
     done = feed.cache.count(sources.train.members)
     logger.info(f"{feed.cache.folder} holds {done} of {count} images; encoding the others")
     with logging_redirect_tqdm(), StopRequest(accelerator.num_processes) as stop:
         for step, _ in enumerate(feed.fill_cache()):
-            progress.update(min(share, count - step * share))
+            progress.update(min(images_per_step, count - step * images_per_step))
             if step % FLUSH_STEPS == FLUSH_STEPS - 1:
                 feed.flush_cache()
             if stop.is_agreed():

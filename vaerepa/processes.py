@@ -1,4 +1,4 @@
-"""The processes of a run: what their launcher asks for, and what one of them does for all."""
+"""The processes of a run: checks of their launcher, and actions of one process whose result reaches all."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ IGNORED_FROM_LAUNCHER = {  # its neutral value, and what to use here
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Runs `action` on the main process; its result, or its error, reaches all of them. Every process must call it."""
+    """Runs `action` on the main process; all processes get its result or its error. Every process must call it."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

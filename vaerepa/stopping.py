@@ -1,4 +1,4 @@
-"""Stops that are asked for: SIGTERM, SIGINT, SIGHUP and SIGUSR1 end a run after its current step, on all processes alike."""
+"""Requested stops: SIGTERM, SIGINT, SIGHUP and SIGUSR1 end a run after its current step, on all processes alike."""
 
 import atexit
 import multiprocessing
@@ -16,7 +16,13 @@ from vaerepa.command import launcher
 from vaerepa.errors import DataError
 
 PATIENCE = 3 * 3600  # seconds that a process waits for others, which may wait for storage that is far away
-NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGBREAK")  # the last of Windows, which lacks the two before it
+NAMES = (
+    "SIGTERM",
+    "SIGINT",
+    "SIGHUP",
+    "SIGUSR1",
+    "SIGBREAK",
+)  # the last is Windows', which does not have the two before it
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
@@ -55,10 +61,10 @@ class StopRequest:
         return asked
 
     def together(self, micro_batches: Iterator[list]) -> Iterator[list]:
-        """The same micro-batches; where one process cannot read the next one, none goes on.
+        """Yields the micro-batches, as long as every process could read its next one.
 
         Raises:
-            DataError: on every process, before any of them begins the micro-batch.
+            DataError: a process could not read its micro-batch; raised on every process, before any of them computes.
         """
         while True:
             micro_batch, error = None, None
@@ -87,18 +93,18 @@ class StopRequest:
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone; gloo has no class of its own for that."""
+    """Whether a collective failed because another process is gone; gloo has no error class for that."""
     is_running = torch.distributed.is_available() and torch.distributed.is_initialized()
     return is_running and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
 
 
 def ignore_signals(worker: int) -> None:
-    """For data workers: who is asked to stop is the trainer, which ends them when it has no more use for them."""
+    """Makes a data worker ignore stop signals; the trainer gets them and ends its workers itself."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @cache
 def kill_workers_at_exit() -> None:
-    """Ends data workers with this process: multiprocessing would ask by a signal that they ignore, and wait for ever."""
+    """Kills data workers when this process exits; multiprocessing would send a signal that they ignore, and wait forever."""
     atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])

@@ -1,4 +1,4 @@
-"""Operating systems and their trouble: cores, locks, streams that cannot be written."""
+"""Operating systems: number of cores, file locks, full disks, output streams that cannot be written."""
 
 import contextlib
 import errno
@@ -24,13 +24,13 @@ def num_cores() -> int:
 
 
 def is_out_of_space(error: OSError) -> bool:
-    """Whether a write failed because a disk, or what the user may use of it, is full."""
+    """Whether a write failed because the disk or the user's quota is full."""
     return error.errno in OUT_OF_SPACE
 
 
 @contextlib.contextmanager
 def unless_out_of_space(what: str) -> Iterator[None]:
-    """Says it where `what` cannot be written, and goes on: only a checkpoint that must be saved may end a run."""
+    """Logs an error if `what` cannot be written, and goes on: only a checkpoint that cannot be saved ends a run."""
     try:
         yield
     except OSError as error:
@@ -78,7 +78,7 @@ class UnbrokenStream:
 
 @contextlib.contextmanager
 def unbroken_output() -> Iterator[None]:
-    """While it lasts, output and error streams that cannot be written end nothing."""
+    """Context in which a write to stdout or stderr that fails raises no error."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(UnbrokenStream, before)
     try:

@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     add("--learning_rate", type=float, default=2e-3, help="AdamW's rate at the start; falls to 0 as a cosine.")
     add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
     add("--kl_weight", type=float, default=1e-3, help="Weight of the KL per latent value beside the L1 per pixel.")
-    add("--seed", type=int, default=0, help="Seed of the weights, the order of the images and the posterior draws.")
+    add("--seed", type=int, default=0, help="Seed of the weights, the order of the images and the posterior samples.")
     return parser.parse_args()
 
 
@@ -121,7 +121,7 @@ def open_split(dataset_name: str, split: str) -> IterableDataset:
 
 
 def train(autoencoder: AutoencoderKL, pixels: torch.Tensor, args: argparse.Namespace) -> None:
-    """Trains on uint8 pixels (N, 3, H, W), in batches drawn with replacement."""
+    """Trains on uint8 pixels (N, 3, H, W), in batches sampled with replacement."""
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=args.learning_rate)
     scheduler = CosineAnnealingLR(optimizer, args.max_train_steps)
     progress = tqdm(range(args.max_train_steps), "Training")
@@ -141,7 +141,7 @@ def train(autoencoder: AutoencoderKL, pixels: torch.Tensor, args: argparse.Names
 
 @torch.no_grad()
 def measure_latents(autoencoder: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation per channel, each (C,), of latents drawn for uint8 pixels (N, 3, H, W)."""
+    """Mean and standard deviation per channel, each (C,), of latents sampled for uint8 pixels (N, 3, H, W)."""
     batches = pixels.split(EVALUATION_BATCH)
     latents = torch.cat([autoencoder.encode(normalize(batch)).latent_dist.sample() for batch in batches])
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3))

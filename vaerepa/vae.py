@@ -101,7 +101,7 @@ def _per_channel(value: float | list, channels: int) -> torch.Tensor:
 
 
 def is_folded(vae: ModelMixin) -> bool:
-    """Whether its latents are not those that the VAE as published gives."""
+    """Whether the latents of this VAE differ from those of the published VAE, because a shift or scale is folded into it."""
     return getattr(vae, "is_folded", False)
 
 
@@ -172,7 +172,7 @@ def are_near_unit_scale(statistics: list[list[float]]) -> bool:
 
 
 def has_posterior(vae: ModelMixin) -> bool:
-    """Whether it encodes to a distribution."""
+    """Whether the VAE encodes images to a distribution."""
     return isinstance(vae, AutoencoderKL)
 
 

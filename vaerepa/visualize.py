@@ -43,13 +43,13 @@ from vaerepa.vae import downsampling_factor, encode_moments, latent_channels, lo
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_CELL = 96  # pixels, so that there is room for what is written below
-OUTLIERS = 0.01  # share of the tokens at either end of a component that may be darkest or brightest
+SMALLEST_CELL = 96  # pixels, so that the names below fit
+OUTLIERS = 0.01  # fraction of the tokens at either end of a component that may be darkest or brightest
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m vaerepa.visualize", description="Draws features and trajectories.", allow_abbrev=False
+        prog="python -m vaerepa.visualize", description="Plots features and trajectories.", allow_abbrev=False
     )
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of a DiTPipeline.")
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draws the pictures; user errors become one sentence and an exit code."""
+    """Plots the pictures; user errors become one sentence and an exit code."""
     args = build_parser().parse_args(arguments)
     set_up_logging()
     try:
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def visualize(args: argparse.Namespace) -> None:
-    """The story: check, open, draw."""
+    """The story: check, open, plot."""
     check_arguments(args)
     where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     pretrained = load_pretrained(args.pretrained_model_name_or_path, "labels", **where)
@@ -119,7 +119,7 @@ def visualize(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Checks what needs neither model nor data.
+    """Checks what can be checked without a model or data.
 
     Raises:
         OptionError: a value outside its range.

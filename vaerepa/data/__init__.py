@@ -1,4 +1,4 @@
-"""Data: from files to latents on the device, one room after the other.
+"""Data: from files to latents on the device, one module after the other.
 
 folders, shards and tars (what lies where), columns and labels (what it means), source (rows, in blocks) and opening (which
 data set, training and validation split) -> order (permutation, or streams) and classes (how many a batch holds) -> images

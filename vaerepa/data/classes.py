@@ -1,4 +1,4 @@
-"""Classes in a batch: how many different ones the order of the images gives, beside what a permutation of all would give."""
+"""Number of different classes in a batch, in the order of the images and, for comparison, in a permutation of all images."""
 
 import math
 from itertools import islice
@@ -14,21 +14,21 @@ TOO_FEW = 0.6  # of a permutation's
 
 
 class ClassesInBatch(NamedTuple):
-    """Mean number of different classes in the first batches, and its expectation under a permutation; `cure` says what helps."""
+    """Mean number of different classes in the first batches, the same expected of a permutation, and advice for the user."""
 
     mean: float
     of_permutation: float
-    cure: str
+    advice: str
 
     def __str__(self) -> str:
         return f"{self.mean:.1f}, of a permutation {self.of_permutation:.1f}"
 
     @property
     def warning(self) -> str | None:
-        """A sentence, where they are too few."""
+        """Warning for the log; None where there are enough classes."""
         if self.mean >= TOO_FEW * self.of_permutation:
             return None
-        return f"a batch holds {self.mean / self.of_permutation:.0%} of a permutation's classes: {self.cure}"
+        return f"a batch holds {self.mean / self.of_permutation:.0%} of a permutation's classes: {self.advice}"
 
 
 def classes_in_batch(
@@ -45,7 +45,7 @@ def classes_in_batch(
         expected_classes(
             np.unique(source.storage.conditions.labels[source.members], return_counts=True)[1], batch_size
         ),
-        "" if source.storage.random_access else _cure(*stream_sizes(source, num_streams, buffer_size)),
+        "" if source.storage.random_access else _advice(*stream_sizes(source, num_streams, buffer_size)),
     )
 
 
@@ -63,7 +63,7 @@ def _log_choices(total: int, taken: int) -> float:
     return math.lgamma(total + 1) - math.lgamma(taken + 1) - math.lgamma(total - taken + 1)
 
 
-def _cure(num_streams: int, buffer_size: int) -> str:
+def _advice(num_streams: int, buffer_size: int) -> str:
     return (
         f"the files are sorted by class. Raise --shuffle_buffer_size (here {buffer_size}) and --num_streams (here "
         f"{num_streams}), or shuffle the files once."

@@ -37,7 +37,7 @@ def named(path: str) -> Iterator[None]:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path is no URL."""
+    """Whether a path is local, and no URL."""
     return "://" not in path
 
 
@@ -52,6 +52,6 @@ def open_file(path: str) -> BinaryIO:
 
 
 def in_threads(function: Callable, values: list) -> list:
-    """What a function gives for each value; for many small files, each of which is waited for."""
+    """Results of a function for each value, computed by threads; for many small files with slow access."""
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(function, values))

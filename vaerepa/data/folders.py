@@ -53,7 +53,7 @@ STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 @dataclass
 class Folder:
-    """What lies in a folder and the folders in it, by kind; paths are relative to it, with slashes."""
+    """Files in a folder and its subfolders by kind; paths are relative to it, with slashes."""
 
     root: str
     images: list[str] = field(default_factory=list)
@@ -70,8 +70,8 @@ class Folder:
         """The whole path."""
         return os.path.join(self.root, relative)
 
-    def tell(self) -> None:
-        """Says in a line of the log what is not read, as a warning where it may have been meant to be."""
+    def report(self) -> None:
+        """Logs which files are not read, as a warning where they may have been meant to be read."""
         if self.left_out:
             lines = [f"{count} {reason} (the first: {first!r})" for reason, (count, first) in self.left_out.items()]
             harmless = all(reason.startswith("other files") for reason in self.left_out)
@@ -79,7 +79,7 @@ class Folder:
 
 
 def look_into(root: str) -> Folder:
-    """Walks a folder, through links too, in the order of names; whatever is hidden is left out.
+    """Walks a folder in the order of names, following links and skipping hidden files.
 
     Raises:
         OSError: a folder in it cannot be read.
@@ -110,7 +110,7 @@ def look_into(root: str) -> Folder:
 
 
 def _walk(folder: Folder, below: str, above: frozenset) -> Iterator[str]:
-    """Yields the files below a path; `above` are the folders that lead there, so that links do not lead round."""
+    """Yields the files below a path; `above` are its parent folders, so that links cannot form a loop."""
     status = os.stat(folder.path(below))
     above |= {(status.st_dev, status.st_ino)}
     with os.scandir(folder.path(below)) as entries:
@@ -147,9 +147,9 @@ def _is_text(name: str) -> bool:
 
 
 def split_folders(paths: list[str]) -> tuple[str, dict[str, str]]:
-    """The folders that are splits, and what leads to them; none where the folders are classes.
+    """The folders that are splits, and their paths; none where the folders are classes.
 
-    Folders beside each other are splits if all are named so (train, val, test and their like), or one is named train and
+    Folders beside each other are splits if all are named so (train, val, test or similar), or one is named train and
     another too.
 
     Returns:
@@ -180,7 +180,7 @@ def split_shards(folder: Folder, paths: list[str]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     for path, split in named_splits.items():
         if split is None and "train" in found and len(found) > 1:
-            folder.leave_out(path, f"shards whose names tell none of the splits {', '.join(sorted(found))}")
+            folder.leave_out(path, f"shards whose names contain none of the splits {', '.join(sorted(found))}")
         else:
             splits.setdefault(split or "train", []).append(path)
     if None in named_splits.values() and found - {"train"}:
@@ -268,7 +268,7 @@ def _by_folders(folder: Folder, prefix: str, splits: dict[str, str]) -> dict[str
 
 
 def _class_names(folders: set[str], root: str) -> dict[str, str | None]:
-    """What a class is called: as its folder is, or by the whole path below the split where that would not be clear."""
+    """Class names: the folder's name, or the whole path below the split where two folders have the same name."""
     inner = folders - {""}
     if not inner:
         return {"": root}
@@ -319,8 +319,8 @@ def _lines_of(path: str) -> list[str]:
 
 
 def _read_metadata(folder: Folder, prefix: str, splits: dict[str, str]) -> dict[str, pa.Table]:
-    """A table for each split of what the metadata files tell of the images that are there."""
-    found, told = {}, set()
+    """A table for each split, from the metadata files, of the images that exist."""
+    found, listed = {}, set()
     images = set(folder.images)
     for metadata in folder.metadata:
         with named(folder.path(metadata)):
@@ -329,13 +329,13 @@ def _read_metadata(folder: Folder, prefix: str, splits: dict[str, str]) -> dict[
         for name, there in zip(names, is_there, strict=True):
             if not there:
                 folder.leave_out(name, f"images that {metadata} names and that are not there")
-        told.update(names)
+        listed.update(names)
         of_split = [_split_of(name, metadata, prefix, splits) for name in names]
         for split in dict.fromkeys(of_split):
             rows = pa.array([own == split and there for own, there in zip(of_split, is_there, strict=True)])
             found.setdefault(split, []).append(table.filter(rows))
     for path in folder.images:
-        if path not in told:
+        if path not in listed:
             folder.leave_out(path, "images that no metadata file names")
     with named(", ".join(map(folder.path, folder.metadata[:3]))):
         return {split: pa.concat_tables(tables, promote_options="permissive") for split, tables in found.items()}
@@ -391,7 +391,7 @@ def _read_csv(path: str) -> pa.Table:
 
 
 def _read_jsonl(path: str) -> pa.Table:
-    """Columns that lines may lack; what is text in some lines and a number in others is text."""
+    """Table of lines in which columns may be missing; a column with text in some lines and numbers in others is text."""
     lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     rows = [json.loads(line) for line in lines if line.strip()]
     names = dict.fromkeys(name for row in rows for name in row)

@@ -1,4 +1,4 @@
-"""Labels of whatever kind: the classes that they make, with their names."""
+"""Labels of any kind: their classes and the names of these."""
 
 import logging
 from collections.abc import Iterable
@@ -17,11 +17,11 @@ Label = bool | int | float | str | None
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes that the labels of the training split make.
+    """Classes of the labels in the training split.
 
     Args:
         id2label: the name of each.
-        are_text: whether labels are these names, and not their numbers.
+        are_text: whether labels are names, and not numbers.
     """
 
     id2label: dict[int, str]
@@ -97,7 +97,7 @@ def classes_of(feature: object, labels: Iterable[Label], split: str) -> Classes:
 
 
 def lacks_labels(labels: Iterable[Label]) -> bool:
-    """Whether one of them says that there is none."""
+    """Whether one of the labels stands for a missing label."""
     return any(_is_missing(label) for label in labels)
 
 

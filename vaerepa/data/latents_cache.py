@@ -1,10 +1,9 @@
-"""The latents cache: what the VAE made of each image, on disk as Arrow files that are mapped into memory.
+"""The latents cache: moments of each image's VAE posterior, in Arrow files on disk that are mapped into memory.
 
-A row holds the moments of the posterior (mean, then deviation, unscaled) with their height and width, so that each epoch samples
-it anew, and features of a vision encoder where one is aligned to, both of the flipped image too where images are flipped;
-or the reason why its image cannot be read. Label and caption stand beside them for those who read the shards as a data set;
-a run takes its own from the data as they are now. A shard takes its name when it is whole; shards of several
-processes, or runs, lie beside each other.
+A row holds the moments (mean, then deviation, unscaled) with their height and width, so that each epoch samples the posterior
+again; with REPA also features of the vision encoder; both also of the flipped image where images are flipped. For an image
+that cannot be read it holds the reason instead. Labels and captions are stored for users who read the shards as a data set;
+training takes them from the data set itself. Several processes, or runs, may write shards side by side.
 """
 
 import json
@@ -39,7 +38,7 @@ FLIPPED = "_flipped"
 
 @dataclass(frozen=True)
 class CacheKey:
-    """All that the content of a cache depends on."""
+    """Everything that the content of a cache depends on."""
 
     vae: str  # checksum of its weights
     images: str  # digest of those in the split that is trained on
@@ -53,13 +52,13 @@ class CacheKey:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of what is kept of each image: of the image as it is, then of the flipped one."""
+        """Names of the arrays of each image: those of the image as it is, then those of the flipped image."""
         kinds = (MOMENTS,) if self.encoder is None else (MOMENTS, FEATURES)
         return (*kinds, *(kind + FLIPPED for kind in kinds if self.flips))
 
 
 class CachedRow(NamedTuple):
-    """A row as the cache holds it; `error` says why there are no moments."""
+    """A row of the cache; `error` says why there are no moments."""
 
     moments: np.ndarray | None
     error: str | None = None
@@ -74,10 +73,10 @@ def open_cache(
     latent_shape: Shape,
     buckets: tuple[tuple[int, int], ...],
 ) -> "LatentsCache":
-    """The cache of --latents_cache, checked against VAE, data and options.
+    """Opens the cache of --latents_cache, checked against VAE, data and options.
 
     Raises:
-        OptionError: it was made from something else, or cannot be written.
+        OptionError: the cache was made from other data, VAE or options, or cannot be written.
     """
     folder, features = Path(options.latents_cache), {}
     if vision_encoder is not None:  # runs without one, or with another, keep theirs beside it
@@ -100,15 +99,15 @@ def open_cache(
 
 
 class LatentsCache:
-    """The rows of one split, read and written by their numbers.
+    """Cached rows of one split, read and written by their row numbers.
 
     Args:
-        folder: where the shards lie; it is made.
-        key: what they must have been made from.
-        num_rows: of the split.
+        folder: folder of the shards; created if needed.
+        key: must equal the key of a cache that is already there.
+        num_rows: number of rows of the split.
 
     Raises:
-        OptionError: the folder holds a cache made from something else, or cannot be written.
+        OptionError: the folder holds a cache with another key, or cannot be written.
     """
 
     def __init__(self, folder: Path, key: CacheKey, num_rows: int):
@@ -142,15 +141,15 @@ class LatentsCache:
         return self._shard_of[index] >= 0
 
     def holds(self, members: np.ndarray) -> bool:
-        """Whether every row that `members` marks is there."""
+        """Whether the cache holds every row among `members` (a mask)."""
         return bool((self._shard_of[members] >= 0).all())
 
     def count(self, members: np.ndarray) -> int:
-        """How many of the rows that `members` marks are there."""
+        """Number of rows among `members` (a mask) that the cache holds."""
         return int((self._shard_of[members] >= 0).sum())
 
     def count_unreadable(self, members: np.ndarray) -> int:
-        """How many of the rows that `members` marks are there without moments."""
+        """Number of rows among `members` (a mask) whose images cannot be read, as the cache says."""
         shards = [self._shard(number) for number in np.unique(self._shard_of[self._shard_of >= 0])]
         unreadable = np.zeros(self.num_rows, dtype=bool)
         for shard in shards:
@@ -158,12 +157,12 @@ class LatentsCache:
         return int((unreadable & members).sum())
 
     def read(self, index: int, flipped: bool = False) -> CachedRow:
-        """The row of this number, which must be there; its arrays are views of the mapped file."""
+        """Row with this number, which the cache must hold; its arrays are views of the mapped file."""
         shard, place = self._shard(int(self._shard_of[index])), int(self._place_of[index])
         return shard.read(place, flipped, self.reads_features)
 
     def add(self, index: int, arrays: dict[str, np.ndarray], label: int, caption: str | list[str] | None) -> None:
-        """Takes a row to be written: an array in the cache's dtype for each of the key's columns."""
+        """Adds a row: an array in the cache's dtype for each of the key's columns. A full shard is written."""
         if index not in self and index not in self._pending:
             self._pending[index] = {"label": label, "caption": caption, "error": None, **arrays}
             size = sum(array.nbytes for array in arrays.values())
@@ -171,17 +170,17 @@ class LatentsCache:
                 self.flush()
 
     def add_unreadable(self, index: int, error: str) -> None:
-        """Takes a row whose image cannot be read."""
+        """Adds a row whose image cannot be read."""
         if index not in self and index not in self._pending:
             arrays = dict.fromkeys(self.key.columns, np.zeros((0, 0, 0), DTYPE))
             self._pending[index] = {"label": -1, "caption": None, "error": error, **arrays}
 
     def add_samples(self, samples: Samples, seen: dict[str, torch.Tensor], mirrored: dict[str, torch.Tensor]) -> None:
-        """Takes the rows of the samples that have pixels.
+        """Adds the rows of those samples that have pixels.
 
         Args:
-            seen: by kind, as the samples saw their images, shape (number of these samples, ...), rounded.
-            mirrored: of the mirrored images, where the key says that images are flipped; else empty.
+            seen: encoded images by kind, as the samples saw them, shape (number of these samples, ...), rounded.
+            mirrored: the same of the mirrored images where the key says that images are flipped; else empty.
         """
         with_pixels = [i for i, has_moments in enumerate(samples.has_moments) if not has_moments]
         seen, mirrored = (
@@ -195,7 +194,7 @@ class LatentsCache:
             self.add(samples.row_indices[i], arrays, labels[i], samples.captions[i])
 
     def flush(self) -> None:
-        """Writes what was taken as a shard of its own; where it cannot be written, the rows are encoded again some day."""
+        """Writes the added rows as a new shard; if that fails, a warning is logged and the rows are encoded again later."""
         if not self._pending:
             return
         rows, self._pending = self._pending, {}
@@ -215,7 +214,7 @@ class LatentsCache:
 
 
 class _Shard:
-    """One mapped file."""
+    """One shard, mapped into memory."""
 
     def __init__(self, path: Path, key: CacheKey):
         with pa.memory_map(str(path)) as mapped:  # keeps no file open: a large cache has thousands
@@ -263,7 +262,7 @@ def _write_shard(path: Path, rows: dict[int, dict], key: CacheKey) -> None:
 
 
 def _check_key(folder: Path, key: CacheKey) -> None:
-    """Gives a new cache its key, and compares that of an old one."""
+    """Writes the key of a new cache, or compares the key of an existing one."""
     wanted = json.loads(json.dumps(asdict(key)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -293,5 +292,5 @@ def _check_key(folder: Path, key: CacheKey) -> None:
 
 
 def rounded(encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors in the precision in which the cache holds them."""
+    """Tensors rounded to the precision of the cache."""
     return {kind: tensor.to(torch.float16) for kind, tensor in encoded.items()}

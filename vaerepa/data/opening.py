@@ -47,10 +47,10 @@ class Sources:
 
 
 def open_data(options: FeedOptions) -> Sources:
-    """The data that are asked for.
+    """Opens the data set of --dataset_name or --train_data_dir.
 
     Raises:
-        OptionError: they are not there, or the options ask of them what they do not have.
+        OptionError: it does not exist, or does not have what the options need.
     """
     sources = open_sources(
         options.train_data_dir or options.dataset_name,
@@ -189,7 +189,7 @@ def open_images(
 def open_collection(
     name_or_path: str, config_name: str | None, revision: str | None, cache_dir: str | None
 ) -> Collection:
-    """Opens whatever lies there: a saved data set, REPA's layout, or what `datasets` streams (parquet, tar, images).
+    """Opens a data set of any kind: a saved one, REPA's layout, or one that `datasets` streams (parquet, tar, images).
 
     Raises:
         OptionError: nothing is there, or nothing that can be read.
@@ -262,7 +262,7 @@ def _open_folder(folder: Folder, cache_dir: str | None) -> Collection:
             f"there are images, parquet, arrow or tar files expected, and it holds {what}"
             + (f" ({kinds_left})" if kinds_left else "")
         )
-    folder.tell()
+    folder.report()
     return collection
 
 
@@ -287,7 +287,7 @@ def _open_shards(folder: Folder, splits: dict[str, list[str]], cache_dir: str | 
 
 
 def _open_built(builder: DatasetBuilder, cache_dir: str | None) -> Collection:
-    """What a builder of `datasets` knows."""
+    """Collection of the splits that a builder of `datasets` describes."""
     files = builder.config.data_files
     if isinstance(builder, Parquet):
         return open_parquet(files, cache_dir, builder.info.features)
@@ -301,7 +301,7 @@ def _open_built(builder: DatasetBuilder, cache_dir: str | None) -> Collection:
 
 
 def _open_saved(path: Path) -> Collection:
-    """What Dataset.save_to_disk wrote."""
+    """Collection of the splits that Dataset.save_to_disk wrote."""
     saved = datasets.load_from_disk(path)
     splits = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
 
@@ -359,7 +359,7 @@ def _split_at_random(source: Source, fraction: float) -> tuple[Source, Source]:
 
 
 def take_at_random(source: Source, count: int | None, seed: int = 0) -> Source:
-    """So many of the rows, or all if `count` is None or more."""
+    """`count` rows at random, or all rows if `count` is None or larger than their number."""
     if count is None or count >= len(source):
         return source
     rows = np.flatnonzero(source.members)

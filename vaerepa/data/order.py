@@ -1,7 +1,7 @@
 """The order of the samples: from a sample index in the run to a row, for every epoch, from (seed, epoch) alone.
 
 Rows that can be read from anywhere are permuted whole. Those of streams (parquet, tar) are read at many places at once, and
-shuffled in windows.
+shuffled in windows (blocks of consecutive rows).
 """
 
 import math
@@ -21,7 +21,7 @@ WINDOW_BYTES, BLOCK_BYTES = 2**30, 2**34  # over all data workers: of windows, a
 
 
 class Reader:
-    """Reads rows by a sample index in the run; every reader gives the same row for it, whatever it was asked before."""
+    """Reads rows by a sample index in the run; the row does not depend on earlier reads."""
 
     def __init__(self, source: Source, seed: int):
         self.source = source
@@ -29,7 +29,7 @@ class Reader:
         self.epoch: int | None = None
 
     def rows_from(self, sample_index: int) -> Iterator[Row]:
-        """The row of this sample index, then those that replace it when it cannot be read."""
+        """Row of this sample index, then the rows that replace it when it cannot be read."""
         epoch, place = divmod(sample_index, len(self.source))
         if epoch != self.epoch:
             self.epoch = epoch
@@ -37,7 +37,7 @@ class Reader:
         yield from self.rows_of_epoch(place)
 
     def begin_epoch(self) -> None:
-        """Makes what the order of `self.epoch` follows from."""
+        """Prepares the order of epoch `self.epoch`."""
         raise NotImplementedError
 
     def rows_of_epoch(self, place: int) -> Iterator[Row]:
@@ -166,27 +166,27 @@ class StreamReader(Reader):
 
 
 class _Stream:
-    """A run of rows, shuffled in windows, of which the first is shorter by `lead`: so windows of many end one by one."""
+    """Consecutive rows, shuffled in windows; the first window is shorter by `offset`, so that streams end theirs in turn."""
 
-    def __init__(self, read_from, length: int, window: int, lead: int, permute):
+    def __init__(self, read_from, length: int, window: int, offset: int, permute):
         self.read_from = read_from
         self.length = length
         self.window = window
-        self.lead = lead
+        self.offset = offset
         self.permute = permute
         self._windows: dict[int, list[Row]] = {}
         self._next_window = -1  # the one that the open iterator gives next
         self._rows: Iterator[Row] = iter(())
 
     def rows_from(self, position: int) -> Iterator[Row]:
-        current = (position + self.lead) // self.window
+        current = (position + self.offset) // self.window
         self._windows = {window: rows for window, rows in self._windows.items() if window >= current}
         for place in chain(range(position, self.length), range(position)):
-            window = (place + self.lead) // self.window
+            window = (place + self.offset) // self.window
             yield self._load(window)[place - self._start_of(window)]
 
     def _start_of(self, window: int) -> int:
-        return max(0, window * self.window - self.lead)
+        return max(0, window * self.window - self.offset)
 
     def _load(self, window: int) -> list[Row]:
         if window not in self._windows:

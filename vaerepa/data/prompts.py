@@ -1,4 +1,4 @@
-"""Prompts: from captions to the condition of a text-to-image transformer, by the text encoders or by a cache in their place."""
+"""Prompts: from captions to the condition of a text-to-image transformer, by the text encoders or from a cache."""
 
 import logging
 import uuid
@@ -30,7 +30,7 @@ PROMPTS_PER_FILE = 256
 
 
 class Prompts:
-    """Encodes prompts by the text encoders of a stock pipeline, and keeps those of late in memory.
+    """Encodes prompts by the text encoders of a stock pipeline, and keeps recent embeddings in memory.
 
     Args:
         pipeline: the stock pipeline; its text encoders leave it with `replace_encoders`.
@@ -48,7 +48,7 @@ class Prompts:
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
-        """The text encoders, as long as they are there."""
+        """Text encoders by name; empty after `replace_encoders`."""
         parts = {name: getattr(self.pipeline, name) for name in self.family.text_components}
         return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
@@ -57,7 +57,7 @@ class Prompts:
         return self.family.collate([self.embed(prompt) for prompt in prompts])
 
     def embed(self, prompt: str) -> Embedding:
-        """The embedding of one prompt, on the device; no other prompt changes a bit of it."""
+        """Embedding of one prompt, on the device; it does not depend on other prompts."""
         if prompt not in self._recent:
             embedding = self.cache.read(prompt) if self.cache else self._encode(prompt)
             self._recent[prompt] = {name: tensor.to(self.device) for name, tensor in embedding.items()}
@@ -67,7 +67,7 @@ class Prompts:
         return self._recent[prompt]
 
     def replace_encoders(self, folder: Path, prompts: Iterable[str], accelerator: Accelerator) -> None:
-        """Encodes all prompts into a cache, on all processes, and lets the text encoders go.
+        """Encodes all prompts into a cache, on all processes, and removes the text encoders from the pipeline.
 
         Raises:
             OptionError: the folder cannot be written.
@@ -91,7 +91,7 @@ class Prompts:
         self.pipeline.register_modules(**dict.fromkeys(self.encoders))
 
     def report_cuts(self) -> None:
-        """Says once how many of the prompts encoded so far were too long, in place of a warning for each."""
+        """Logs how many of the prompts encoded so far were too long, instead of a warning for each."""
         if self._cuts.prompts:
             logger.warning(
                 f"{self._cuts.prompts} of {self._cuts.encoded} prompts that were encoded are longer than a text encoder takes, "
@@ -113,7 +113,7 @@ class Prompts:
 
 
 class _CountOfCuts(logging.Filter):
-    """Holds back the warnings of stock pipelines and tokenizers that a prompt is too long, and counts the prompts."""
+    """Suppresses the warnings of stock pipelines and tokenizers that a prompt is too long, and counts these prompts."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +122,7 @@ class _CountOfCuts(logging.Filter):
 
     @contextmanager
     def watch(self, *names: str) -> Iterator[None]:
-        """Listens to these loggers while one prompt is encoded."""
+        """Counts warnings of these loggers while one prompt is encoded."""
         loggers = [logging.getLogger(name) for name in names]
         self._is_cut = False
         for one in loggers:
@@ -169,16 +169,16 @@ class EmbeddingsCache:
             self._file_of |= {key.split("/")[0]: file for key in file.keys()}  # noqa: SIM118  a safe_open is no dictionary
 
     def read(self, prompt: str) -> Embedding:
-        """The embedding of a prompt, which must be there, on the CPU."""
+        """Embedding of a prompt, which the cache must hold, on the CPU."""
         key = _hash(prompt)
         file = self._file_of[key]
         return {name.split("/")[1]: file.get_tensor(name) for name in file.keys() if name.startswith(key)}  # noqa: SIM118
 
     def write(self, embeddings: dict[str, Embedding]) -> None:
-        """Keeps these; a file takes its name when it is whole.
+        """Writes embeddings into a new file.
 
         Raises:
-            OptionError: it cannot be written.
+            OptionError: the file cannot be written.
         """
         tensors = {
             f"{_hash(prompt)}/{name}": tensor.cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Reading: samples of one process from any sample index on, with pixels of images, or with moments that are at hand.
+"""Reading: samples of one process from any sample index on, with pixels, or with moments from the cache or data set.
 
 Data workers read parts of a micro-batch, see `workers`, and they are joined here, on the host.
 """
@@ -28,11 +28,11 @@ MAX_REPLACEMENTS = 1000  # more damaged images in a row are no accident
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image is cut to a size that trains; crop and flip are random numbers of the sample.
+    """Crop of an image to a training size, and flip, by random numbers of the sample.
 
     Args:
-        resolution: of a square, in pixels.
-        buckets: heights and widths in pixels instead, of which each image takes the nearest.
+        resolution: side of a square image in pixels.
+        buckets: heights and widths in pixels instead of a square; each image is cut to the nearest.
     """
 
     resolution: int
@@ -58,7 +58,7 @@ class Preprocessing:
         return self.buckets[find_nearest_bucket(height, width, self.buckets)]
 
     def flips(self, sample_index: int) -> bool:
-        """Whether this sample sees its image flipped."""
+        """Whether the image of this sample is flipped."""
         return self.random_flip and draw_uniform(self.seed, "flip", sample_index) < 0.5
 
 
@@ -71,7 +71,7 @@ class _Content(NamedTuple):
 
 
 class SampleReader(IterableDataset):
-    """The samples of one process, micro-batch by micro-batch, in an order that no number of processes or workers changes.
+    """Samples of one process by micro-batches, in an order that does not depend on the number of processes or workers.
 
     Of R processes the r-th takes the sample indices first + r, first + r + R and so on, `batch_size` of them at a time. Each
     of its W data workers reads a part of every micro-batch, of every W-th of those indices: it reads their rows alone or,
@@ -90,7 +90,7 @@ class SampleReader(IterableDataset):
         num_streams, buffer_size: of streamed data, see `stream_sizes`.
         seed: seed of the order.
         process, num_processes: r and R.
-        cache: moments that are at hand.
+        cache: latents cache with moments.
         has_posterior: whether the VAE makes two moments of an image, and not latents.
     """
 
@@ -128,7 +128,7 @@ class SampleReader(IterableDataset):
 
     @property
     def all_cached(self) -> bool:
-        """Whether the cache holds all there is to read."""
+        """Whether the cache holds every row."""
         return self.cache is not None and self.cache.holds(self.source.members)
 
     def __iter__(self) -> Iterator[list[Samples]]:
@@ -189,7 +189,7 @@ class SampleReader(IterableDataset):
             except DataError:
                 raise
             except Exception as error:  # each format's decoder raises in its own way
-                # a replacement that fails too counts where its own turn is
+                # a replacement that fails too is counted at its own sample index
                 skipped = skipped or SkippedRow(row.index, self._place_of(row), str(error))
         in_a_row = min(MAX_REPLACEMENTS, len(self.source))
         raise DataError(f"none of {in_a_row} images in a row can be decoded; the first: {skipped}")

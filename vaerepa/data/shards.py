@@ -58,7 +58,7 @@ class Collection:
 
 
 def states_of(files: list[str]) -> list:
-    """What changes with the content of files, as far as it can be told without reading them."""
+    """Values that change when the content of files changes, found without reading them (sizes, dates, checksums)."""
     return in_threads(_state_of, list(files))
 
 
@@ -72,17 +72,17 @@ def _state_of(path: str) -> list:
 
 
 def kept_folder(cache_dir: str | None) -> Path:
-    """Where labels and captions of files are kept, and the numbers of rows of those that must be read to be counted."""
+    """Folder for cached labels and captions of files, and for row counts of files that must be read to be counted."""
     return writable_cache(cache_dir) / "vaerepa-row-counts"
 
 
 def key_of(*about: object) -> str:
-    """Name of what is kept under all that it depends on."""
+    """Cache key: a digest of everything that the cached content depends on."""
     return digest_of(json.dumps(about, default=str).encode())
 
 
 def schema_of(features: Features, columns: Columns) -> pa.Schema:
-    """Of the columns that are read."""
+    """Schema of the columns that are read."""
     return Features({name: features[name] for name in columns.names()}).arrow_schema.remove_metadata()
 
 
@@ -94,7 +94,7 @@ Place = tuple[int, int]  # start and size of a column of a row group in its file
 
 
 class Footer(NamedTuple):
-    """What the footer of a parquet file tells of a row group."""
+    """Facts on a row group from the footer of a parquet file."""
 
     group: RowGroup
     labels: list[Label]  # those that occur, or of class numbers the smallest and the largest
@@ -230,11 +230,11 @@ def open_counted(
     cache_dir: str | None,
     with_places: bool = False,
 ) -> Collection:
-    """Files by split that tell nothing of their rows beforehand: they are read once, and what was found is kept.
+    """Collection of files whose rows are not known before reading: they are read once, and the result is cached.
 
     Args:
-        parts: of each split; what `read_part` gives the tables of.
-        with_places: it also tells where in the file an image lies, so that any can be read by itself.
+        parts: parts of each split, which `read_part` reads.
+        with_places: `read_part` also returns where in the file an image lies, so that any image can be read by itself.
     """
 
     def open_split(name: str, columns: Columns) -> Split:
@@ -316,7 +316,7 @@ def _without_images(table: pa.Table, columns: Columns) -> pa.Table:
 def open_streamed(
     datasets: dict[str, IterableDataset], files: dict[str, list[str]], cache_dir: str | None
 ) -> Collection:
-    """What `datasets` streams; `files` are those that a split lies in."""
+    """Collection of data sets that `datasets` streams; `files` are the files of each split."""
     datasets = {split: dataset.decode(False) for split, dataset in datasets.items()}
     parts = {}
     for split, dataset in datasets.items():

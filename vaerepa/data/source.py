@@ -1,4 +1,4 @@
-"""What a split holds: rows that can be read from anywhere, or in blocks from the start of each, from files of all kinds."""
+"""Rows of a split, from files of all kinds: with random access, or in blocks that are read from their start."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -81,7 +81,7 @@ class Conditions:
 
 
 class Storage(Protocol):
-    """Where rows lie."""
+    """Storage of the rows of a split."""
 
     block_rows: list[int]
     holds_latents: bool
@@ -107,8 +107,8 @@ class Source:
     """The rows of a storage that belong together: those to train on, or those for validation.
 
     Args:
-        storage: where they lie.
-        members: which of its rows belong, boolean, shape (number of rows,).
+        storage: storage of the rows.
+        members: mask of the storage's rows that belong to this source, boolean, shape (number of rows,).
     """
 
     def __init__(self, storage: Storage, members: np.ndarray | None = None):
@@ -125,7 +125,7 @@ class Source:
 
     @property
     def holds_latents(self) -> bool:
-        """Whether it gives what a VAE made of images, and no images."""
+        """Whether rows hold latents or moments instead of images."""
         return self.storage.holds_latents
 
     def subset(self, members: np.ndarray) -> "Source":
@@ -133,7 +133,7 @@ class Source:
         return Source(self.storage, self.members & members)
 
     def without_content(self) -> "Source":
-        """The same rows without their images, for those whose moments are known from elsewhere."""
+        """These rows without their images, for use with moments from the cache."""
         return Source(ConditionRows(self.storage), self.members)
 
     def captions(self) -> Iterator[list[str]]:
@@ -237,7 +237,7 @@ class StreamedRows:
 
 
 class RowGroup(NamedTuple):
-    """Where a row group of a parquet file lies, and what its footer tells."""
+    """Row group of a parquet file: its place, and facts from the file's footer."""
 
     path: str
     number: int
@@ -369,7 +369,7 @@ class MomentFiles:
 
 
 class ConditionRows:
-    """Rows of a storage of which nothing but number, label and caption is read."""
+    """Rows of a storage without their images: number, label and caption only."""
 
     holds_latents, images = False, ""
 
@@ -424,7 +424,7 @@ def rows_of(table: pa.Table, first: int, columns: Columns) -> Iterator[Row]:
 
 
 def stored_image(image: bytes | dict | None) -> dict | None:
-    """An image of a column of plain bytes, or of structs that may lack `bytes` or `path`, as an Image feature has it."""
+    """Image of a column of plain bytes, or of structs where `bytes` or `path` may be missing, as an Image feature has it."""
     if isinstance(image, bytes):
         return {"bytes": image, "path": None}
     return image and {"bytes": image.get("bytes"), "path": image.get("path")}

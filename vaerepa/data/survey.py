@@ -1,4 +1,4 @@
-"""What is kept of a survey of files: labels and captions of all rows, as an Arrow file that all processes map."""
+"""Cached surveys of files: labels and captions of all rows, in an Arrow file that all processes map into memory."""
 
 import atexit
 import logging
@@ -27,7 +27,7 @@ def temporary_folder() -> str:
 
 @cache
 def writable_cache(cache_dir: str | None) -> Path:
-    """The folder where `datasets` keeps what it downloads, or where it cannot be written a temporary one."""
+    """The cache folder of `datasets`, or a temporary folder where that cannot be written."""
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def writable_cache(cache_dir: str | None) -> Path:
 
 
 def open_kept(path: Path) -> pa.Table | None:
-    """A table that was kept, mapped into memory; None where there is none that can be read."""
+    """Cached table, mapped into memory; None where there is none that can be read."""
     try:
         with pa.memory_map(str(path)) as mapped:
             return pa.ipc.open_file(mapped).read_all()
@@ -50,7 +50,7 @@ def open_kept(path: Path) -> pa.Table | None:
 
 
 def keep(path: Path, schema: pa.Schema, read: Callable[[], Iterable[pa.Table]]) -> pa.Table:
-    """Writes tables to a file, and opens it; where it cannot be written they are read into memory.
+    """Writes tables to a file, and opens it; where the file cannot be written, the tables are kept in memory.
 
     Raises:
         UnreadableFileError: by `read`.

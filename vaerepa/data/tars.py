@@ -107,7 +107,7 @@ def _with_json(sample: dict) -> Sample:
 
 
 def _decoded(column: str, file: BinaryIO, start: int) -> Sample:
-    """What a member of a tar adds to its sample."""
+    """Content that a member of a tar adds to its sample."""
     if _is_image_name(column):
         return {column: TarImage(file.read(), start)}
     if column in LABEL_NAMES:
@@ -130,7 +130,7 @@ def _read_tar(part: tuple[str, bool], schema: pa.Schema) -> Iterator[pa.Table]:
 
 
 def _tar_row(sample: dict, schema: pa.Schema, several_images: bool) -> dict[str, object]:
-    """What a sample has of the columns of a schema; the place of its image where that is among them."""
+    """Values of a sample for the columns of a schema; its image's place in the file too, if the schema has it."""
     row: dict[str, object] = {}
     for field in schema:
         value = sample.get(field.name)

@@ -47,7 +47,7 @@ class DiT(Family):
         return flow_scheduler()
 
     def to_training_form(self, transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
-        """Shares equal embedders, and sets the rows of a learned variance aside."""
+        """Shares one embedder where all are equal, and sets the rows of a learned variance aside."""
         if _has_equal_embedders(transformer):  # a model trained with stock diffusers has different ones
             _share_embedder(transformer)
         if has_learned_sigma(transformer):
@@ -84,7 +84,9 @@ class DiT(Family):
         if have_same_classes(known, id2label):
             logger.info("its classes are the data set's: their embeddings are kept")
         else:
-            logger.info("its classes are not the data set's: their embeddings start anew, the null class' is kept")
+            logger.info(
+                "its classes are not the data set's: their embeddings are initialised again, the null class' is kept"
+            )
             initialize_labels(transformer, len(id2label), seed)
 
     def inputs(
@@ -213,7 +215,7 @@ class MeanProjection(nn.Linear):
 
 
 def has_learned_sigma(transformer: DiTTransformer2DModel) -> bool:
-    """Whether its file predicts a variance beside the noise, as DiT's do."""
+    """Whether the transformer as saved predicts a variance beside the noise, as DiT's do."""
     return transformer.config.out_channels == 2 * transformer.config.in_channels
 
 
@@ -237,7 +239,7 @@ def initialize_labels(transformer: DiTTransformer2DModel, num_classes: int, seed
 
 
 def have_same_classes(one: dict[int, str] | None, other: dict[int, str]) -> bool:
-    """Whether the numbers mean the same; of several names the first counts, for lists differ in their synonyms."""
+    """Whether class numbers have the same meaning; only the first of several names counts, because synonyms differ."""
     first_names = [
         {label: name.split(",")[0].strip().casefold() for label, name in (n or {}).items()} for n in (one, other)
     ]
@@ -250,7 +252,7 @@ def _share_embedder(transformer: DiTTransformer2DModel) -> None:
 
 
 def _has_equal_embedders(transformer: DiTTransformer2DModel) -> bool:
-    """Whether sharing them changes nothing: they are equal to the bit in all blocks."""
+    """Whether the embedders of all blocks are equal to the bit, so that they can be shared."""
     if _shares_embedder(transformer):
         return True
     first, *others = (block.norm1.emb.state_dict() for block in transformer.transformer_blocks)

@@ -64,7 +64,7 @@ class MMDiT(TextFamily):
     def conditioning_embedding(
         self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
-        """Of t and the pooled captions."""
+        """Embedding of t and of the pooled captions."""
         return transformer.time_text_embed(timesteps, condition["pooled_projections"])
 
     def read_call(

@@ -49,7 +49,7 @@ class PixArt(TextFamily):
     def conditioning_embedding(
         self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
-        """Of t, and of the size of the images where the transformer reads it; captions come by cross attention alone."""
+        """Embedding of t, and of the images' size where the transformer takes it; captions enter by cross attention only."""
         extra = _size_of_images(transformer, noisy)
         return transformer.adaln_single.emb(timesteps, **extra, batch_size=len(noisy), hidden_dtype=noisy.dtype)
 
@@ -98,7 +98,7 @@ class PixArt(TextFamily):
 
 
 def _size_of_images(transformer: nn.Module, noisy: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    """Size and ratio of images with these latents, which the 1024-pixel PixArt-alpha is told."""
+    """Size and aspect ratio of images with these latents, which the 1024-pixel PixArt-alpha is conditioned on."""
     if transformer.config.sample_size != 128 or transformer.config.use_additional_conditions is False:
         return {"resolution": None, "aspect_ratio": None}
     height, width = noisy.shape[-2:]

@@ -46,7 +46,7 @@ class Pretrained:
 
 
 def load_pretrained(name: str, conditioning: Conditioning, **where: str | None) -> Pretrained:
-    """Loads what is fine-tuned: the transformer of a stock pipeline and all around it but the VAE.
+    """Loads a stock pipeline for fine-tuning, without its VAE.
 
     Args:
         where: revision, variant and cache_dir, as `from_pretrained` takes them.
@@ -127,7 +127,7 @@ def find_family(
 def load_index(
     flag: str, name: str, revision: str | None = None, cache_dir: str | None = None, variant: str | None = None
 ) -> dict[str, Any]:
-    """What model_index.json says: the pipeline's class, and library and class of its parts.
+    """Content of model_index.json: the pipeline's class, and library and class of its parts.
 
     Raises:
         OptionError: it cannot be read; the reason is named.

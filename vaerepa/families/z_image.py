@@ -31,7 +31,7 @@ class ZImage(TextFamily):
     def conditioning_embedding(
         self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
-        """Of t; captions come by attention alone."""
+        """Embedding of t; captions enter by attention only."""
         return transformer.t_embedder((1.0 - timesteps / 1000.0) * transformer.t_scale).type_as(noisy)
 
     def read_call(

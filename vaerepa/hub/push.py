@@ -22,10 +22,11 @@ from vaerepa.layout import STATE, all_checkpoints, find_trainer_state, folder_of
 from vaerepa.privacy import redact
 
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
-NO_SUCH_ROUTE = (404, 405, 501)  # what a Hub of one's own may answer where it lacks a part of the real one
+NO_SUCH_ROUTE = (404, 405, 501)  # answers of a self-hosted Hub without this part of the API
 METRICS, EVENTS = "metrics.jsonl", "runs/events.out.tfevents.0.vaerepa"
 LAST_CHECKPOINT = "last-checkpoint"
-PIPELINE_FOLDERS = ("transformer/", "vae/", "scheduler/", "heads/")  # what a newer state may lack goes from these
+# a push deletes files in these folders that it does not have itself
+PIPELINE_FOLDERS = ("transformer/", "vae/", "scheduler/", "heads/")
 
 
 def push(output_dir: Path, checkpoint: Path, repo_id: str, revision: str | None, strategy: str) -> str:
@@ -58,12 +59,12 @@ def push(output_dir: Path, checkpoint: Path, repo_id: str, revision: str | None,
 
 
 def tag_of(step: int, revision: str | None) -> str:
-    """The tag of a step; branches do not share them."""
+    """Tag of a step; each branch has tags of its own."""
     return f"step-{step}" if revision in (None, "main") else f"{revision}-step-{step}"
 
 
 def published_files(output_dir: Path, checkpoint: Path, strategy: str) -> dict[str, bytes | Path]:
-    """What goes up, by its place in the repository."""
+    """Published files, by their path in the repository."""
     in_checkpoint = {str(p.relative_to(checkpoint)): p for p in sorted(checkpoint.rglob("*")) if p.is_file()}
     is_lora = "model_index.json" not in in_checkpoint
     kept_back = (f"{STATE}/", "heads/") if is_lora else (f"{STATE}/",)  # heads would be several times a LoRA
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="Step of the checkpoint. Default: the newest.")
     options = parser.parse_args(arguments)
     disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what fails is told once, by who called
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the caller reports an error once
     kept = all_checkpoints(options.output_dir)
     checkpoint = folder_of(options.output_dir, options.step) if options.step is not None else kept[-1] if kept else None
     if checkpoint is None or not checkpoint.is_dir():

@@ -94,7 +94,7 @@ def why_no_data_set(name: str, revision: str | None, error: Exception) -> str:
 
 
 def lacks_file(error: BaseException) -> bool:
-    """Whether the repository is there, and the file that was asked for is not in it."""
+    """Whether the repository exists, but not the requested file in it."""
     return _has(list(_causes(error)), RemoteEntryNotFoundError)
 
 
