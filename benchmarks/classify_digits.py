@@ -1,4 +1,4 @@
-"""How many sampled digits are what was asked for, by a classifier fitted on the real ones.
+"""Fraction of generated digits that show the requested class, by a classifier fitted on the real ones.
 
 python -m benchmarks.classify_digits outputs/quickstart
 python -m benchmarks.classify_digits outputs/quickstart_text
@@ -44,7 +44,7 @@ def to_values(images: list[Image.Image]) -> np.ndarray:
 
 
 def asking_for(pipeline: DiffusionPipeline, labels: np.ndarray) -> dict:
-    """The arguments that ask a pipeline for these digits, as the quickstarts train them."""
+    """Arguments of a pipeline's call for these digits, as the quickstarts train them."""
     if isinstance(pipeline, DiTPipeline):
         return {"class_labels": labels.tolist()}
     prompts = [f"a handwritten {NAMES[label]}" for label in labels]

@@ -72,7 +72,7 @@ class Run:
     """What one run has measured: each metric by step, the seconds of the steps before each log line, peak bytes.
 
     `samples` are the settings of the images that were evaluated, in words; empty where none were.
-    """
+    """Measurements of one run: each metric by step, the seconds of the steps before each log line, peak bytes."""
 
     metrics: dict[str, dict[int, float]]
     interval_seconds: dict[int, float]
@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """The story: read, check, train, tell."""
+    """The story: read, check, train, report."""
     rows, seeds = read_rows(args.rows), list(dict.fromkeys(args.seeds))
     check_names(rows, args.rows)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def check_names(rows: dict[str, Any], path: Path) -> None:
 
 
 def command_line(config: Path, more: list[str], seed: int, output_dir: Path) -> list[str]:
-    """What a run gives to train_vaerepa.py; pictures and trackers are no part of a comparison."""
+    """Arguments of a run for train_vaerepa.py; it makes no pictures and has no trackers."""
     line = ["--config", str(config), "--num_validation_images", "0", "--report_to", "none", *more]
     return [*line, "--seed", str(seed), "--output_dir", str(output_dir), "--resume_from_checkpoint", "latest"]
 
@@ -185,7 +185,7 @@ def check_rows(options: dict[str, Options]) -> None:
 
 
 def estimate(options: Options) -> Cost:
-    """What a run costs, from models on the meta device."""
+    """Cost of a run, from models on the meta device."""
     options = checks.resolve_batch_sizes(checks.fill_in_defaults(options), 1)
     parts = components.open_components(options)
     with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
@@ -202,7 +202,7 @@ def estimate(options: Options) -> Cost:
 
 
 def train(line: list[str], options: Options) -> None:
-    """Trains once, to the end, and writes that down.
+    """Trains once, to the end, and writes a record.
 
     Raises:
         KeyboardInterrupt: it was stopped, and can go on.
@@ -241,7 +241,7 @@ def run_process(command: list[str]) -> tuple[int, int, bool]:
 
 
 def read_record(options: Options) -> dict[str, Any] | None:
-    """What was written down of a finished run; None of one that is not.
+    """Reads the record of a finished run; None for a run that has not finished.
 
     Raises:
         OptionError: it was made with other options.
@@ -260,7 +260,7 @@ def read_record(options: Options) -> dict[str, Any] | None:
 
 
 def read_run(options: Options) -> Run:
-    """What a finished run has measured."""
+    """Reads the measurements of a finished run."""
     ema = (
         f"validation/ema_{options.ema_decay[0]}/loss" if options.use_ema and len(options.ema_decay or ()) > 1 else None
     )
@@ -334,7 +334,7 @@ def cost_cells(of_row: list[Run], cost: Cost) -> list[str]:
 
 
 def difference(metric: str, value: float, reference: float) -> str:
-    """How far a value lies above (+) or below (-) the first row's: a loss in percent, others as they are."""
+    """Difference of a value to the first row's: of a loss in percent, of other metrics in absolute numbers."""
     return f"{value / reference - 1:+.2%}" if metric == VALIDATION_LOSS else f"{value - reference:+.4f}"
 
 
@@ -354,7 +354,7 @@ def title_of(metric: str) -> str:
 
 
 def clock_of(of_row: list[Run]) -> Callable[[list[int]], np.ndarray]:
-    """From steps to minutes of training until each, of a row."""
+    """Minutes of training until each step, of one row."""
     steps = sorted(set.intersection(*(set(run.interval_seconds) for run in of_row)))
     seconds = accumulate(statistics.median(run.interval_seconds[step] for run in of_row) for step in steps)
     return lambda asked, minutes=[0.0, *(s / 60 for s in seconds)]: np.interp(asked, [0, *steps], minutes)

@@ -1,4 +1,4 @@
-"""How fast the data come: decoding, encoding, and samples from the latents cache, beside the usual ways to do the same.
+"""Speed of the data pipeline: decoding, encoding, and samples from the latents cache, compared with the usual methods.
 
     python -m benchmarks.data --train_data_dir path/to/images --pretrained_vae_model_name_or_path path/to/vae
 
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def rate_of(way: Callable[[], Iterable]) -> float:
-    """Samples a second, from the first batch on: what starting workers takes is left out, and what they had ready counts."""
+    """Samples a second from the first batch on: without the start of the workers, with the batches they had prepared."""
     count, start = 0, None
     for batch in way():
         now = time.perf_counter()
@@ -143,7 +143,7 @@ def make_images(folder: Path, count: int) -> Path:
 
 
 def ours(args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """As a run without a cache reads them: pixels, labels and all random numbers."""
+    """Samples of a run without a cache: pixels, labels and all random numbers."""
     source = open_sources(args.train_data_dir).train
     side = args.resolution // 8
     reader = SampleReader(
@@ -163,7 +163,7 @@ def ours(args: argparse.Namespace) -> Iterator[torch.Tensor]:
 
 
 def plain(args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """As a script without a data room of its own does: the stream, its shuffle buffer, map and DataLoader."""
+    """Samples by a plain script: stream, shuffle buffer, map and DataLoader of the libraries."""
     path = Path(args.train_data_dir)
     where = {"path": "parquet", "data_files": str(path)} if path.is_file() else {"path": str(path)}
     stream = load_dataset(**where, split="train", streaming=True).reshard().shuffle(seed=0, buffer_size=1000)
@@ -181,7 +181,7 @@ def plain(args: argparse.Namespace) -> Iterator[torch.Tensor]:
 
 
 def write_latents(folder: Path, count: int) -> tuple[LatentsCache, "NpyFiles"]:
-    """The same moments in our cache and in the layout of REPA and SRA, which is float32."""
+    """Writes moments into our cache and, in float32, into the layout of REPA and SRA."""
     channels, *sides = LATENTS
     key = CacheKey("benchmark", "benchmark", 256, "centre", False, (2 * channels, *sides))
     cache, random, labels = LatentsCache(folder / "cache", key, count), np.random.default_rng(0), []
@@ -199,7 +199,7 @@ def write_latents(folder: Path, count: int) -> tuple[LatentsCache, "NpyFiles"]:
 
 
 def forgotten(files: "LatentsCache | NpyFiles") -> "LatentsCache | NpyFiles":
-    """The same files, no longer in the kernel's page cache, as those of a data set larger than memory."""
+    """Removes files from the kernel's page cache, as if the data set were larger than memory."""
     if isinstance(files, LatentsCache):
         files.reload()  # lets go of the maps
     for path in files.folder.rglob("*.*"):
@@ -225,7 +225,7 @@ class NpyFiles(torch.utils.data.Dataset):
 
 
 def from_cache(cache: LatentsCache, num_workers: int) -> Iterator[torch.Tensor]:
-    """As a run with a complete cache reads them."""
+    """Samples of a run with a complete cache."""
     names = [str(i) for i in range(cache.num_rows)]  # never read
     source = Source(MomentFiles(cache.folder, names, [0] * len(names)))
     return latents_of(source, num_workers, cache)
@@ -252,7 +252,7 @@ def latents_of(source: Source, num_workers: int, cache: LatentsCache | None = No
 
 
 def numbers_alone(count: int, num_workers: int) -> Iterator[torch.Tensor]:
-    """The cost of the random numbers by themselves, which any way to read what they are made for adds to its own."""
+    """Time of the random numbers alone; every way of reading the samples needs it too."""
     numbers = TrainingNumbers(0, 0.1)
     with ThreadPoolExecutor(num_workers) as threads:
         starts = range(0, count, BATCH)
@@ -261,12 +261,12 @@ def numbers_alone(count: int, num_workers: int) -> Iterator[torch.Tensor]:
 
 
 def ours_from_npy(files: NpyFiles, num_workers: int) -> Iterator[torch.Tensor]:
-    """As a run of ours on that layout reads them."""
+    """Samples of a run of this trainer on the layout of REPA and SRA."""
     return latents_of(open_sources(str(files.folder)).train, num_workers)
 
 
 def from_npy(files: NpyFiles, num_workers: int) -> Iterator[torch.Tensor]:
-    """As those trainers read them, with the random numbers of a step: posterior, noise, time and label drop."""
+    """Samples as REPA and SRA read them, with the random numbers of a step: posterior, noise, time and label drop."""
     for moments, labels in DataLoader(files, batch_size=BATCH, shuffle=True, num_workers=num_workers):
         mean, std = moments.chunk(2, dim=1)
         torch.randn_like(mean), torch.rand(len(labels)), torch.rand(len(labels)) < 0.1
@@ -362,7 +362,7 @@ def in_a_worker(source: Source, num_workers: int) -> tuple[float, float]:
 
 
 def private_memory() -> int:
-    """Bytes of this process that it shares with no other."""
+    """Bytes of memory that only this process uses."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 

@@ -1,4 +1,4 @@
-"""Time of a training step with the alignment head over without it, on random latents; also images/s, MFU and memory.
+"""Time of a training step with the alignment head, divided by that without it, on random latents; images/s, MFU, memory.
 
 python -m benchmarks.step_time --model SiT-S/2 --batch_size 4
 python -m benchmarks.step_time --model SiT-XL/2 --batch_size 256 --mixed_precision bf16 --pairs 200   # one GPU

@@ -1,4 +1,4 @@
-"""Frozen parts of a pipeline, written once, as they came: each weight in the dtype of its file, under the plain file name."""
+"""Frozen parts of a pipeline, written once: each weight in the dtype of its original file, without a variant in the name."""
 
 import os
 import re
@@ -21,7 +21,7 @@ WEIGHTS = r"(model|pytorch_model|diffusion_pytorch_model){variant}(-\d+-of-\d+)?
 
 
 def write(output_dir: Path, parts: dict[str, Any]) -> None:
-    """Writes each part into the folder of its name, unless it is there; checkpoints link it."""
+    """Writes each part into the folder of its name, unless the folder exists; checkpoints link its files."""
     for name, part in parts.items():
         if part is None or (output_dir / name).exists():
             continue
@@ -39,7 +39,7 @@ def remember_dtypes(
     revision: str | None = None,
     cache_dir: str | None = None,
 ) -> None:
-    """Notes, on a module that was just loaded in another dtype, those of the files that it came from."""
+    """Stores the dtypes of a module's files on the module, which was just loaded in another dtype."""
     try:
         folder = Path(name_or_path)
         if not folder.is_dir():
@@ -52,7 +52,7 @@ def remember_dtypes(
 
 
 def _dtypes_in(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
-    """The dtype of each weight in the files that from_pretrained takes: of the variant, if it is there, else the plain ones."""
+    """Dtype of each weight in the files that from_pretrained reads: those of the variant if they exist, else the plain ones."""
     files = []
     for suffix in (*([rf"\.{re.escape(variant)}"] if variant else []), ""):
         early, late = (WEIGHTS.format(variant=v, late_variant=w) for v, w in ((suffix, ""), ("", suffix)))
@@ -72,7 +72,7 @@ def _dtypes_of(path: Path) -> dict[str, torch.dtype]:
 
 @contextmanager
 def _in_stored_dtypes(part: Any) -> Iterator[None]:
-    """The part with its weights as in its files, as far as they still hold the very values; afterwards as before."""
+    """Casts weights to the dtypes of their files for the time of the context, where this changes no value."""
     dtypes = getattr(part, ATTRIBUTE, None)
     tensors = list(chain(part.named_parameters(), part.named_buffers())) if dtypes else []
     usual = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else None  # of what was renamed in loading

@@ -1,4 +1,4 @@
-"""Random numbers by name: all that is random about a sample follows from (seed, name of the number, sample index in the run).
+"""Random numbers by name: everything random about a sample follows from (seed, name of the number, sample index in the run).
 
 Never from rank, worker or micro-batch: so a restart needs no generator state to be exact, any number of processes sees
 the same steps, and two methods can be compared under the same noise. NVlabs/edm2 gets its exact resume the same way.
@@ -54,7 +54,7 @@ def draw_permutation(seed: int, name: str, size: int, *indices: int) -> torch.Te
 
 @contextmanager
 def seeded_weights(seed: int, name: str) -> Iterator[None]:
-    """While it lasts, fresh modules take their weights from a seed of their own; other random numbers are not touched."""
+    """Context in which new modules get weights from a seed of their own; torch's other random numbers do not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_seed(seed, name))
         yield

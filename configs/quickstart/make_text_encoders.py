@@ -2,7 +2,7 @@
 
     python configs/quickstart/make_text_encoders.py
 
-Frozen random weights are enough to tell ten captions apart; a real run takes those of a real pipeline.
+Frozen random weights are enough to distinguish ten captions; a real run takes those of a real pipeline.
 """
 
 import json
@@ -29,7 +29,7 @@ WORDS = "a handwritten zero one two three four five six seven eight nine"
 
 
 def make_clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
-    """One whose tokens are letters: no word is unknown."""
+    """Tokenizer whose tokens are letters: no word is unknown."""
     tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=CLIP_TOKENS)
@@ -53,7 +53,7 @@ def make_clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
 
 
 def make_t5() -> tuple[T5Tokenizer, T5EncoderModel]:
-    """One whose tokens are the captions' words, and letters for all others."""
+    """Tokenizer whose tokens are the captions' words, and letters for all other words."""
     pieces = [("▁", -6.0), *((letter, -6.0) for letter in LETTERS), *((f"▁{word}", -3.0) for word in WORDS.split())]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *pieces]
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=64)

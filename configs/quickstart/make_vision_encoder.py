@@ -2,7 +2,7 @@
 
     python configs/quickstart/make_vision_encoder.py
 
-It learns to tell the training digits apart by the mean of its patch tokens; a real run takes DINOv2 itself.
+It learns to classify the training digits by the mean of its patch tokens; a real run takes DINOv2 itself.
 """
 
 import shutil
@@ -59,7 +59,7 @@ def read(split: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def shifted(images: torch.Tensor) -> torch.Tensor:
-    """By up to two pixels, all alike."""
+    """Shifts all images alike, by up to two pixels."""
     places = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,)).tolist()
     return images.roll(places, dims=(-2, -1))
 

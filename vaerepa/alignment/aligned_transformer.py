@@ -14,7 +14,7 @@ from vaerepa.families import DiT, Family
 
 @dataclass
 class Tap:
-    """What one forward pass left at an aligned block, and the gradients that came back to it."""
+    """Hidden states of one forward pass at an aligned block, and their gradients."""
 
     hidden_states: torch.Tensor | None = None  # of all tokens
     total_gradient: torch.Tensor | None = None
@@ -125,7 +125,7 @@ class AlignedTransformer(nn.Module):
         image = self.family.image_token_slice(self.transformer, noisy, hidden_states)
         if not (self.measure_gradients and hidden_states.requires_grad):
             return hidden_states[:, image]
-        head_input = hidden_states[:, image]  # a node of its own, to tell the head's gradient from the sum
+        head_input = hidden_states[:, image]  # a graph node of its own, to separate the head's gradient from the sum
         hidden_states.register_hook(lambda gradient: setattr(tap, "total_gradient", gradient[:, image].float()))
         head_input.register_hook(lambda gradient: setattr(tap, "head_gradient", gradient.float()))
         return head_input

@@ -27,7 +27,7 @@ def token_head(
 ) -> "nn.Sequential | AdaptiveHead":
     """An MLP with Linear layers of these widths and SiLU between, per token, and the end that `--alignment_final` names.
 
-    linear: the last Linear layer is an end like any other. norm and adaln: the layer before it leads back to the width d of the
+    linear: the last Linear layer is an end like any other. norm and adaln: the layer before it maps back to the width d of the
     hidden states, where SiT's final layer follows, of norm without its modulation.
 
     Args:
@@ -56,7 +56,7 @@ class AdaptiveHead(nn.Module):
     start at zero.
 
     Args:
-        mlp: leads from hidden states to tokens of width d.
+        mlp: maps hidden states to tokens of width d.
         width: d.
         target_width: width of the target.
         conditioning_width: width of the embedding.
@@ -80,7 +80,7 @@ class AdaptiveHead(nn.Module):
 
 
 class GridConvolution(nn.Module):
-    """One 3x3 convolution over the grid of the tokens; `AlignedTransformer` tells it height and width of that grid."""
+    """One 3x3 convolution over the grid of the tokens; `AlignedTransformer` sets height and width of that grid."""
 
     def __init__(self, width: int, target_width: int, seed: int, name: str):
         super().__init__()

@@ -14,7 +14,7 @@ from vaerepa.errors import OptionError
 
 @dataclass
 class AlignmentContext:
-    """What is known about a batch when its alignment targets are computed.
+    """Data of a batch from which alignment targets are computed.
 
     Attributes:
         latents: clean latents z that the model trains on, shape (B, C, H, W).
@@ -49,7 +49,7 @@ class Citation(NamedTuple):
 
 @dataclass(frozen=True)
 class MethodParts:
-    """What a method may be built from, beside its options.
+    """Parts that a method may be built from, beside its options.
 
     Attributes:
         num_layers: blocks of the transformer.
@@ -82,7 +82,7 @@ class OtherOptions:
 
 
 class AlignmentMethod(ABC):
-    """A target for the hidden states of an early block, a head that leads there, and a distance. One file per method.
+    """Target for the hidden states of an early block, head that maps to it, and distance. One file per method.
 
     Class attributes:
         name: value of --alignment.
@@ -185,7 +185,7 @@ class AlignmentMethod(ABC):
 
     @classmethod
     def refuse_head(cls, head_and_loss: dict[str, Any]) -> None:
-        """Refuses options of the head, for methods that have none.
+        """Checks that no options of a head are given, for methods that have none.
 
         Raises:
             OptionError: one is given.

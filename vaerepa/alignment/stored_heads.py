@@ -24,7 +24,7 @@ FIRST_TARGET = "the latents of the VAE"  # of heads that were saved when there w
 
 @dataclass(frozen=True)
 class StoredHeads:
-    """The parameters of all heads; by method the block that each reads, counted from 1, the name of its target, its end."""
+    """Parameters of all heads; by method the block that the head reads (counted from 1), its target's name, its last layer."""
 
     tensors: dict[str, torch.Tensor]
     block_of: dict[str, int]
@@ -40,7 +40,7 @@ class StoredHeads:
 def save_heads(
     folder: Path, heads: nn.ModuleDict, alignments: list[Alignment], latent_channels: int, objective: str
 ) -> None:
-    """Writes heads/ into a checkpoint's folder, unless there are none any more.
+    """Writes heads/ into a checkpoint's folder, unless all heads are gone.
 
     Its config.json holds, by method, all that is needed to build a head again and to read its output.
     """

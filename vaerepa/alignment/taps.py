@@ -13,7 +13,7 @@ class _Reached(Exception):  # noqa: N818  it is no error
 
 @torch.no_grad()
 def output_of(module: nn.Module, forward: Callable[[], Any]) -> Any:
-    """What `module` returns while `forward` runs, which goes no further than that."""
+    """Output of `module` while `forward` runs; the rest of `forward` is skipped."""
     outputs = []
 
     def stop(module: nn.Module, args: tuple, output: Any) -> None:

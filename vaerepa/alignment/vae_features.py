@@ -8,7 +8,7 @@ from vaerepa.errors import OptionError
 
 
 class VAEFeatures:
-    """What a stage of a frozen AutoencoderKL's encoder makes of images; the encoder runs no further than that.
+    """Features of images after a stage of a frozen AutoencoderKL's encoder; later stages do not run.
 
     Args:
         vae: the VAE.

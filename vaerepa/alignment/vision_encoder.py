@@ -42,11 +42,11 @@ class VisionEncoder:
 
     @property
     def preparation(self) -> str:
-        """All that decides how an image is prepared."""
+        """Everything that decides how an image is prepared."""
         return f"{self.side} {self.mode} {self.mean.flatten().tolist()} {self.std.flatten().tolist()}"
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "VisionEncoder":
-        """Moves it, in place."""
+        """Moves the model to a device, in place."""
         self.model.to(device, dtype)
         return self
 
@@ -74,10 +74,10 @@ def load_encoder(name: str, cache_dir: str | None = None) -> VisionEncoder:
     """
     try:
         processor, _ = BaseImageProcessor.get_image_processor_dict(name, cache_dir=cache_dir)
-        with seeded_weights(0, "vision encoder"):  # some checkpoints lack a pooler, which is not looked at
+        with seeded_weights(0, "vision encoder"):  # some checkpoints have no pooler, which is not used
             model = transformers.AutoModel.from_pretrained(name, cache_dir=cache_dir, dtype=torch.get_default_dtype())
         return VisionEncoder(name, getattr(model, "vision_model", model), processor)
-    except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:  # whatever other kinds of model lack
+    except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:  # raised for other kinds of models
         reason = why_unreadable(name, error, "a vision transformer of transformers with its image processor")
         raise OptionError(f"--alignment_encoder {name} cannot be used: {reason}") from error
 

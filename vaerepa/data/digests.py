@@ -1,4 +1,4 @@
-"""Digests: whether a split's images, labels and captions are those of before, without decoding an image.
+"""Digests that show whether a split's images, labels and captions have changed, without decoding an image.
 
 They follow the rows in their order and not the place where files lie. Of images they see the size of each and the first bytes
 of some all over the split (of a small split, all bytes); of labels and captions, everything.

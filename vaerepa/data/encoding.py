@@ -1,4 +1,4 @@
-"""Encoding: what VAE and vision encoder make of images, and latents from the posterior that the VAE gives."""
+"""Encoding: moments of the VAE's posterior, latents sampled from it, and features of a vision encoder."""
 
 import torch
 from accelerate import Accelerator
@@ -14,11 +14,11 @@ logger = get_logger(__name__)
 
 
 class Encoding:
-    """The frozen encoders of images.
+    """Frozen encoders of images: VAE and, optionally, vision encoder.
 
     Args:
-        vae: on the device.
-        vision_encoder: of images that train, where features of them are read; in half precision on a GPU.
+        vae: VAE, already on the device.
+        vision_encoder: vision encoder for training images, if needed; cast to half precision on a GPU.
 
     Attributes:
         in_bf16: whether the VAE computes in bfloat16.
@@ -52,7 +52,7 @@ class Encoding:
 
         Args:
             pixel_values: uint8 images, shape (B, 3, H, W).
-            one_by_one: lets no image change a bit of what another one is encoded to; on a GPU they may, by a rounding.
+            one_by_one: encodes each image by itself on the CPU, so that its result does not depend on the others.
 
         Returns:
             `moments` as from `vae.encode_moments`, and `vision_features` (B, z, h', w').

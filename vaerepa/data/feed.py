@@ -81,14 +81,14 @@ class Feed:
         if not self.encoding.may_choose_bf16:
             return
         count = min(NUM_COMPARED_IMAGES, len(self.source))
-        [first, *_] = next(self._read(self.source, no_numbers, count, 0, count, split=False))
+        [first, *_] = next(self._read(self.source, no_numbers, count, 0, count, distributed=False))
         if first.pixel_values is not None:
             self.encoding.choose_precision(first.pixel_values.to(self.accelerator.device))
 
     def first_latents(self, count: int) -> Iterator[torch.Tensor]:
         """Yields latents (B, C, h, w) of the first `count` samples of a run, all of them in each process."""
         numbers = PosteriorNumbers(self.options.seed)
-        for micro_batch in self._read(self.source, numbers, min(count, 16), 0, count, split=False):
+        for micro_batch in self._read(self.source, numbers, min(count, 16), 0, count, distributed=False):
             for samples in map(self._to_device, micro_batch):
                 yield self._latents_of(samples, self._encode(samples))
 
@@ -109,7 +109,7 @@ class Feed:
             first = end
 
     def validation_batches(self, source: Source, count: int) -> Iterator[Batch]:
-        """Yields this process's batches of the first `count` samples of `source`, under the same numbers whatever the seed."""
+        """Yields this process's batches of the first `count` samples of `source`; their random numbers ignore the seed."""
         read = self._read(source, ValidationNumbers(), self.options.train_batch_size, 0, count, validates=True)
         return chain.from_iterable(self._batches(micro_batch, trains=False) for micro_batch in read)
 
@@ -165,10 +165,10 @@ class Feed:
         first: int,
         last: int,
         cache: LatentsCache | None = None,
-        split: bool = True,
+        distributed: bool = True,
         validates: bool = False,
     ) -> Iterator[list[Samples]]:
-        """Micro-batches of the samples `first` to `last`, on the host; with `split` only this process's part of them."""
+        """Micro-batches of the samples `first` to `last` on the host: this process's part, or all if not `distributed`."""
         options, accelerator = self.options, self.accelerator
         preprocessing = Preprocessing(
             options.resolution,
@@ -188,8 +188,8 @@ class Feed:
             options.num_streams,
             options.shuffle_buffer_size,
             seed=0 if validates else options.seed,
-            process=accelerator.process_index if split else 0,
-            num_processes=accelerator.num_processes if split else 1,
+            process=accelerator.process_index if distributed else 0,
+            num_processes=accelerator.num_processes if distributed else 1,
             cache=cache,
             has_posterior=has_posterior(self.encoding.vae),
         )
@@ -234,7 +234,7 @@ class Feed:
     def _encode(
         self, samples: Samples, cache: LatentsCache | None = None, with_features: bool = False
     ) -> dict[str, torch.Tensor]:
-        """Moments and features of each sample, those at hand or encoded now; as the cache holds them, or will."""
+        """Moments and features of each sample, from the cache or encoded now, in the cache's precision."""
         at_hand = {MOMENTS: samples.moments, FEATURES: samples.vision_features}
         at_hand = {kind: tensor for kind, tensor in at_hand.items() if tensor is not None}
         pixels = samples.pixel_values
@@ -264,7 +264,7 @@ class Feed:
                 self.cache.add_unreadable(row.row_index, row.reason)
 
     def _ahead(self, micro_batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """On a GPU, queues the encoding of the next micro-batch on a stream of its own, beside the step that trains on one."""
+        """On a GPU, encodes the next micro-batch on a CUDA stream of its own, while the step trains on the current one."""
         device = self.accelerator.device
         if device.type != "cuda":
             yield from micro_batches

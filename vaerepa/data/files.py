@@ -1,4 +1,4 @@
-"""Files of data, here or far away: opened whatever their names, read many at once, named when they cannot be read."""
+"""Files of data, local or remote: opening, reading many at once, and errors that name the file."""
 
 import tarfile
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ class UnreadableFileError(OSError):
 
 @contextmanager
 def named(path: str) -> Iterator[None]:
-    """Puts the name of a file before what reading it raises.
+    """Context that adds the name of a file to errors from reading it.
 
     Raises:
         UnreadableFileError: in place of what was raised.
@@ -42,7 +42,7 @@ def is_local(path: str) -> bool:
 
 
 def wait_for_storage() -> None:
-    """Lets `datasets` try again for an hour where the Hub, or other storage, does not answer: 720 times, every 5 s."""
+    """Makes `datasets` retry for an hour (720 times, every 5 s) when the Hub or other storage does not answer."""
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 720
 
 

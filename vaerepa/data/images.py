@@ -24,13 +24,13 @@ UPRIGHT = {
 
 
 def quiet_pillow() -> None:
-    """Silences Pillow's remarks about single images: large ones, odd metadata. What cannot be read is said by who reads."""
+    """Silences Pillow's warnings about single images (large, odd metadata); the reader reports images that cannot be read."""
     warnings.filterwarnings("ignore", module=r"PIL\b")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def _known_extensions() -> frozenset[str]:
-    """File name extensions, in lower case, of the kinds of images that are decoded here."""
+    """File name extensions, in lower case, of the image formats that can be decoded."""
     with suppress(ImportError):
         import_module("pillow_heif").register_heif_opener()
     with suppress(ImportError):

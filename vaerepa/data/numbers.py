@@ -1,4 +1,4 @@
-"""Random numbers of samples by name, those alone that somebody reads.
+"""Random numbers of samples by name; only those are generated that are read.
 
 Each follows from the seed, its name and the sample index. They are of torch's default dtype, in which models are: not every
 device has float64. A part of a run reads with one of these, each a function of sample indices, of the shape of their latents,
@@ -84,7 +84,7 @@ class TrainingNumbers:
 
 @dataclass(frozen=True)
 class ValidationNumbers:
-    """Random numbers of validation samples, whatever the seed of the run: the i-th is seen at noise level i mod `levels`."""
+    """Random numbers of validation samples, independent of the run's seed; the i-th has noise level i mod `levels`."""
 
     levels: int = 10
 
@@ -101,7 +101,7 @@ class ValidationNumbers:
 
 @dataclass(frozen=True)
 class PosteriorNumbers:
-    """The posterior noise of training samples alone."""
+    """Random numbers of training samples with the posterior noise only."""
 
     seed: int
 

@@ -46,7 +46,7 @@ class Reader:
 
 
 def open_reader(source: Source, seed: int, num_streams: int | None, buffer_size: int | None) -> Reader:
-    """The reader that fits the source; `num_streams` and `buffer_size` are of streams, with defaults of `stream_sizes`."""
+    """Reader for this source; `num_streams` and `buffer_size` apply to streams, with defaults from `stream_sizes`."""
     if source.storage.random_access:
         return PermutedReader(source, seed)
     return StreamReader(source, seed, *stream_sizes(source, num_streams, buffer_size))
@@ -64,7 +64,7 @@ class PermutedReader(Reader):
 
 
 class KeyedPermutation:
-    """A random order of range(size) that is worked out place by place: a Feistel network over a grid of about that size.
+    """Random order of range(size), computed for each place by itself: a Feistel network over a grid of about that size.
 
     Each round shifts one coordinate by a random number that is looked up by the other; a place that ends outside of the range
     goes on until it is within. It holds a few times sqrt(size) numbers.
@@ -95,7 +95,7 @@ class KeyedPermutation:
 
 
 def stream_sizes(source: Source, num_streams: int | None, buffer_size: int | None) -> tuple[int, int]:
-    """Number of streams and rows in all their windows, where they are not given: as the memory for them allows.
+    """Number of streams and of rows in all their windows; where not given, as many as the memory for them allows.
 
     A stream begins within a block, which is read from its start: of more than two streams to a block, that would cost more
     than the rest. The number is halved until it fits, so that it stays a multiple of usual numbers of data workers.

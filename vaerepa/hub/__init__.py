@@ -1,1 +1,1 @@
-"""The Hub: who may write, what goes up, uploads in the background, and checkpoints fetched to go on from."""
+"""The Hub: write access, pushes, uploads in the background, and download of checkpoints to go on from."""

@@ -1,4 +1,4 @@
-"""Before training: the repository is there, and may be written to."""
+"""Checks before training that the repository exists and may be written to."""
 
 import os
 import re
@@ -93,7 +93,7 @@ def check_names(options: PushOptions) -> None:
 
 
 def open_repository(options: PushOptions) -> str:
-    """Makes the repository and its branch, unless they are there, and returns its id.
+    """Creates the repository and its branch where they do not exist, and returns the repository's id.
 
     Raises:
         OptionError: nobody is logged in, the Hub cannot be reached, or refuses.
@@ -125,7 +125,7 @@ def open_repository(options: PushOptions) -> str:
 
 
 def _check_rights(api: HfApi, repo_id: str) -> None:
-    """Asks whether the repository may be written to; a Hub that cannot tell must at least have it."""
+    """Checks write access to the repository; on a Hub without this API, that the repository exists."""
     try:
         api.auth_check(repo_id, write=True)
     except HfHubHTTPError as error:
@@ -135,7 +135,7 @@ def _check_rights(api: HfApi, repo_id: str) -> None:
 
 
 def _check_license(name: str) -> None:
-    """Asks the Hub, which refuses a push whose card it cannot read."""
+    """Lets the Hub validate the card; it refuses pushes with an invalid one."""
     card = {"repoType": "model", "content": f"---\nlicense: {name}\n---\n"}
     try:  # not by ModelCard.validate, which knows one endpoint only in huggingface_hub 1
         hf_raise_for_status(get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=card))

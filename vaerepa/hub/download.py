@@ -20,7 +20,7 @@ CHECKPOINT = re.compile(rf"({LAST_CHECKPOINT}|checkpoint-\d+)/{STATE}/{re.escape
 
 
 def fetch_checkpoint(name: str, output_dir: Path, cache_dir: str | None) -> Path:
-    """Downloads the newest checkpoint of a repository into the output folder, as if the run had been there all along.
+    """Downloads the newest checkpoint of a repository into the output folder, under the name of its step.
 
     Args:
         name: hub:user/repo, or hub:user/repo@revision.

@@ -1,4 +1,4 @@
-"""Why a repository of the Hub, or a local folder in its place, cannot be read: one reason each, with what to do."""
+"""Reasons why a repository of the Hub, or a local folder, cannot be read, each with advice."""
 
 import os
 import re
@@ -83,7 +83,7 @@ def why_unreadable(name: str, error: BaseException, expected: str) -> str:
 
 
 def why_no_data_set(name: str, revision: str | None, error: Exception) -> str:
-    """As `why_unreadable`, of a data set. `datasets` drops the Hub's answer, which is therefore asked for again."""
+    """Reason as of `why_unreadable`, for a data set; it asks the Hub again, because `datasets` drops the Hub's answer."""
     if is_local(name) or not isinstance(error, DatasetNotFoundError | ConnectionError):
         return redact(" ".join(str(error).split()))
     try:
