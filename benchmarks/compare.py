@@ -69,10 +69,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run has measured: each metric by step, the seconds of the steps before each log line, peak bytes.
+    """Measurements of one run: each metric by step, the seconds of the steps before each log line, peak bytes.
 
     `samples` are the settings of the images that were evaluated, in words; empty where none were.
-    """Measurements of one run: each metric by step, the seconds of the steps before each log line, peak bytes."""
+    """
 
     metrics: dict[str, dict[int, float]]
     interval_seconds: dict[int, float]

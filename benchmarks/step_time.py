@@ -30,7 +30,7 @@ def build(model: str, with_head: bool) -> tuple[AlignedTransformer, VAEAlignment
     transformer = new_transformer(size, patch_size, LATENT_SHAPE[0], LATENT_SHAPE[1], 1000)
     method = VAEAlignment(patch_size)
     heads = {"vae": method.build_head(size.hidden_size, LATENT_SHAPE[0])} if with_head else {}
-    block_of = dict.fromkeys(heads, method.default_block(size.num_layers))
+    block_of = dict.fromkeys(heads, method.default_blocks(size.num_layers)[0])
     return AlignedTransformer(transformer, transformer.transformer_blocks, heads, block_of), method
 
 

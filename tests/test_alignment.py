@@ -14,7 +14,7 @@ from tests.helpers_data import read_samples
 from tests.test_finetuning import PRETRAINED
 from tests.test_training import DOUBLE
 from vaerepa.alignment import AlignmentContext, SRAAlignment, settings
-from vaerepa.alignment.sra import TIME_OFFSET, default_blocks
+from vaerepa.alignment.sra import TIME_OFFSET
 from vaerepa.alignment.taps import output_of
 from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.families import Size
@@ -212,9 +212,11 @@ def test_losses_are_told_by_noise_level(train):
 
 
 def test_the_papers_blocks_are_sras_default():
-    assert [default_blocks(depth) for depth in (12, 24, 28)] == [(3, 8), (6, 16), (8, 20)]
+    assert [SRAAlignment.default_blocks(depth) for depth in (12, 24, 28)] == [(3, 8), (6, 16), (8, 20)]
     assert all(
-        1 <= student <= teacher <= depth for depth in range(1, 60) for student, teacher in [default_blocks(depth)]
+        1 <= student <= teacher <= depth
+        for depth in range(1, 60)
+        for student, teacher in [SRAAlignment.default_blocks(depth)]
     )
 
 

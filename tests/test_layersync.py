@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import read_metrics
 from vaerepa.alignment import AlignedTransformer, AlignmentContext
-from vaerepa.alignment.layersync import LayerSyncAlignment, default_blocks
+from vaerepa.alignment.layersync import LayerSyncAlignment
 from vaerepa.families import DiT, Size
 from vaerepa.families.base import InputSpec
 
@@ -18,7 +18,13 @@ def small_transformer() -> torch.nn.Module:
 
 
 def test_blocks_are_the_papers_for_xl_and_shares_of_the_depth_elsewhere():
-    assert [default_blocks(depth) for depth in (28, 24, 12, 4, 2)] == [(8, 16), (6, 12), (3, 6), (1, 2), (1, 2)]
+    assert [LayerSyncAlignment.default_blocks(depth) for depth in (28, 24, 12, 4, 2)] == [
+        (8, 16),
+        (6, 12),
+        (3, 6),
+        (1, 2),
+        (1, 2),
+    ]
 
 
 def test_the_loss_is_minus_the_cosine_of_both_blocks_and_reaches_the_first_alone():

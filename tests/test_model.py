@@ -117,7 +117,7 @@ def test_the_head_adds_four_percent_of_arithmetic():
 
 
 def test_the_papers_blocks_are_the_default():
-    blocks = {name: VAEAlignment.default_block(size.num_layers) for name, size in DiT.sizes.items()}
+    blocks = {name: VAEAlignment.default_blocks(size.num_layers)[0] for name, size in DiT.sizes.items()}
     assert blocks == {"S": 2, "B": 2, "L": 8, "XL": 8}
 
 

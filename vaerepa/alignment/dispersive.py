@@ -59,9 +59,9 @@ class DispersiveAlignment(AlignmentMethod):
         return "nothing: hidden states of different samples are pushed apart"
 
     @staticmethod
-    def default_block(num_layers: int) -> int:
+    def default_blocks(num_layers: int) -> tuple[int, None]:
         """The paper's block, counted from 1: after a quarter of the depth."""
-        return max(1, num_layers // 4)
+        return max(1, num_layers // 4), None
 
     @staticmethod
     def default_weight(distance: str) -> float:

@@ -11,12 +11,6 @@ from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation
 PUBLISHED_BLOCKS = {28: (8, 16)}  # of XL, as its authors' code is started: the aligned one and the one aligned to
 
 
-def default_blocks(num_layers: int) -> tuple[int, int]:
-    """Aligned block and the one aligned to, counted from 1: the paper's for XL, else a quarter and half of the depth."""
-    aligned = max(1, round(num_layers / 4))
-    return PUBLISHED_BLOCKS.get(num_layers, (aligned, max(aligned + 1, round(num_layers / 2))))
-
-
 class LayerSyncAlignment(AlignmentMethod):
     """Aligns to hidden states of a deeper block, without gradient. It has no head and no parameters.
 
@@ -40,14 +34,10 @@ class LayerSyncAlignment(AlignmentMethod):
         return f"block {self.target_blocks[0]} of the same forward pass"
 
     @staticmethod
-    def default_block(num_layers: int) -> int:
-        """The aligned block, counted from 1."""
-        return default_blocks(num_layers)[0]
-
-    @staticmethod
-    def default_teacher_block(num_layers: int) -> int:
-        """The block aligned to, counted from 1."""
-        return default_blocks(num_layers)[1]
+    def default_blocks(num_layers: int) -> tuple[int, int]:
+        """Aligned block and the one aligned to, counted from 1: the paper's for XL, else a quarter and half of the depth."""
+        aligned = max(1, round(num_layers / 4))
+        return PUBLISHED_BLOCKS.get(num_layers, (aligned, max(aligned + 1, round(num_layers / 2))))
 
     @staticmethod
     def default_weight(distance: str) -> float:

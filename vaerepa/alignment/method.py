@@ -112,13 +112,8 @@ class AlignmentMethod(ABC):
 
     @staticmethod
     @abstractmethod
-    def default_block(num_layers: int) -> int:
-        """Block that is aligned, counted from 1."""
-
-    @staticmethod
-    def default_teacher_block(num_layers: int) -> int | None:
-        """Block that is aligned to, counted from 1; None where the target is no block."""
-        return None
+    def default_blocks(num_layers: int) -> tuple[int, int | None]:
+        """Block that is aligned, and block that is aligned to (None where the target is no block), counted from 1."""
 
     @staticmethod
     @abstractmethod
@@ -128,7 +123,7 @@ class AlignmentMethod(ABC):
     @classmethod
     def teacher_block(cls, options: OtherOptions, num_layers: int) -> int | None:
         """Block that is aligned to: --alignment_teacher_block, or the default; None where the target is no block."""
-        default = cls.default_teacher_block(num_layers)
+        default = cls.default_blocks(num_layers)[1]
         return None if default is None else options.alignment_teacher_block or default
 
     @classmethod

@@ -103,9 +103,9 @@ class REPAAlignment(AlignmentMethod):
         return f"patch tokens of {public_name(self.encoder.name)}{normalised}"
 
     @staticmethod
-    def default_block(num_layers: int) -> int:
+    def default_blocks(num_layers: int) -> tuple[int, None]:
         """The paper's block, counted from 1: 4 for B, 8 for L and XL."""
-        return 4 if num_layers <= 12 else 8
+        return (4 if num_layers <= 12 else 8), None
 
     @staticmethod
     def default_weight(distance: str) -> float:

@@ -73,7 +73,7 @@ def check_alignment(options: AlignmentOptions) -> None:
             raise OptionError(
                 f"--alignment_weight_schedule {schedule} needs --alignment_stop_step, where it reaches 0."
             )
-    with_teacher = [name for name, method in METHODS.items() if method.default_teacher_block(1) is not None]
+    with_teacher = [name for name, method in METHODS.items() if method.default_blocks(1)[1] is not None]
     if options.alignment_teacher_block is not None and not set(with_teacher) & set(methods):
         raise OptionError(f"--alignment_teacher_block goes with --alignment {' or '.join(with_teacher)}.")
     for method in classes_of(options):
@@ -138,7 +138,7 @@ def blocks_of(options: AlignmentOptions, num_layers: int) -> dict[str, int]:
     """
     blocks = {}
     for name, given in zip(methods_of(options), values_of(options, "alignment_block"), strict=False):
-        blocks[name] = given or METHODS[name].default_block(num_layers)
+        blocks[name] = given or METHODS[name].default_blocks(num_layers)[0]
         _check_block("alignment_block", blocks[name], given, name, num_layers)
         teacher_block = METHODS[name].teacher_block(options, num_layers)
         _check_block("alignment_teacher_block", teacher_block or 0, options.alignment_teacher_block, name, num_layers)

@@ -18,12 +18,6 @@ TIME_OFFSET = "teacher lead"  # name of the random number, which seeds it
 PUBLISHED_BLOCKS = {12: (3, 8), 24: (6, 16), 28: (8, 20)}  # of B, L and XL: the student's and the teacher's
 
 
-def default_blocks(num_layers: int) -> tuple[int, int]:
-    """Blocks of student and teacher, counted from 1: the paper's for B, L and XL, else after a quarter and two thirds."""
-    fractions = max(1, round(num_layers / 4)), max(1, round(2 * num_layers / 3))
-    return PUBLISHED_BLOCKS.get(num_layers, fractions)
-
-
 class SRAAlignment(AlignmentMethod):
     """Aligns to hidden states of the EMA weights at t - U(0, 0.2), under the same noise and condition.
 
@@ -69,14 +63,10 @@ class SRAAlignment(AlignmentMethod):
         return f"block {self.teacher_block} of its own EMA weights"
 
     @staticmethod
-    def default_block(num_layers: int) -> int:
-        """The student's block, counted from 1."""
-        return default_blocks(num_layers)[0]
-
-    @staticmethod
-    def default_teacher_block(num_layers: int) -> int:
-        """The teacher's block, counted from 1."""
-        return default_blocks(num_layers)[1]
+    def default_blocks(num_layers: int) -> tuple[int, int]:
+        """Blocks of student and teacher, counted from 1: the paper's for B, L and XL, else after a quarter and two thirds."""
+        fractions = max(1, round(num_layers / 4)), max(1, round(2 * num_layers / 3))
+        return PUBLISHED_BLOCKS.get(num_layers, fractions)
 
     @staticmethod
     def default_weight(distance: str) -> float:

@@ -108,9 +108,9 @@ class VAEAlignment(AlignmentMethod):
         return "the velocity" if self.targets_velocity else "the latents of the VAE"
 
     @staticmethod
-    def default_block(num_layers: int) -> int:
+    def default_blocks(num_layers: int) -> tuple[int, None]:
         """The paper's block, counted from 1: 2 for B, 8 for L and XL."""
-        return 2 if num_layers <= 12 else 8
+        return (2 if num_layers <= 12 else 8), None
 
     @staticmethod
     def default_weight(distance: str) -> float:
