@@ -70,7 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if not is_out_of_space(error):
             raise
-        print(f"\nerror: {error.strerror}: {error.filename or options.output_dir}. Make room there.", file=sys.stderr)
+        print(
+            f"\nerror: {error.strerror}: {error.filename or options.output_dir}. Free some space there.",
+            file=sys.stderr,
+        )
         return 1
     except RuntimeError as error:
         if not is_lost_process(error):

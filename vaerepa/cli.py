@@ -226,7 +226,7 @@ def convert(spec: Field, value: Any) -> Any:
 
 
 def _named(value: Any) -> dict[str, Any] | None:
-    """What `name=value`, or a mapping of YAML, gives by name; None for values without names."""
+    """Values of `name=value` arguments, or of a mapping in YAML, by name; None for values without names."""
     if isinstance(value, dict):
         return {str(name): ",".join(map(str, one)) if isinstance(one, list) else one for name, one in value.items()}
     pairs = [str(one).partition("=") for one in value] if isinstance(value, list) else []
@@ -339,7 +339,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _help(known: dict[str, Field], program: str, description: str, names: list[str]) -> str:
-    """What --help prints: a line for each option in groups, or the whole meaning of the options named beside it."""
+    """Text of --help: a line for each option in groups, or the whole meaning of the options named beside it."""
     if any(name in known for name in names):
         return "\n".join(
             f"--{name} (default: {_default(known[name]) or 'none'})\n    {_meaning(known[name])}"

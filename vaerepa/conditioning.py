@@ -79,7 +79,7 @@ class Conditioning(ABC):
         """
 
     def _sampler(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
-        """What samples an evaluation's images, and how the head guides them."""
+        """Settings of an evaluation for its report: the sampler, and the guidance by the head."""
         settings, options = {"sampler": sampling.sampler_name(pipeline)}, self.options
         if options.eval_head_guidance_scale:
             settings["head_guidance_scale"] = options.eval_head_guidance_scale

@@ -22,7 +22,7 @@ DENSITY = 2  # kept with a run: in 1, --logit_mean was that of t and not of 1 - 
 
 @dataclass
 class ObjectiveOptions:
-    """What is predicted, at which timesteps, and what is dropped."""
+    """Training objective: what is predicted, at which timesteps, and what is dropped."""
 
     objective: Literal["flow_matching", "ddpm"] | None = option(
         None,

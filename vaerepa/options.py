@@ -1,4 +1,4 @@
-"""Every option of the trainer: the parts that rooms declare, joined; and what a saved run's are compared by."""
+"""Every option of the trainer: the parts that other modules declare, joined; and comparison with those of a saved run."""
 
 import types
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from vaerepa.training.options import GridOptions, OutputOptions, TrainingOptions
 
 @dataclass
 class Options(
-    # what rooms read together
+    # parts that modules read together
     TransformerOptions,
     MeasuringOptions,
     FeedOptions,

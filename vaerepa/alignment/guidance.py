@@ -22,8 +22,8 @@ class HeadGuidance(nn.Module):
         transformer: of the family, as stock diffusers loads it or in training form.
         head: that can guide, for example `GuidingHead.from_pretrained(folder)`.
         scale: w; 0 is no guidance.
-        interval: guides only where low <= t <= high, t being the timestep that the pipeline passes, as a share of 1000.
-        scheduler: of the pipeline; it tells what is predicted.
+        interval: guides only where low <= t <= high, t being the timestep that the pipeline passes, divided by 1000.
+        scheduler: scheduler of the pipeline; it decides what is predicted.
         family: knows how the stock pipeline calls the transformer; DiT by default.
     """
 

@@ -206,7 +206,7 @@ class AlignmentMethod(ABC):
         """
 
     def describe_target(self) -> dict[str, Any]:
-        """The target as the config.json beside a head tells it.
+        """Target as it is stored in the config.json beside a head.
 
         A `target` of latent or velocity can guide; it comes with `patch_size`, and with `mean` and `std` of the channels
         where the latents were normalised.

@@ -131,7 +131,7 @@ class Family(ABC):
         return sample[:, : noisy.shape[1]]  # a learned variance comes after
 
     def with_prediction(self, sample: Any, prediction: torch.Tensor) -> Any:
-        """What the stock transformer returns, with another prediction."""
+        """Output of the stock transformer, with its prediction replaced."""
         return torch.cat([prediction, sample[:, prediction.shape[1] :]], dim=1)
 
     # ---- the forward pass, for measuring

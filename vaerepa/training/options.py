@@ -44,7 +44,7 @@ class GridOptions(GuidanceOptions, SeedOptions, ValidationOptions):
 
 @dataclass
 class OutputOptions:
-    """What a run writes, and when."""
+    """Outputs of a run: what is written, and when."""
 
     output_dir: str = option(
         "outputs/vaerepa", "Folder for checkpoints, pictures and the final pipeline.", group="Output", path="local"
