@@ -169,6 +169,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploade
     """Trains to the last step or until it is asked to stop; returns the step of the last validation."""
     options, accelerator, objective, family = setup.options, setup.accelerator, setup.objective, setup.family
     accumulation, batch_size = options.gradient_accumulation_steps, options.global_batch_size
+    guidance = state.self_guidance
     profiling = acceleration.profiling(options, accelerator.is_main_process)
     validated_step = None
     with profiling as profile_step, StopRequest(accelerator.num_processes) as stop:
@@ -199,6 +200,8 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploade
                     inputs = family.inputs(setup.transformer, objective.timesteps(t), batch)
                     with nullcontext() if ends_step else accelerator.no_sync(state.model):
                         prediction, head_outputs = state.model(noisy, **inputs)  # (B, C, H, W), each (B, N, c)
+                        if guidance and guidance.is_active(state.step):  # v + W (v_full - v_head), without gradient
+                            target = guidance.target(target, prediction, head_outputs, noisy, objective.timesteps(t))
                         loss = objective.loss(prediction, target, t).mean()
                         losses = {"denoising_loss": loss}
                         teacher = partial(teacher_tokens, setup, state.ema, batch)

@@ -8,18 +8,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline_vaerepa import GuidingHead, VAEREPAPipeline, head_velocity
+from tests.conftest import read_metrics
+from tests.helpers_data import read_samples
 from tests.test_pipeline import GaussianField, build_pipeline, build_scheduler
 from vaerepa import evaluate
 from vaerepa.alignment import HeadGuidance, VAEAlignment
 from vaerepa.alignment.grid import patchify
+from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.evaluation.samples import choose_labels, image_path
+from vaerepa.families import Size
+from vaerepa.families.dit import new_transformer
 from vaerepa.objectives import NoisePrediction
 from vaerepa.randomness import generator
 
@@ -305,7 +310,7 @@ def weights_of(run) -> bytes:
     return (run / "transformer/diffusion_pytorch_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("scale", ["validation_head_guidance_scale", "eval_head_guidance_scale"])
+@pytest.mark.parametrize("scale", ["validation_head_guidance_scale", "eval_head_guidance_scale", "self_guidance"])
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -314,12 +319,70 @@ def weights_of(run) -> bytes:
         ({"alignment_target": "vae_mid_block"}, "needs a head that predicts latents or velocity"),
         ({"alignment": ["sra", "vae"], "alignment_stop_step": "vae=3"}, "needs the head of vae to the end"),
         ({"head_guidance_interval": [0.5, 0.2]}, "expected two rising numbers within 0 and 1"),
-        ({"head_guidance_interval": [0.5]}, "expected two rising numbers within 0 and 1"),
+        ({"self_guidance_interval": [0.5]}, "expected two rising numbers within 0 and 1"),
     ],
 )
 def test_guidance_without_a_head_is_refused(train, capsys, scale, options, words):
     train(code=2, **options, **{scale: 0.5})
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["latent", "velocity"])
+def test_the_target_of_self_guidance_is_as_written_out(train, data, vae, target):
+    """From the checkpoint after a step: the plain target, and W times the way from the head to the model."""
+    options = {"self_guidance": 0.4, "self_guidance_start": 1, "self_guidance_interval": [0.4, 0.9], "seed": 3}
+    options |= {"alignment_target": target, "alignment_layers": 2, "checkpointing_steps": 1, "learning_rate": 1e-2}
+    run = train(**options, max_train_steps=2)
+    samples = read_samples(open_sources(str(data)).train, TrainingNumbers(3, 0.1), seed=3, micro_batch=1)
+    numbers, t = samples.numbers, samples.numbers["t"].view(-1, 1, 1, 1)
+    state = run / "checkpoint-1/state"
+    transformer = new_transformer(Size(4, 32, 2), 2, 4, 8, 3)
+    transformer.load_state_dict(load_file(state / "transformer.safetensors"), strict=False)
+    head = VAEAlignment(2, num_layers=2).build_head(32, 4)
+    weights = load_file(state / "heads.safetensors")
+    head.load_state_dict({name.removeprefix("vae."): tensor for name, tensor in weights.items()})
+    tokens = []
+    transformer.transformer_blocks[1].register_forward_hook(lambda module, args, output: tokens.append(output))
+    with torch.no_grad():
+        posterior = AutoencoderKL.from_pretrained(vae).encode(samples.pixel_values / 127.5 - 1).latent_dist
+        z = posterior.mean + posterior.std * numbers["posterior"]
+        noisy, velocity = (1 - t) * z + t * numbers["noise"], numbers["noise"] - z
+        labels = torch.where(numbers["drop"], 1000, samples.labels)
+        predicted = transformer(noisy, timestep=1000 * t.flatten(), class_labels=labels).sample
+        output = torch.einsum("nhwpqc->nchpwq", head(tokens[0]).view(8, 4, 4, 2, 2, 4)).reshape(8, 4, 8, 8)
+        of_head = (noisy - output) / t if target == "latent" else output
+        inside = (t >= 0.4) & (t <= 0.9)
+        guided = torch.where(inside, velocity + 0.4 * (predicted - of_head), velocity)
+    assert 0 < inside.sum() < 8
+    logged = read_metrics(run, "train/denoising_loss")[1]["train/denoising_loss"]
+    assert logged == pytest.approx((predicted - guided).square().mean().item(), rel=1e-4)
+    assert logged != pytest.approx((predicted - velocity).square().mean().item(), rel=5e-4)
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "ddpm"])
+def test_self_guidance_starts_at_its_step_and_restarts_to_the_bit(train, tmp_path, objective):
+    options = {
+        "objective": objective,
+        "checkpointing_steps": 2,
+        "learning_rate": 1e-2,
+        "gradient_accumulation_steps": 2,
+    }
+    guided = {"self_guidance": 0.5, "self_guidance_start": 2}
+    plain = train(**options, max_train_steps=4, output_dir=tmp_path / "plain")
+    whole = train(**options, **guided, max_train_steps=4, output_dir=tmp_path / "whole")
+    for steps in (3, 4):
+        pieces = train(
+            **options, **guided, max_train_steps=steps, output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
+        )
+
+    def state_of(run, step):
+        files = sorted((run / f"checkpoint-{step}/state").glob("*.safetensors"))
+        return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+    for one, other, step, same in ((plain, whole, 2, True), (plain, whole, 4, False), (whole, pieces, 4, True)):
+        first, second = state_of(one, step), state_of(other, step)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first) == same
 
 
 def test_evaluation_guides_and_says_so(train, tmp_path, capsys):

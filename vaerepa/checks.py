@@ -68,13 +68,14 @@ def check_head_guidance(options: Options) -> None:
     Raises:
         OptionError: no head can guide, or it is dropped on the way; an interval that is none.
     """
-    low, high = (*options.head_guidance_interval, 1.0, 0.0)[:2]
-    if len(options.head_guidance_interval) != 2 or not 0 <= low <= high <= 1:
-        given = " ".join(map(str, options.head_guidance_interval))
-        raise OptionError(f"--head_guidance_interval {given}: expected two rising numbers within 0 and 1.")
+    for flag in ("head_guidance_interval", "self_guidance_interval"):
+        bounds = getattr(options, flag)
+        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
+            given = " ".join(map(str, bounds))
+            raise OptionError(f"--{flag} {given}: expected two rising numbers within 0 and 1.")
     stops = dict(zip(settings.methods_of(options), settings.values_of(options, "alignment_stop_step"), strict=False))
     guiding = [method for method in settings.classes_of(options) if method.can_guide(options)]
-    for flag in ("validation_head_guidance_scale", "eval_head_guidance_scale"):
+    for flag in ("validation_head_guidance_scale", "eval_head_guidance_scale", "self_guidance"):
         if not getattr(options, flag):
             continue
         if not guiding:

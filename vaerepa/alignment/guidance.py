@@ -81,8 +81,9 @@ class HeadGuidance(nn.Module):
 class SelfGuidance:
     """A training target that lies further away from the head: v + W (v_full - v_head) for v, without gradient.
 
-    What is guided at sampling time by Internal Guidance is learned here, so that a stock pipeline needs one plain forward pass;
-    the idea of Model Guidance (arXiv 2502.12154), which takes the unconditional prediction for v_head.
+    What guidance by the head does to samples is learned here, so that a stock pipeline needs one plain forward pass; the idea of
+    Model Guidance (arXiv 2502.12154), which takes the unconditional prediction for v_head. As v_full follows its target, it
+    settles at v + w (v - v_head) with w = W / (1 - W): W is below 1.
 
     Args:
         name: method of the head.
@@ -117,13 +118,13 @@ class SelfGuidance:
         self,
         target: torch.Tensor,
         prediction: torch.Tensor,
-        tokens: torch.Tensor,
+        head_outputs: dict[str | int, torch.Tensor],
         noisy: torch.Tensor,
         timesteps: torch.Tensor,
     ) -> torch.Tensor:
-        """The target (B, C, H, W), from the plain one, the prediction and the head's output (B, N, c) of the same forward."""
+        """The target (B, C, H, W), from the plain one, and from prediction and heads' outputs (B, N, c) of one forward pass."""
         grid = noisy.shape[-2] // self.head.patch_size, noisy.shape[-1] // self.head.patch_size
-        output = self.head.unpatchify(tokens, grid)
+        output = self.head.unpatchify(head_outputs[self.name], grid)
         step = away_from_head(prediction, output, noisy, timesteps, self.head, self.objective, self.interval)
         return target + self.scale * step.to(target.dtype)
 

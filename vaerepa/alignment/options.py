@@ -104,3 +104,17 @@ class GuidanceOptions:
     head_guidance_interval: tuple[float, ...] = option(
         HEAD_GUIDANCE_INTERVAL, "Range of t, two numbers, where the head guides these images."
     )
+    self_guidance: float = option(
+        0.0,
+        "W: train towards v + W (v_full - v_head), without gradient through model and head, where v is the plain target; so "
+        "stock pipelines sample guided by about w = W / (1 - W). 0 trains plainly, see docs/alignment.md.",
+        resume="schedule",
+        at_least=0,
+        below=1,
+    )
+    self_guidance_start: int = option(0, "Step from which on --self_guidance works.", resume="schedule", at_least=0)
+    self_guidance_interval: tuple[float, ...] = option(
+        HEAD_GUIDANCE_INTERVAL,
+        "Range of t, two numbers, of the samples that --self_guidance works on.",
+        resume="schedule",
+    )

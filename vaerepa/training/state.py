@@ -9,7 +9,7 @@ import torch
 
 from pipeline_vaerepa import GUIDING_TARGETS, GuidingHead
 from vaerepa import acceleration, checkpoints, objectives, optimization, past
-from vaerepa.alignment import AlignedTransformer, Alignment, stored_heads
+from vaerepa.alignment import AlignedTransformer, Alignment, SelfGuidance, stored_heads
 from vaerepa.cli import as_plain
 from vaerepa.data.order import ORDER
 from vaerepa.ema import EMA
@@ -34,6 +34,7 @@ class TrainingState:
         model: AlignedTransformer as accelerate prepared it.
         alignments: alignments that have not ended.
         ema: EMA weights; None where none are kept.
+        self_guidance: target of training that is guided by the head; None where it is the plain one.
         running_means: running means of losses since the last log line.
         skipped_in_a_row: number of consecutive steps whose gradients were not finite, a tensor on the device.
         skipped_images_before: number of images that no process could read before the restart.
@@ -59,6 +60,16 @@ class TrainingState:
         trained = [setup.trained_weights.values(), *(head.parameters() for head in heads.values())]
         optimizer = optimization.build_optimizer(trained, options, setup.family.matrices(transformer))
         self.model, self.optimizer = accelerator.prepare(aligned, optimizer)
+        self.self_guidance = None
+        if options.self_guidance:
+            self.self_guidance = SelfGuidance(
+                self.guiding_alignment.name,
+                self.guiding_head(heads),
+                options.self_guidance,
+                options.self_guidance_interval,
+                options.self_guidance_start,
+                setup.objective,
+            )
         self._narrow_feed()
 
     @property
@@ -76,13 +87,19 @@ class TrainingState:
         """The heads that lie beside them."""
         return self.ema.exported_heads if self.ema else self.aligned_transformer.heads
 
+    @property
+    def guiding_alignment(self) -> Alignment | None:
+        """The first method whose head can guide; None where none can."""
+        targets = {alignment.name: alignment.method.describe_target()["target"] for alignment in self.alignments}
+        return next((a for a in self.alignments if targets[a.name] in GUIDING_TARGETS), None)
+
     def guiding_head(self, heads: torch.nn.ModuleDict) -> GuidingHead | None:
-        """The first of these heads that can guide; None where none can."""
-        configs = {
-            a.name: {"block": a.block, "final": a.method.final, **a.method.describe_target()} for a in self.alignments
-        }
-        names = [name for name, config in configs.items() if config["target"] in GUIDING_TARGETS]
-        return GuidingHead.from_config(configs[names[0]], heads[names[0]]) if names else None
+        """Of these heads the one that guides; None where none can."""
+        alignment = self.guiding_alignment
+        if alignment is None:
+            return None
+        config = {"block": alignment.block, "final": alignment.method.final, **alignment.method.describe_target()}
+        return GuidingHead.from_config(config, heads[alignment.name])
 
     # ---- steps
 
