@@ -45,7 +45,7 @@ from vaerepa.training.monitor import Monitor, announce
 from vaerepa.training.publishing import copy_to_root, publish
 from vaerepa.training.setup import Setup, build_setup
 from vaerepa.training.state import TrainingState
-from vaerepa.training.teacher import teacher_tokens
+from vaerepa.training.teacher import frozen_teacher_tokens, teacher_tokens
 from vaerepa.training.validation import evaluate, plot_grid, validate
 
 logger = get_logger(__name__)
@@ -205,8 +205,9 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploade
                         loss = objective.loss(prediction, target, t).mean()
                         losses = {"denoising_loss": loss}
                         teacher = partial(teacher_tokens, setup, state.ema, batch)
+                        frozen_teacher = partial(frozen_teacher_tokens, setup, batch)
                         seen = (batch.pixel_values, batch.vision_features, batch.numbers)
-                        context = AlignmentContext(clean, noise, t, *seen, teacher, tokens=head_outputs)
+                        context = AlignmentContext(clean, noise, t, *seen, teacher, frozen_teacher, head_outputs)
                         for alignment in state.alignments:
                             sample_losses = alignment.sample_losses(head_outputs[alignment.name], context)  # (B,)
                             alignment_loss = alignment.loss(sample_losses, t)

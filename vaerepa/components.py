@@ -14,7 +14,7 @@ from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data import Sources, open_data
 from vaerepa.errors import OptionError
 from vaerepa.families import Family, InputSpec
-from vaerepa.families.pretrained import Pretrained
+from vaerepa.families.pretrained import Pretrained, load_transformer
 from vaerepa.logs import get_logger
 from vaerepa.model import check_capacity, check_geometry, family_of, open_pretrained, transformer_size
 from vaerepa.options import Options
@@ -34,6 +34,7 @@ class Components:
     given: Pretrained | None = None  # what is fine-tuned, or the text encoders of a model from scratch
     heads: StoredHeads | None = None  # which lie beside what is fine-tuned
     encoder: VisionEncoder | None = None  # that `repa` aligns to
+    teacher: nn.Module | None = None  # a frozen transformer that `self` aligns to
 
     @property
     def pretrained_transformer(self) -> nn.Module | None:
@@ -53,7 +54,9 @@ def open_components(options: Options) -> Components:
     vae, sources = open_vae_and_data(options, family)
     scheduler = given.scheduler if given else None
     objective = build_objective(options, family, scheduler, len(sources.id2label))
-    return Components(family, vae, sources, objective, given, heads, open_encoder(options))
+    return Components(
+        family, vae, sources, objective, given, heads, open_encoder(options), open_teacher(options, family)
+    )
 
 
 def open_encoder(options: AlignmentOptions) -> VisionEncoder | None:
@@ -64,6 +67,40 @@ def open_encoder(options: AlignmentOptions) -> VisionEncoder | None:
     """
     encoders = (method.open_encoder(options) for method in settings.classes_of(options))
     return next((encoder for encoder in encoders if encoder is not None), None)
+
+
+def open_teacher(options: Options, family: Family) -> nn.Module | None:
+    """The frozen transformer whose hidden states are aligned to, where there is one.
+
+    Raises:
+        OptionError: it is not there, or of another family.
+    """
+    names = filter(None, (method.teacher_of(options) for method in settings.classes_of(options)))
+    name = next(names, None)
+    return load_transformer("alignment_teacher", name, family, options.cache_dir) if name else None
+
+
+def check_teacher(family: Family, teacher: nn.Module, transformer: nn.Module) -> None:
+    """Checks that the frozen teacher has the size of the transformer, so that blocks and tokens correspond.
+
+    Raises:
+        OptionError: it has another.
+    """
+    sizes = [
+        {
+            "blocks": len(family.blocks(model)),
+            "width": family.inner_width(model),
+            "patch size": family.patch_size(model),
+            "latent channels": family.latent_channels(model),
+            "latent size": family.fixed_size(model),
+        }
+        for model in (teacher, transformer)
+    ]
+    different = [f"{what} {sizes[0][what]}, not {size}" for what, size in sizes[1].items() if sizes[0][what] != size]
+    if different:
+        raise OptionError(
+            f"--alignment_teacher has another size than the model that is trained: {', '.join(different)}."
+        )
 
 
 def open_vae_and_data(options: Options, family: Family) -> tuple[nn.Module, Sources]:
@@ -166,6 +203,8 @@ def build_alignments(
     if family.normalizes_targets and not are_near_unit_scale(latent_statistics):
         logger.info("the latents are not near unit scale: the target of alignment `vae` is normalised per channel")
         options = replace(options, alignment_normalize=True)
+    if components.teacher:
+        check_teacher(family, components.teacher, transformer)
     parts = MethodParts(
         num_layers=len(family.blocks(transformer)),
         patch_size=family.patch_size(transformer),

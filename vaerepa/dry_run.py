@@ -119,6 +119,7 @@ def estimate(
         head_flops=head_flops,
         frozen_flops=frozen_flops(forward, alignments, options.resolution),
         state_memory=trained * 2 * FLOAT32
+        + (size * FLOAT32 if any("frozen_teacher" in a.method.needs for a in alignments) else 0)
         + moments
         + frozen_memory
         + (0 if options.offload_ema else num_emas * size * FLOAT32),

@@ -92,6 +92,8 @@ def content_of(components: Components) -> Digests:
         content["class names"] = list(sources.id2label.values())
     if components.encoder:
         content["vision encoder"] = f"{digest_of_weights(components.encoder.model)} {components.encoder.preparation}"
+    if components.teacher:
+        content["alignment teacher"] = digest_of_weights(components.teacher, sampled=True)
     return content
 
 

@@ -25,6 +25,8 @@ class AlignmentContext:
         numbers: the method's own random numbers by name, each (B,), uniform on (0, 1).
         teacher: image tokens (B, N, d) that the EMA weights have after a block, counted from 1, for this batch at times (B,),
             under the same noise and the same condition, dropped where the student's is.
+        frozen_teacher: image tokens (B, N, d) that the frozen teacher has after a block, counted from 1, for this batch, with
+            classifier-free guidance of a scale in them; of a sample whose condition is dropped without.
         tokens: image tokens (B, N, d) of this forward pass after each block of the method's `target_blocks`, without gradient.
     """
 
@@ -35,6 +37,7 @@ class AlignmentContext:
     vision_features: torch.Tensor | None = None
     numbers: dict[str, torch.Tensor] = field(default_factory=dict)
     teacher: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    frozen_teacher: Callable[[int, float], torch.Tensor] | None = None
     tokens: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -92,7 +95,7 @@ class AlignmentMethod(ABC):
         numbers: names of the random numbers that each sample is given for it.
 
     Attributes:
-        needs: what `target` reads beside the latents: vision_features, pixel_values, teacher.
+        needs: what `target` reads beside the latents: vision_features, pixel_values, teacher, frozen_teacher.
         final: end of the head: linear, norm or adaln.
         target_blocks: blocks of the same forward pass whose tokens `target` reads, counted from 1.
     """
@@ -164,6 +167,11 @@ class AlignmentMethod(ABC):
         Raises:
             OptionError: it cannot be opened.
         """
+        return None
+
+    @classmethod
+    def teacher_of(cls, options: OtherOptions) -> str | None:
+        """Hub id or folder of the pipeline whose transformer is the frozen teacher; None where there is none."""
         return None
 
     @classmethod

@@ -82,8 +82,8 @@ class AlignmentOptions(MethodOptions):
     )
     alignment_teacher_block: int | None = option(
         None,
-        "Block that a method which learns from the model itself aligns to, counted from 1: for `sra` of the EMA weights, for "
-        "others of the same forward pass. Default: the method's own, see docs/alignment.md.",
+        "Block that `sra`, `layersync` and `self` align to, counted from 1: of the EMA weights, of the same forward pass, of "
+        "--alignment_teacher. Default: the method's own, see docs/alignment.md.",
         resume="fixed",
     )
 

@@ -6,6 +6,7 @@ from vaerepa.alignment.dispersive import DispersiveAlignment
 from vaerepa.alignment.layersync import LayerSyncAlignment
 from vaerepa.alignment.method import AlignmentMethod
 from vaerepa.alignment.repa import REPAAlignment
+from vaerepa.alignment.self_transcendence import SelfAlignment
 from vaerepa.alignment.sra import SRAAlignment
 from vaerepa.alignment.vae import VAEAlignment
 
@@ -17,6 +18,7 @@ METHODS: dict[str, type[AlignmentMethod]] = {
         SRAAlignment,
         LayerSyncAlignment,
         DispersiveAlignment,
+        SelfAlignment,
     )
 }
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -99,6 +100,25 @@ def load_stock_pipeline(name: str, **where: str | None) -> tuple[DiffusionPipeli
         return family.pipeline_class(index["_class_name"]).from_pretrained(name, **where), family
     except UNREADABLE as error:
         raise OptionError(f"{name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
+
+
+def load_transformer(flag: str, name: str, family: Family, cache_dir: str | None) -> nn.Module:
+    """The transformer of a stock pipeline of a family, frozen, in training form.
+
+    Raises:
+        OptionError: nothing there, or a pipeline of another family.
+    """
+    index = load_index(flag, name, cache_dir=cache_dir)
+    kind = index.get("_class_name")
+    if kind not in family.pipelines:
+        raise OptionError(f"--{flag} {name} holds a {kind}; expected one of {', '.join(family.pipelines)}.")
+    try:
+        transformer = getattr(diffusers, index["transformer"][1]).from_pretrained(
+            name, subfolder="transformer", cache_dir=cache_dir, dtype=torch.get_default_dtype()
+        )
+    except UNREADABLE as error:
+        raise OptionError(f"--{flag} {name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
+    return family.to_training_form(transformer).eval().requires_grad_(False)
 
 
 def find_family(

@@ -38,6 +38,7 @@ class Setup:
         latent_statistics: mean and standard deviation of the latents per channel.
         content: digests of data and frozen models; a restart compares them.
         alignments: all alignments of the run, ended ones too.
+        teacher: frozen transformer that one of them aligns to.
         base_heads: alignment heads of the pipeline that is fine-tuned, if it has some.
         base_weights: initial weights of a full fine-tuning, on the CPU of the main process; else empty.
     """
@@ -57,6 +58,7 @@ class Setup:
     latent_statistics: list[list[float]]
     content: past.Digests
     alignments: list[Alignment]
+    teacher: nn.Module | None
     base_heads: StoredHeads | None
     base_weights: dict[str, torch.Tensor]
     evaluation: TrainingEvaluation | None
@@ -123,6 +125,7 @@ def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[
         latent_statistics=latent_statistics,
         content=content,
         alignments=build_alignments(options, components, transformer, latent_statistics),
+        teacher=components.teacher,
         base_heads=components.heads,
         base_weights=base_weights,
         evaluation=open_evaluation(

@@ -140,8 +140,11 @@ class TrainingState:
         return self.skipped_images_before + int(self.setup.accelerator.reduce(counts, reduction="sum"))
 
     def _narrow_feed(self) -> None:
-        """Limits batches to the inputs that the remaining alignments need."""
-        self.setup.feed.narrow({need for alignment in self.alignments for need in alignment.method.needs})
+        """Limits batches to the inputs that the remaining alignments need, and keeps a teacher on the device for them alone."""
+        needs = {need for alignment in self.alignments for need in alignment.method.needs}
+        self.setup.feed.narrow(needs)
+        if self.setup.teacher:
+            self.setup.teacher.to(self.setup.accelerator.device if "frozen_teacher" in needs else "cpu")
 
     # ---- checkpoints
 

@@ -1,6 +1,9 @@
-"""The teacher of self-alignment: hidden states of the EMA weights for the same images at other times."""
+"""Teachers of self-alignment: hidden states of the EMA weights at other times, and of a frozen earlier model."""
+
+from dataclasses import replace
 
 import torch
+from torch import nn
 
 from vaerepa.alignment.taps import output_of
 from vaerepa.data import Batch
@@ -16,7 +19,32 @@ def teacher_tokens(setup: Setup, ema: EMA, batch: Batch, t: torch.Tensor, block:
         t: times for the teacher, shape (B,).
         block: number of the block, counted from 1.
     """
-    family, transformer = setup.family, ema.exported
+    return _tokens(setup, ema.exported, batch, t, block)
+
+
+def frozen_teacher_tokens(setup: Setup, batch: Batch, block: int, guidance: float) -> torch.Tensor:
+    """Guided image tokens (B, N, d) after a block of the frozen teacher, see `AlignmentContext.frozen_teacher`.
+
+    They are n + w (c - n) of tokens c under the condition of the batch and n under none, at the student's noise and times.
+
+    Args:
+        batch: what the student sees.
+        block: counted from 1.
+        guidance: scale w; 1 is none.
+    """
+    conditional = _tokens(setup, setup.teacher, batch, batch.t, block).to(batch.latents.dtype)
+    if guidance == 1:
+        return conditional
+    if batch.text is None:
+        null = replace(batch, drop=torch.ones_like(batch.drop))
+    else:
+        null = replace(batch, text=setup.feed.prompts.condition([""] * len(batch.t)))
+    unconditional = _tokens(setup, setup.teacher, null, batch.t, block).to(batch.latents.dtype)
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def _tokens(setup: Setup, transformer: nn.Module, batch: Batch, t: torch.Tensor, block: int) -> torch.Tensor:
+    family = setup.family
     noisy, _ = setup.objective.corrupt(batch.latents, batch.noise, t)
     inputs = family.inputs(setup.transformer, setup.objective.timesteps(t), batch)
     with setup.accelerator.autocast():
