@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,17 +16,24 @@ if hasattr(os, "sched_setaffinity") and "PYTEST_XDIST_WORKER" in os.environ:
     os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 import train_vaerepa
-from tests import text_models
+from tests import class_models, helpers_data, text_models, vision_models
+from tests.helpers_data import SHARDS
+from tests.helpers_runs import PRETRAINED, command_line
+from tests.helpers_stock import StockProcess
+from vaerepa.families import Size
+from vaerepa.families.dit import DiT, new_transformer
+from vaerepa.objectives import FlowMatching
 
 ROOT = Path(train_vaerepa.__file__).parent
-NUM_CLASSES = 3
+CLASS_NAMES = ["ash", "birch, white birch", "cedar"]
 CAPTIONS = ["a red cat", "two dogs in snow", "a blue house", "tree"]
 
 
@@ -35,11 +43,11 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "data").mkdir()
     random = np.random.default_rng(0)
-    features = Features({"image": Image(), "label": ClassLabel(names=["ash", "birch, white birch", "cedar"])})
+    features = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)})
 
     def write(name: str, count: int) -> None:
         pixels = random.integers(0, 256, (count, 20, 24, 3), dtype=np.uint8)
-        rows = {"image": list(pixels), "label": [int(i) for i in random.integers(0, NUM_CLASSES, count)]}
+        rows = {"image": list(pixels), "label": [int(i) for i in random.integers(0, len(CLASS_NAMES), count)]}
         Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{name}.parquet")
 
     for shard, count in enumerate((18, 9, 13)):
@@ -76,45 +84,38 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def tiny_run(data: Path, vae: Path, **options) -> list[str]:
+    """The command line of a tiny run from options given by name; True stands for a flag alone, None for no flag."""
+    tiny = {
+        "dataset_name": data,
+        "pretrained_vae_model_name_or_path": vae,
+        "resolution": 16,
+        "model": "custom",
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "patch_size": 2,
+        "num_streams": 4,
+        "shuffle_buffer_size": 16,
+        "global_batch_size": 8,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.9,
+        "logging_steps": 1,
+        "checkpointing_steps": 100,
+        "num_validation_images": 0,
+        "num_validation_samples": 0,
+        "validation_num_inference_steps": 2,
+        "dataloader_num_workers": 0,
+        "report_to": "none",
+    } | options
+    return command_line(tiny)
+
+
 @pytest.fixture
 def arguments(data, vae, tmp_path):
-    """Builds the command line of a tiny run from options given by name; True stands for a flag alone."""
-
-    def build(**options) -> list[str]:
-        tiny = {
-            "dataset_name": data,
-            "pretrained_vae_model_name_or_path": vae,
-            "resolution": 16,
-            "model": "custom",
-            "num_layers": 4,
-            "hidden_size": 32,
-            "num_attention_heads": 2,
-            "patch_size": 2,
-            "num_streams": 4,
-            "shuffle_buffer_size": 16,
-            "global_batch_size": 8,
-            "max_train_steps": 4,
-            "learning_rate": 1e-3,
-            "ema_decay": 0.9,
-            "logging_steps": 1,
-            "checkpointing_steps": 100,
-            "num_validation_images": 0,
-            "num_validation_samples": 0,
-            "validation_num_inference_steps": 2,
-            "dataloader_num_workers": 0,
-            "report_to": "none",
-            "output_dir": tmp_path / "run",
-        } | options
-        line = []
-        for name, value in tiny.items():
-            if value is None:
-                continue
-            line.append(f"--{name}")
-            if value is not True:  # else a flag alone
-                line += map(str, value) if isinstance(value, list | tuple) else [str(value)]
-        return line
-
-    return build
+    """Builds the command line of a tiny run into a folder of the test's own."""
+    return lambda **options: tiny_run(data, vae, **{"output_dir": tmp_path / "run"} | options)
 
 
 @pytest.fixture
@@ -158,30 +159,119 @@ def pipelines(tmp_path_factory):
     return folder_of
 
 
+@pytest.fixture(scope="session")
+def tuning(captioned, pipelines):
+    """Builds the options of a run that fine-tunes the tiny pipeline of a family, over those of any run."""
+
+    def build(family: str, **options) -> dict:
+        tiny = {
+            "dataset_name": captioned,
+            "text_conditioning": True,
+            "pretrained_model_name_or_path": pipelines(family),
+            "max_sequence_length": 24,
+            "alignment_stop_step": 500,
+            "validation_guidance_scale": 2.0,
+        }
+        return PRETRAINED | tiny | options
+
+    return build
+
+
 @pytest.fixture
-def finetune(train, captioned, pipelines):
+def finetune(train, tuning):
     """Fine-tunes the tiny pipeline of a family."""
+    return lambda family, **options: train(**tuning(family, **options))
 
-    def run(family: str, **options) -> Path:
-        return train(
-            **{
-                "dataset_name": captioned,
-                "text_conditioning": True,
-                "pretrained_model_name_or_path": pipelines(family),
-                "pretrained_vae_model_name_or_path": None,
-                "model": None,
-                "num_layers": None,
-                "hidden_size": None,
-                "num_attention_heads": None,
-                "patch_size": None,
-                "max_sequence_length": 24,
-                "alignment_stop_step": 500,
-                "validation_guidance_scale": 2.0,
-            }
-            | options
-        )
 
-    return run
+@pytest.fixture(scope="session")
+def rectangles(tmp_path_factory) -> Path:
+    """40 captioned pictures: upright, wide and nearly square."""
+    folder, random = tmp_path_factory.mktemp("rectangles"), np.random.default_rng(2)
+    pictures = [
+        random.integers(0, 256, ((30, 20), (20, 34), (23, 24))[i % 3] + (3,), dtype=np.uint8) for i in range(40)
+    ]
+    rows = {"image": pictures, "text": [CAPTIONS[i % len(CAPTIONS)] for i in range(40)]}
+    features = Features({"image": Image(), "text": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def damaged(data, tmp_path_factory) -> Path:
+    """The pictures of `data`, two of them damaged."""
+    folder = tmp_path_factory.mktemp("some_damaged") / "pictures"
+    shutil.copytree(data, folder)
+    path = folder / "data/train-00001-of-00003.parquet"
+    features = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)})
+    rows = Dataset.from_parquet(str(path)).cast_column("image", Image(decode=False)).to_list()
+    for row in (2, 7):
+        rows[row]["image"] = {"bytes": b"no image", "path": None}
+    Dataset.from_list(rows, features=features).to_parquet(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dit_pipeline(vae, tmp_path_factory):
+    """Saves a DiTPipeline whose classes are those of `data`, and returns its folder."""
+
+    def build(id2label=None, scheduler=None, **kinds) -> Path:
+        scheduler = scheduler or DDIMScheduler(beta_schedule="linear", steps_offset=1)
+        stock = DiTPipeline(class_models.build(**kinds), AutoencoderKL.from_pretrained(vae), scheduler)
+        stock.register_to_config(id2label=id2label or {str(i): name for i, name in enumerate(CLASS_NAMES)})
+        folder = tmp_path_factory.mktemp("dit") / "base"
+        stock.save_pretrained(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def flow_pipeline(vae, tmp_path_factory) -> Path:
+    """A tiny untrained class-conditional flow of three classes."""
+    torch.manual_seed(0)
+    transformer = DiT().to_stock_form(new_transformer(Size(2, 32, 2), 2, 4, 8, 3))
+    parts = transformer, AutoencoderKL.from_pretrained(vae), FlowMatching().scheduler
+    folder = tmp_path_factory.mktemp("pipeline")
+    DiT().build_pipeline(DiTPipeline, *parts, id2label=dict(enumerate(CLASS_NAMES))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory) -> Path:
+    """A hundred numbered pictures in seven parquet files of unequal size, most of several row groups."""
+    rows = helpers_data.rows(range(sum(SHARDS)))
+    return helpers_data.write_split(tmp_path_factory.mktemp("numbered"), rows, shards=SHARDS, batch_size=5)
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Four cats and three dogs in folders of their own; red tells which."""
+    for name, reds in (("cat", (10, 20, 30, 40)), ("dog", (110, 120, 130))):
+        (tmp_path / name).mkdir()
+        for red in reds:
+            PIL.Image.new("RGB", (20, 16), (red, 0, 0)).save(tmp_path / name / f"{red}.png")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory):
+    """Folders of the tiny vision transformers by kind, each made once."""
+    folders: dict[str, str] = {}
+
+    def folder_of(kind: str) -> str:
+        if kind not in folders:
+            folders[kind] = str(vision_models.save(kind, tmp_path_factory.mktemp(kind)))
+        return folders[kind]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory):
+    """A process of stock diffusers, without our code."""
+    process = StockProcess(tmp_path_factory.mktemp("stock"))
+    yield process
+    process.close()
 
 
 def launcher(processes: int) -> tuple[list[str], dict[str, str]]:

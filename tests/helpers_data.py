@@ -1,10 +1,47 @@
-"""Samples as runs of the tests read them."""
+"""Pictures and data sets that tests write, and samples as their runs read them."""
 
+import io
 from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from datasets import Dataset, Features, Image, Value
 
 from vaerepa.data import Preprocessing, SampleReader
 from vaerepa.data.batch import Samples
 from vaerepa.data.numbers import Numbers
+
+SHARDS = (18, 9, 13, 1, 30, 4, 25)
+NUMBERED = Features({"image": Image(), "label": Value("int64")})  # the label is the number of the row
+
+
+def encode(image: PIL.Image.Image, file_format: str = "PNG", **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **kwargs)
+    return buffer.getvalue()
+
+
+def picture(index: int, size=(20, 24)) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def rows(labels, bad: dict[int, bytes | None] | None = None) -> dict:
+    """Columns of numbered pictures; `bad` gives other bytes, or no image, to some of them."""
+    encoded = {label: encode(picture(label)) for label in set(labels)} | (bad or {})
+    images = [{"bytes": encoded[label], "path": None} if encoded[label] is not None else None for label in labels]
+    return {"image": images, "label": list(labels)}
+
+
+def write_split(folder: Path, columns: dict, split: str = "train", features=NUMBERED, shards=None, **kwargs) -> Path:
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    shards, start = shards or [len(columns["label"])], 0
+    for shard, size in enumerate(shards):
+        part = {name: values[start : start + size] for name, values in columns.items()}
+        path = folder / "data" / f"{split}-{shard:05d}-of-{len(shards):05d}.parquet"
+        Dataset.from_dict(part, features=features).to_parquet(path, **kwargs)
+        start += size
+    return folder
 
 
 def read_samples(

@@ -1,13 +1,10 @@
-"""Aspect-ratio buckets: images keep about their ratio, and neither workers, processes nor restarts change a sample."""
+"""Aspect-ratio buckets: images keep about their ratio, and neither workers nor processes change a sample."""
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
-from safetensors.torch import load_file
 
-from tests.conftest import CAPTIONS, read_metrics
-from tests.test_text import assert_same_run
+from tests.conftest import read_metrics
+from tests.helpers_runs import assert_same_end
 from vaerepa import objectives
 from vaerepa.data import (
     Preprocessing,
@@ -22,19 +19,6 @@ from vaerepa.options import Options
 
 SIZES = ((16, 16), (12, 20), (20, 12))
 BUCKETS = {"aspect_ratio_buckets": ";".join(f"{height},{width}" for height, width in SIZES)}
-
-
-@pytest.fixture(scope="module")
-def rectangles(tmp_path_factory):
-    """40 captioned pictures: upright, wide and nearly square."""
-    folder, random = tmp_path_factory.mktemp("rectangles"), np.random.default_rng(2)
-    pictures = [
-        random.integers(0, 256, ((30, 20), (20, 34), (23, 24))[i % 3] + (3,), dtype=np.uint8) for i in range(40)
-    ]
-    rows = {"image": pictures, "text": [CAPTIONS[i % len(CAPTIONS)] for i in range(40)]}
-    features = Features({"image": Image(), "text": Value("string")})
-    Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
-    return folder
 
 
 def samples_of(folder, num_workers=0, **settings) -> dict[int, tuple]:
@@ -75,7 +59,7 @@ def test_workers_and_processes_change_no_sample(rectangles, num_processes, num_w
 
 
 @pytest.mark.parametrize("family", ["pixart_sigma", "sd3", "z_image"])
-def test_rectangles_train_and_restart_to_the_bit(family, finetune, rectangles, tmp_path, monkeypatch):
+def test_the_loss_of_a_step_is_the_mean_over_samples_of_all_shapes(family, finetune, rectangles, monkeypatch):
     update, sample_losses, steps = Window.add, [], []
 
     def record(loss):
@@ -91,18 +75,12 @@ def test_rectangles_train_and_restart_to_the_bit(family, finetune, rectangles, t
         update(window, **values)
 
     options = BUCKETS | {"dataset_name": rectangles, "gradient_accumulation_steps": 2}
-    with monkeypatch.context() as patch:
-        for objective in (objectives.FlowMatching, objectives.NoisePrediction):
-            patch.setattr(objective, "loss", record(objective.loss))
-        patch.setattr(Window, "add", end_step)
-        whole = finetune(family, output_dir=tmp_path / "whole", **options)
-    finetune(family, output_dir=tmp_path / "parts", max_train_steps=2, **options)
-    finetune(
-        family, output_dir=tmp_path / "parts", resume_from_checkpoint="latest", dataloader_num_workers=2, **options
-    )
-    assert_same_run(whole, tmp_path / "parts", 4)
-    assert sum(map(len, steps)) > 8  # groups of one shape
-    for line, groups in zip(read_metrics(whole, "train/denoising_loss"), steps, strict=True):
+    for objective in (objectives.FlowMatching, objectives.NoisePrediction):
+        monkeypatch.setattr(objective, "loss", record(objective.loss))
+    monkeypatch.setattr(Window, "add", end_step)
+    run = finetune(family, max_train_steps=2, **options)
+    assert sum(map(len, steps)) > 4  # groups of one shape
+    for line, groups in zip(read_metrics(run, "train/denoising_loss"), steps, strict=True):
         losses = torch.cat(groups)  # of each sample of the step
         assert len(losses) == 8
         assert line["train/denoising_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
@@ -113,7 +91,7 @@ def test_a_cache_of_rectangles_changes_no_bit(finetune, rectangles, tmp_path):
     options |= {"max_train_steps": 12, "dataloader_num_workers": 2}
     writing = finetune("sd3", output_dir=tmp_path / "writing", **options)
     reading = finetune("sd3", output_dir=tmp_path / "reading", **options)
-    assert_same_run(writing, reading, 12)
+    assert_same_end(writing, reading, 12)
     finetune("sd3", code=2, output_dir=tmp_path / "other", **options | {"aspect_ratio_buckets": None})
 
 
@@ -122,27 +100,7 @@ def test_precomputed_rectangles_are_those_of_training(finetune, rectangles, tmp_
     finetune("sd3", latents_cache=tmp_path / "ahead", precompute_latents_only=True, **options)
     ahead = finetune("sd3", latents_cache=tmp_path / "ahead", **options)
     along = finetune("sd3", latents_cache=tmp_path / "along", **options | {"output_dir": tmp_path / "other"})
-    assert_same_run(ahead, along, 4)
-
-
-def test_two_processes_take_the_steps_of_one(finetune, launch, captioned, pipelines, rectangles, tmp_path):
-    options = BUCKETS | {"dataset_name": rectangles, "learning_rate": 1e-4, "alignment_stop_step": 500}
-    one = finetune("sd3", output_dir=tmp_path / "one", **options)
-    fresh = dict.fromkeys(
-        ("pretrained_vae_model_name_or_path", "model", "num_layers", "hidden_size", "num_attention_heads", "patch_size")
-    )
-    two = launch(
-        2,
-        output_dir=tmp_path / "two",
-        text_conditioning=True,
-        pretrained_model_name_or_path=pipelines("sd3"),
-        max_sequence_length=24,
-        **fresh | options,
-    )
-    weights = [load_file(run / "checkpoint-4/state/transformer.safetensors") for run in (one, two)]
-    assert all(torch.allclose(weights[0][name], weights[1][name], atol=2e-5) for name in weights[0])
-    losses = [[line["train/loss"] for line in read_metrics(run, "train/loss")] for run in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert_same_end(ahead, along, 4)
 
 
 def test_sizes_found_by_themselves_have_the_area_of_the_square():

@@ -1,6 +1,5 @@
 """Every image once per epoch, in an order that no number of processes or workers changes; images of all kinds; bad ones."""
 
-import io
 import re
 import shutil
 import struct
@@ -12,9 +11,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Features, Image, Value
 
 import vaerepa.data.source
+from tests.helpers_data import NUMBERED, SHARDS, encode, picture, rows, write_split
 from vaerepa.data import (
     DataError,
     Preprocessing,
@@ -27,7 +27,6 @@ from vaerepa.data import (
 from vaerepa.errors import OptionError
 
 RESOLUTION = 16
-SHARDS = (18, 9, 13, 1, 30, 4, 25)
 NUM_ROWS = sum(SHARDS)
 EPOCHS = 3
 STREAMS = 12
@@ -36,41 +35,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than cores
 ]
-NUMBERED = Features({"image": Image(), "label": Value("int64")})  # the label is the number of the row
-
-
-def encode(image: PIL.Image.Image, file_format: str = "PNG", **kwargs) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **kwargs)
-    return buffer.getvalue()
-
-
-def picture(index: int, size=(20, 24)) -> PIL.Image.Image:
-    return PIL.Image.fromarray(np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8))
-
-
-def rows(labels, bad: dict[int, bytes | None] | None = None) -> dict:
-    """Columns of numbered pictures; `bad` gives other bytes, or no image, to some of them."""
-    encoded = {label: encode(picture(label)) for label in set(labels)} | (bad or {})
-    images = [{"bytes": encoded[label], "path": None} if encoded[label] is not None else None for label in labels]
-    return {"image": images, "label": list(labels)}
-
-
-def write_split(folder: Path, columns: dict, split: str = "train", features=NUMBERED, shards=None, **kwargs) -> Path:
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    shards, start = shards or [len(columns["label"])], 0
-    for shard, size in enumerate(shards):
-        part = {name: values[start : start + size] for name, values in columns.items()}
-        path = folder / "data" / f"{split}-{shard:05d}-of-{len(shards):05d}.parquet"
-        Dataset.from_dict(part, features=features).to_parquet(path, **kwargs)
-        start += size
-    return folder
-
-
-@pytest.fixture(scope="module")
-def numbered(tmp_path_factory) -> Path:
-    """A hundred numbered pictures in seven parquet files of unequal size, most of several row groups."""
-    return write_split(tmp_path_factory.mktemp("numbered"), rows(range(NUM_ROWS)), shards=SHARDS, batch_size=5)
 
 
 @pytest.fixture(scope="module")
@@ -559,16 +523,6 @@ def test_a_stream_without_an_image_is_an_error(tmp_path, num_workers):
 
 
 # ---- image folders
-
-
-@pytest.fixture
-def image_folder(tmp_path):
-    """Four cats and three dogs in folders of their own; red tells which."""
-    for name, reds in (("cat", (10, 20, 30, 40)), ("dog", (110, 120, 130))):
-        (tmp_path / name).mkdir()
-        for red in reds:
-            solid("RGB", (red, 0, 0)).save(tmp_path / name / f"{red}.png")
-    return tmp_path
 
 
 def test_an_image_folder_takes_its_classes_from_folder_names(image_folder):

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.conftest import read_metrics
-from tests.test_training import DOUBLE
 from vaerepa.alignment import AlignmentContext
 from vaerepa.alignment.dispersive import DispersiveAlignment
 
@@ -48,33 +46,14 @@ def test_devices_that_take_samples_in_turn_have_the_same_loss():
         assert torch.allclose(losses_of(method, z[device::2]), whole[device::2], rtol=1e-12)
 
 
-def test_a_run_restarts_to_the_bit_and_adds_its_loss(train, tmp_path):
-    options = DISPERSIVE | {"alignment": ["vae", "dispersive"], "checkpointing_steps": 2}
-    whole = train(**options, max_train_steps=4, output_dir=tmp_path / "whole")
-    for steps in (2, 4):
-        pieces = train(
-            **options, max_train_steps=steps, output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
-        )
-    for name in ("transformer", "optimizer", "ema_0.9"):
-        one, other = (load_file(run / f"checkpoint-4/state/{name}.safetensors") for run in (whole, pieces))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
+def test_a_run_adds_its_loss_and_the_card_says_so(train):
+    run = train(alignment=["vae", "dispersive"], alignment_group_size=4)
     names = [f"train/{name}" for name in ("loss", "denoising_loss", "alignment_loss_vae", "alignment_loss_dispersive")]
-    for line in read_metrics(whole, *names):
+    for line in read_metrics(run, *names):
         loss, denoising, vae, dispersive = (line[name] for name in names)
         assert loss == pytest.approx(denoising + vae + 0.5 * dispersive, rel=1e-5)
         assert dispersive < 0
-    assert "pushed apart" in (whole / "README.md").read_text()
-
-
-def test_one_and_two_processes_make_the_same_steps(launch, tmp_path):
-    script = tmp_path / "double.py"
-    script.write_text(DOUBLE)
-    ends = []
-    for processes in (1, 2):
-        run = launch(processes, script, **DISPERSIVE, max_train_steps=4, output_dir=tmp_path / f"run-{processes}")
-        ends.append(load_file(run / "checkpoint-4/state/transformer.safetensors"))
-    assert max((ends[0][name] - ends[1][name]).abs().max().item() for name in ends[0]) < 1e-10
+    assert "pushed apart" in (run / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Evaluation, as far as it needs no torch-fidelity: what is drawn, statistics, the reference, refusals."""
 
 import json
-import subprocess
 import sys
 
 import mpmath
@@ -10,21 +9,18 @@ import pytest
 import scipy.linalg
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
 from PIL import Image
 from torch import nn
 
 from tests import text_models
-from tests.conftest import ROOT, launcher
-from vaerepa import evaluate, objectives
+from vaerepa import evaluate
 from vaerepa.data import open_images
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.features import Measured, measure
 from vaerepa.evaluation.reference import measure_source, open_npz, write_statistics
 from vaerepa.evaluation.samples import balanced, choose_labels, generate_missing, image_path, read_pixels, write_npz
 from vaerepa.evaluation.statistics import Statistics, Sums, frechet_distance
-from vaerepa.families import Size
-from vaerepa.families.dit import DiT, new_transformer
 
 COUNT = 10
 
@@ -34,27 +30,13 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-@pytest.fixture(scope="module")
-def pipeline(vae, tmp_path_factory):
-    """A tiny untrained class-conditional flow of three classes."""
-    torch.manual_seed(0)
-    transformer = new_transformer(Size(2, 32, 2), 2, 4, 8, 3)
-    scheduler = objectives.FlowMatching().scheduler
-    folder, names = tmp_path_factory.mktemp("pipeline"), {0: "ash", 1: "birch, white birch", 2: "cedar"}
-    pipeline = DiT().build_pipeline(
-        DiTPipeline, DiT().to_stock_form(transformer), AutoencoderKL.from_pretrained(vae), scheduler, id2label=names
-    )
-    pipeline.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def sample(pipeline, tmp_path):
+def sample(flow_pipeline, tmp_path):
     """Draws a few images in this process; returns the folder."""
 
     def run(code: int = 0, **options):
         given = {
-            "pretrained_model_name_or_path": pipeline,
+            "pretrained_model_name_or_path": flow_pipeline,
             "output_dir": tmp_path / "samples",
             "num_samples": COUNT,
             "num_inference_steps": 2,
@@ -64,15 +46,6 @@ def sample(pipeline, tmp_path):
         return given["output_dir"]
 
     return run
-
-
-def command_line(options: dict) -> list[str]:
-    line = []
-    for name, value in options.items():
-        if value is not None:
-            several = value if isinstance(value, list | tuple) else [value]
-            line += [f"--{name}", *([] if value is True else map(str, several))]
-    return line
 
 
 def pixels_of(folder, count: int = COUNT) -> np.ndarray:
@@ -205,26 +178,6 @@ def test_a_failing_draw_leaves_whole_images_only(accelerator, tmp_path):
     assert drawn == [0, 1, 2, 3]
 
 
-def test_two_processes_draw_what_one_draws(sample, pipeline, tmp_path):
-    alone = sample(sampler="sde", guidance_scale=2.0, guidance_interval=(0.2, 0.8))
-    command, environment = launcher(2)
-    options = {
-        "pretrained_model_name_or_path": pipeline,
-        "output_dir": tmp_path / "two",
-        "num_samples": COUNT,
-        "num_inference_steps": 2,
-        "batch_size": 3,
-        "guidance_scale": 2.0,
-        "guidance_interval": (0.2, 0.8),
-    }
-    result = subprocess.run(
-        [*command, "-m", "vaerepa.evaluate", *command_line(options)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert np.abs(pixels_of(alone) - pixels_of(tmp_path / "two")).max() <= 1
-
-
 def test_the_first_images_of_more_are_those_of_fewer(sample, tmp_path):
     few = pixels_of(sample())
     more = pixels_of(sample(num_samples=COUNT + 3), COUNT + 3)
@@ -271,7 +224,7 @@ def test_prompts_come_from_a_file(tmp_path):
     assert np.abs(one_by_one[0] - one_by_one[1]).max() > 1
 
 
-def test_a_noise_model_is_sampled_by_its_own_scheduler(pipeline, sample, tmp_path, capsys):
+def test_a_noise_model_is_sampled_by_its_own_scheduler(flow_pipeline, sample, tmp_path, capsys):
     model = DiTPipeline.from_pretrained(pipeline)
     for scheduler in (DDIMScheduler(clip_sample=False), DDPMScheduler()):
         model.scheduler = scheduler

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from tests.conftest import ROOT, launcher, read_metrics
-from tests.test_evaluation import command_line, pipeline  # noqa: F401
+from tests.helpers_runs import command_line
 from vaerepa import evaluate
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.extractor import PUBLISHED_WEIGHTS, open_extractor
@@ -169,9 +169,9 @@ def test_fid_of_photos_is_that_of_pytorch_fid():
 # ---- whole runs
 
 
-def test_a_run_says_what_its_numbers_depend_on(pipeline, data, weights, tmp_path, capsys):  # noqa: F811
+def test_a_run_says_what_its_numbers_depend_on(flow_pipeline, data, weights, tmp_path, capsys):
     options = {
-        "pretrained_model_name_or_path": pipeline,
+        "pretrained_model_name_or_path": flow_pipeline,
         "reference": data,
         "num_reference_images": 12,
         "inception_weights": weights,
@@ -203,9 +203,9 @@ def test_a_run_says_what_its_numbers_depend_on(pipeline, data, weights, tmp_path
         assert report["samples"]["weights"] in line
 
 
-def test_two_processes_measure_what_one_measures(pipeline, data, weights, tmp_path):  # noqa: F811
+def test_two_processes_measure_what_one_measures(flow_pipeline, data, weights, tmp_path):
     options = {
-        "pretrained_model_name_or_path": pipeline,
+        "pretrained_model_name_or_path": flow_pipeline,
         "reference": data,
         "reference_split": "validation",
         "inception_weights": weights,

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image
 
 from tests.conftest import ROOT, launcher, read_metrics
-from tests.test_restart import EXACT, assert_same_end
+from tests.helpers_runs import EXACT, assert_same_end
 from vaerepa import checkpoints
 from vaerepa.checkpoints import find_damage
 from vaerepa.data import Preprocessing, SampleReader, TrainingNumbers, images, open_sources, workers

@@ -9,7 +9,6 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DiTPipeline,
-    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -17,38 +16,11 @@ from safetensors.torch import load_file
 
 from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
+from tests.helpers_runs import PRETRAINED
 from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.objectives import NoisePrediction, sample_timestep
 
 NAMES = {"0": "ash", "1": "birch, white birch", "2": "cedar"}  # the data set's
-PRETRAINED = dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "patch_size"))
-PRETRAINED |= {"model": None, "pretrained_vae_model_name_or_path": None}
-
-
-def build_transformer(learned_sigma: bool = True, equal_embedders: bool = False) -> DiTTransformer2DModel:
-    """A stock model whose blocks have different embedders, as one that was trained with stock diffusers has."""
-    torch.manual_seed(1)
-    transformer = DiTTransformer2DModel(
-        2, 16, in_channels=4, out_channels=8 if learned_sigma else 4, num_layers=3, sample_size=8, patch_size=2
-    )
-    if equal_embedders:
-        for block in transformer.transformer_blocks:
-            block.norm1.emb.load_state_dict(transformer.transformer_blocks[0].norm1.emb.state_dict())
-    return transformer.eval()
-
-
-@pytest.fixture
-def pipeline(vae, tmp_path):
-    """Saves a DiTPipeline and returns its folder."""
-
-    def build(id2label=NAMES, scheduler=None, **kinds) -> str:
-        scheduler = scheduler or DDIMScheduler(beta_schedule="linear", steps_offset=1)
-        stock = DiTPipeline(build_transformer(**kinds), AutoencoderKL.from_pretrained(vae), scheduler)
-        stock.register_to_config(id2label=id2label)
-        stock.save_pretrained(tmp_path / "base")
-        return str(tmp_path / "base")
-
-    return build
 
 
 def weights_of(run, folder="transformer") -> dict[str, torch.Tensor]:
@@ -59,10 +31,10 @@ def variance_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.unflatten(0, (2, 2, 8))[:, :, 4:]
 
 
-def test_a_learned_sigma_and_separate_embedders_survive(train, pipeline, tmp_path, caplog):
-    base = pipeline()
+def test_a_learned_sigma_and_separate_embedders_survive(train, dit_pipeline, tmp_path, caplog):
+    base = dit_pipeline()
     run = train(**PRETRAINED, pretrained_model_name_or_path=base, use_ema=None, no_use_ema=True, adam_weight_decay=0.1)
-    before, after = weights_of(tmp_path / "base"), weights_of(run)
+    before, after = weights_of(base), weights_of(run)
     assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
     for name in ("proj_out_2.weight", "proj_out_2.bias"):
         assert torch.equal(variance_rows(before[name]), variance_rows(after[name]))
@@ -78,45 +50,45 @@ def test_a_learned_sigma_and_separate_embedders_survive(train, pipeline, tmp_pat
     assert images.shape == (2, 16, 16, 3)
 
 
-def test_without_a_step_nothing_changes(train, pipeline, tmp_path):
+def test_without_a_step_nothing_changes(train, dit_pipeline, tmp_path):
     """A step of learning rate almost 0 returns the very model: rows in their places, outputs alike."""
-    base = pipeline()
+    base = dit_pipeline()
     run = train(**PRETRAINED, pretrained_model_name_or_path=base, max_train_steps=1, learning_rate=1e-30)
-    before, after = weights_of(tmp_path / "base"), weights_of(run)
+    before, after = weights_of(base), weights_of(run)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_embedders_are_shared_only_when_equal(train, pipeline, equal):
+def test_embedders_are_shared_only_when_equal(train, dit_pipeline, equal):
     run = train(
         **PRETRAINED,
-        pretrained_model_name_or_path=pipeline(equal_embedders=equal, learned_sigma=False),
+        pretrained_model_name_or_path=dit_pipeline(equal_embedders=equal, learned_sigma=False),
         max_train_steps=2,
     )
     state = load_file(run / "checkpoint-2/state/transformer.safetensors")
     assert sum("class_embedder" in name for name in state) == (1 if equal else 3)
 
 
-def test_the_same_classes_keep_their_rows_whatever_their_synonyms(train, pipeline, tmp_path):
-    base = pipeline(id2label={"0": "Ash", "1": "birch", "2": "cedar, Cedrus"})
+def test_the_same_classes_keep_their_rows_whatever_their_synonyms(train, dit_pipeline, tmp_path):
+    base = dit_pipeline(id2label={"0": "Ash", "1": "birch", "2": "cedar, Cedrus"})
     run = train(**PRETRAINED, pretrained_model_name_or_path=base, max_train_steps=1, learning_rate=1e-30)
-    before, after = weights_of(tmp_path / "base"), weights_of(run)
+    before, after = weights_of(base), weights_of(run)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_new_classes_get_new_rows_and_the_null_row_stays(train, pipeline, tmp_path):
-    base = pipeline(id2label={"0": "cat", "1": "dog", "2": "eel"})
+def test_new_classes_get_new_rows_and_the_null_row_stays(train, dit_pipeline, tmp_path):
+    base = dit_pipeline(id2label={"0": "cat", "1": "dog", "2": "eel"})
     run = train(**PRETRAINED, pretrained_model_name_or_path=base, max_train_steps=1, learning_rate=1e-30, seed=5)
     name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
-    before, after = weights_of(tmp_path / "base")[name], weights_of(run)[name]
+    before, after = weights_of(base)[name], weights_of(run)[name]
     assert not torch.isclose(before[:3], after[:3]).all(1).any()
     assert after[:3].std().item() == pytest.approx(0.02, rel=0.3)
     assert torch.equal(before[3:], after[3:])
     assert json.loads((run / "model_index.json").read_text())["id2label"] == NAMES
 
 
-def test_the_loss_is_the_ddpm_loss(train, pipeline, data, tmp_path):
-    base = pipeline()
+def test_the_loss_is_the_ddpm_loss(train, dit_pipeline, data, tmp_path):
+    base = dit_pipeline()
     run = train(**PRETRAINED, pretrained_model_name_or_path=base, max_train_steps=1, seed=3, alignment="none")
     source = open_sources(str(data)).train
     samples = read_samples(source, TrainingNumbers(3, 0.1), seed=3)
@@ -144,8 +116,10 @@ def test_an_export_of_ours_goes_on_as_flow(train, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["ddpm", "flow_matching"])
-def test_another_objective_can_be_asked_for(train, pipeline, objective):
-    run = train(**PRETRAINED, pretrained_model_name_or_path=pipeline(), objective=objective, num_validation_images=2)
+def test_another_objective_can_be_asked_for(train, dit_pipeline, objective):
+    run = train(
+        **PRETRAINED, pretrained_model_name_or_path=dit_pipeline(), objective=objective, num_validation_images=2
+    )
     stock = DiffusionPipeline.from_pretrained(run)
     expected = {"ddpm": "epsilon", "flow_matching": "flow_prediction"}[objective]
     assert stock.scheduler.config.prediction_type == expected
@@ -160,18 +134,6 @@ def test_ddpm_from_scratch_is_exported_with_dits_noise(train):
     assert torch.allclose(scheduler.betas.double(), torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), rtol=1e-4)
 
 
-def test_restarts_of_a_fine_tuning_are_exact(train, pipeline, tmp_path):
-    options = {**PRETRAINED, "pretrained_model_name_or_path": pipeline(), "max_train_steps": 4}
-    whole = train(**options, output_dir=tmp_path / "whole")
-    for steps in (3, 4):
-        pieces = train(
-            **(options | {"max_train_steps": steps}), output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
-        )
-    for folder in ("transformer", "checkpoint-4/transformer"):
-        one, other = weights_of(whole, folder), weights_of(pieces, folder)
-        assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -184,14 +146,14 @@ def test_restarts_of_a_fine_tuning_are_exact(train, pipeline, tmp_path):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_does_not_fit_is_refused(train, pipeline, capfd, options, words):
-    train(code=2, **(PRETRAINED | {"pretrained_model_name_or_path": pipeline()} | options))
+def test_what_does_not_fit_is_refused(train, dit_pipeline, capfd, options, words):
+    train(code=2, **(PRETRAINED | {"pretrained_model_name_or_path": dit_pipeline()} | options))
     message = capfd.readouterr().err.strip().splitlines()[-1]
     assert all(word in message for word in words), message
 
 
-def test_another_prediction_is_refused_unless_an_objective_is_given(train, pipeline, capfd):
-    base = pipeline(scheduler=DDIMScheduler(prediction_type="v_prediction"))
+def test_another_prediction_is_refused_unless_an_objective_is_given(train, dit_pipeline, capfd):
+    base = dit_pipeline(scheduler=DDIMScheduler(prediction_type="v_prediction"))
     train(code=2, **PRETRAINED, pretrained_model_name_or_path=base)
     assert "predicts neither noise nor velocity" in capfd.readouterr().err
     run = train(**PRETRAINED, pretrained_model_name_or_path=base, objective="ddpm", max_train_steps=1)
@@ -260,9 +222,9 @@ def test_a_checkpoint_from_before_keeps_its_density(train, tmp_path, capsys):
     assert read_metrics(whole, "train/loss") == read_metrics(old, "train/loss")
 
 
-def test_a_vae_of_other_channels_is_refused(train, pipeline, vae, tmp_path, capfd):
+def test_a_vae_of_other_channels_is_refused(train, dit_pipeline, vae, tmp_path, capfd):
     config = {**AutoencoderKL.load_config(vae), "latent_channels": 8}
     AutoencoderKL.from_config(config).save_pretrained(tmp_path / "vae")
     options = PRETRAINED | {"pretrained_vae_model_name_or_path": tmp_path / "vae"}
-    train(code=2, **options, pretrained_model_name_or_path=pipeline())
+    train(code=2, **options, pretrained_model_name_or_path=dit_pipeline())
     assert "the VAE has 8 latent channels, the pretrained transformer 4" in capfd.readouterr().err

@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline
 from safetensors.torch import load_file
 
-from tests import text_models
-from tests.test_finetuning import PRETRAINED, build_transformer
-from tests.test_text import draw_in_stock, picture_in_grid
+from tests import class_models, text_models
+from tests.helpers_runs import PRETRAINED
+from tests.helpers_stock import picture_in_grid
 
 FROZEN = {"sd3_5": ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")}
 FROZEN |= dict.fromkeys(("pixart_alpha", "z_image"), ("vae", "text_encoder"))
@@ -80,7 +80,7 @@ def test_of_several_variants_the_one_that_is_loaded_counts(finetune, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_vae_of_a_class_conditional_model_keeps_its_dtype(dtype, train, vae, tmp_path):
-    parts = build_transformer(), AutoencoderKL.from_pretrained(vae), DDIMScheduler(beta_schedule="linear")
+    parts = class_models.build(), AutoencoderKL.from_pretrained(vae), DDIMScheduler(beta_schedule="linear")
     DiTPipeline(*parts).to(dtype=dtype).save_pretrained(tmp_path / "base")
     run = train(**PRETRAINED, pretrained_model_name_or_path=tmp_path / "base", max_train_steps=1)
     assert_same_files(tmp_path / "base", run, ("vae",))
@@ -102,29 +102,29 @@ WITHOUT_T5 = {"validation_prompts": ["a red cat"], "num_validation_images": 1}
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_stable_diffusion_3_trains_without_t5(cached, finetune, without_t5, tmp_path):
+def test_stable_diffusion_3_trains_without_t5(cached, finetune, stock, without_t5, tmp_path):
     options = {
         "pretrained_model_name_or_path": without_t5,
         **WITHOUT_T5,
         **({"cache_text_embeddings": True} if cached else {}),
     }
     run = finetune("sd3", **options)
-    [picture] = draw_in_stock(tmp_path, (run, None), text_encoder_3=None, tokenizer_3=None)
+    [picture] = stock.draw(tmp_path, (run, None), text_encoder_3=None, tokenizer_3=None)
     assert abs(picture - picture_in_grid(run, 4)).max() <= 1
     assert "text_encoder_3=None, tokenizer_3=None" in (run / "README.md").read_text()
 
 
-def test_a_lora_of_stable_diffusion_3_trains_without_t5(finetune, without_t5, tmp_path):
+def test_a_lora_of_stable_diffusion_3_trains_without_t5(finetune, stock, without_t5, tmp_path):
     run = finetune("sd3", pretrained_model_name_or_path=without_t5, rank=2, learning_rate=1e-2, **WITHOUT_T5)
-    [picture] = draw_in_stock(tmp_path, (without_t5, run), text_encoder_3=None, tokenizer_3=None)
+    [picture] = stock.draw(tmp_path, (without_t5, run), text_encoder_3=None, tokenizer_3=None)
     assert abs(picture - picture_in_grid(run, 4)).max() <= 1
 
 
-def test_a_model_from_scratch_takes_text_encoders_without_t5(finetune, without_t5, vae, tmp_path):
+def test_a_model_from_scratch_takes_text_encoders_without_t5(finetune, stock, without_t5, vae, tmp_path):
     size = {"num_layers": 4, "hidden_size": 24, "num_attention_heads": 3, "patch_size": 2}
     given = {"pretrained_text_encoder_model_name_or_path": without_t5, "pretrained_vae_model_name_or_path": vae}
     run = finetune("sd3", pretrained_model_name_or_path=None, model="custom-MMDiT", **size, **given, **WITHOUT_T5)
-    [picture] = draw_in_stock(tmp_path, (run, None), text_encoder_3=None, tokenizer_3=None)
+    [picture] = stock.draw(tmp_path, (run, None), text_encoder_3=None, tokenizer_3=None)
     assert abs(picture - picture_in_grid(run, 4)).max() <= 1
 
 

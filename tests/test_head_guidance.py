@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline_vaerepa import GuidingHead, VAEREPAPipeline, head_velocity
 from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
-from tests.test_pipeline import GaussianField, build_pipeline, build_scheduler
+from tests.helpers_pipeline import GaussianField, build_pipeline, build_scheduler
 from vaerepa import evaluate
 from vaerepa.alignment import HeadGuidance, VAEAlignment
 from vaerepa.alignment.grid import patchify

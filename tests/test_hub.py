@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, launcher, read_metrics
+from tests.helpers_runs import PROMPTS
 from tests.hub_server import CUT, HubServer, Repo
-from tests.test_text import PROMPTS
 from vaerepa.checkpoints import find_damage, purge
 from vaerepa.hub import uploader as uploader_room
 from vaerepa.hub.push import published_files

@@ -9,14 +9,13 @@ import signal
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
 import pytest
 import torch
 from datasets import Array3D, ClassLabel, Dataset, Features, Image, Value, load_dataset
 from diffusers import AutoencoderKL
 
 from tests.conftest import read_metrics
-from tests.test_restart import EXACT, assert_same_end
+from tests.helpers_runs import EXACT, assert_same_end, rows_in
 from vaerepa.data import Preprocessing, latents_cache
 from vaerepa.data.latents_cache import CacheKey, LatentsCache
 from vaerepa.data.opening import open_sources
@@ -28,35 +27,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  #
 STEPS = 12  # of 8 images each: two epochs of 40 images and two steps
 
 
-@pytest.fixture(scope="module")
-def data(data, tmp_path_factory):
-    """The tests' pictures, with two of them damaged."""
-    folder = tmp_path_factory.mktemp("some_damaged") / "pictures"
-    shutil.copytree(data, folder)
-    path = folder / "data/train-00001-of-00003.parquet"
-    features = Features({"image": Image(), "label": ClassLabel(names=["ash", "birch, white birch", "cedar"])})
-    rows = Dataset.from_parquet(str(path)).cast_column("image", Image(decode=False)).to_list()
-    for row in (2, 7):
-        rows[row]["image"] = {"bytes": b"no image", "path": None}
-    Dataset.from_list(rows, features=features).to_parquet(path)
-    return folder
-
-
 @pytest.fixture
-def options(data, tmp_path):
-    return {**EXACT, "dataset_name": data, "latents_cache": tmp_path / "cache", "max_bad_fraction": 1.0}
+def options(damaged, tmp_path):
+    return {**EXACT, "dataset_name": damaged, "latents_cache": tmp_path / "cache", "max_bad_fraction": 1.0}
 
 
 def precompute(train, folder, **options):
     train(**options, latents_cache=folder, precompute_latents_only=True, output_dir=folder.with_name("nothing"))
     assert not list(folder.with_name("nothing").glob("checkpoint-*"))
     return folder
-
-
-def rows_in(folder) -> list[int]:
-    return sorted(
-        i for path in folder.glob("*.arrow") for i in pa.ipc.open_file(path).read_all().column("index").to_pylist()
-    )
 
 
 @pytest.mark.parametrize("flips", [{}, {"random_flip": True}], ids=["plain", "flips"])
@@ -89,31 +68,6 @@ def test_a_cache_changes_no_more_than_a_rounding(train, options, tmp_path):
     for one, other in zip(read_metrics(cached, "train/loss"), read_metrics(plain, "train/loss"), strict=True):
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=2e-3)
         assert one["train/loss"] != other["train/loss"]
-
-
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_restarts_are_exact(train, options, tmp_path, workers):
-    """Stops within the epoch that writes, at its end, one step after it, and twice in a row."""
-    options = options | {"dataloader_num_workers": workers, "random_flip": True}
-    whole = train(**options, max_train_steps=STEPS, output_dir=tmp_path / "whole")
-    options["latents_cache"] = tmp_path / "other"
-    for steps in (3, 5, 6, 6, 8, STEPS):
-        run = train(**options, max_train_steps=steps, output_dir=tmp_path / "pieces", resume_from_checkpoint="latest")
-    assert_same_end(whole, run, step=STEPS)
-    assert rows_in(tmp_path / "other") == list(range(40))
-
-
-@pytest.mark.slow
-def test_restarts_are_exact_on_two_processes(launch, options, tmp_path):
-    options = options | {"dataloader_num_workers": 1}
-    whole = launch(2, **options, max_train_steps=STEPS, output_dir=tmp_path / "whole")
-    options["latents_cache"] = tmp_path / "other"
-    for steps in (4, 6, STEPS):
-        run = launch(
-            2, **options, max_train_steps=steps, output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
-        )
-    assert_same_end(whole, run, step=STEPS)
-    assert sorted(set(rows_in(tmp_path / "other"))) == list(range(40))
 
 
 def test_a_part_is_completed_and_a_damaged_shard_made_again(train, options, tmp_path, caplog):
@@ -158,11 +112,11 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(train, options, tmp_path, m
         ({"pretrained_vae_model_name_or_path": "other VAE"}, ["another VAE"]),
     ],
 )
-def test_a_stale_cache_is_refused_with_the_reason(train, options, data, vae, tmp_path, capfd, change, words):
+def test_a_stale_cache_is_refused_with_the_reason(train, options, damaged, vae, tmp_path, capfd, change, words):
     precompute(train, tmp_path / "cache", **{k: v for k, v in options.items() if k != "latents_cache"})
     if "dataset_name" in change:
         change = {"dataset_name": tmp_path / "other"}
-        shutil.copytree(data, tmp_path / "other")
+        shutil.copytree(damaged, tmp_path / "other")
         file = tmp_path / "other/data/train-00000-of-00003.parquet"
         Dataset.from_parquet(str(file)).select(range(17)).to_parquet(file)
     if "pretrained_vae_model_name_or_path" in change:
@@ -179,9 +133,9 @@ def test_a_stale_cache_is_refused_with_the_reason(train, options, data, vae, tmp
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == before
 
 
-def test_it_does_not_matter_where_data_and_cache_lie(train, options, data, tmp_path):
+def test_it_does_not_matter_where_data_and_cache_lie(train, options, damaged, tmp_path):
     precompute(train, tmp_path / "cache", **{k: v for k, v in options.items() if k != "latents_cache"})
-    shutil.copytree(data, tmp_path / "moved_data")
+    shutil.copytree(damaged, tmp_path / "moved_data")
     shutil.move(tmp_path / "cache", tmp_path / "moved_cache")
     moved = {"dataset_name": tmp_path / "moved_data", "latents_cache": tmp_path / "moved_cache"}
     train(**options | moved, max_train_steps=2)

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from tests.conftest import ROOT
-from tests.test_finetuning import PRETRAINED, pipeline  # noqa: F401
+from tests.helpers_runs import PRETRAINED
 from vaerepa.alignment import Alignment, VAEAlignment
 from vaerepa.model_card import describe_alignment, write_card
 from vaerepa.options import Options
@@ -52,8 +52,8 @@ def test_what_is_missing_leaves_no_trace(train):
     assert "VAE-REPA](" not in card.text
 
 
-def test_a_learned_variance_is_said_to_be_uncalibrated(train, pipeline):  # noqa: F811
-    run = train(**PRETRAINED, pretrained_model_name_or_path=pipeline())
+def test_a_learned_variance_is_said_to_be_uncalibrated(train, dit_pipeline):
+    run = train(**PRETRAINED, pretrained_model_name_or_path=dit_pipeline())
     text = ModelCard.load(run / "README.md").text
     assert "no longer calibrated" in text
     assert 'sampler="sde"' not in text

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Features, Image, Value
 
-from tests.test_data import encode, rows, write_split
+from tests.helpers_data import encode, rows, write_split
 from vaerepa.data import open_sources
 from vaerepa.data.columns import find_columns
 from vaerepa.errors import OptionError

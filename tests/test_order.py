@@ -10,7 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 
 from tests.conftest import read_metrics
-from tests.test_data import encode, picture, write_split
+from tests.helpers_data import encode, picture, write_split
 from vaerepa.data import classes_in_batch, take_at_random
 from vaerepa.data.classes import expected_classes
 from vaerepa.data.order import KeyedPermutation, open_reader, stream_sizes

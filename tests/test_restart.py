@@ -1,41 +1,150 @@
-"""A run that was stopped and continued ends where the uninterrupted run ends, to the last bit."""
+"""A run that was stopped and continued ends where the uninterrupted run ends, to the last bit: one table of cases."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.conftest import read_metrics
+from tests.helpers_runs import (
+    EXACT,
+    INTERNAL_GUIDANCE,
+    PRETRAINED,
+    PROMPTS,
+    SCRATCH,
+    assert_restarts_exactly,
+    rows_in,
+    tensors_of,
+)
+from tests.helpers_stock import picture_in_grid
 from vaerepa.checkpoints import find_damage
 
-STATE_FILES = ("state/transformer", "state/heads", "state/ema_0.9", "state/ema_0.5", "state/optimizer")
-STATE_FILES += ("heads/heads", "state/ema_heads_0.9", "state/ema_heads_0.5")
-EXACT = {"ema_decay": [0.9, 0.5], "logging_steps": 2, "lr_warmup_steps": 3, "lr_scheduler": "constant_with_warmup"}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Bucket dimension"),
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than cores
+]
+CACHE = {**EXACT, "latents_cache": True, "dataset_name": "damaged", "max_bad_fraction": 1.0, "random_flip": True}
+REPA = {"alignment": "repa", "alignment_encoder": "dinov2", "alignment_width": 64}
+ENDING = {"alignment": ["vae", "sra"], "alignment_stop_step": [2, 4], "alignment_weight_schedule": ["cosine", "linear"]}
+# name: options, the steps after which it is stopped, the last step
+CASES = {
+    "plain": (EXACT, (5, 9), 12),
+    # the window of two steps that ends at 6 is cut by the stop after 5
+    "workers-accumulation": ({**EXACT, "dataloader_num_workers": 2, "gradient_accumulation_steps": 2}, (5, 9), 12),
+    "sra-accumulation": ({"alignment": "sra", "logging_steps": 2, "gradient_accumulation_steps": 2}, (3,), 6),
+    "vae-sra": ({"alignment": ["vae", "sra"], "logging_steps": 2, "checkpointing_steps": 2}, (3,), 6),
+    "heads-end-one-after-the-other": (ENDING, (2, 3, 5), 6),  # before, at and after each end
+    "dispersive": ({"alignment": ["vae", "dispersive"], "alignment_group_size": 4}, (2,), 4),
+    "head-norm": ({"alignment_final": "norm", "label_dropout": 0.5}, (2,), 5),
+    "head-adaln": ({"alignment_final": "adaln", "label_dropout": 0.5, "gradient_checkpointing": True}, (2,), 5),
+    "internal-guidance": (INTERNAL_GUIDANCE | {"label_dropout": 0.5}, (2,), 5),
+    "layersync": ({"alignment": ["vae", "layersync"]}, (2,), 4),
+    "repa-flips": (REPA | {"random_flip": True}, (2,), 4),
+    "vae-irepa": (
+        REPA
+        | {"alignment": ["vae", "repa"], "alignment_irepa": True, "alignment_width": None, "dataloader_num_workers": 1},
+        (2,),
+        4,
+    ),
+    "velocity": ({"alignment_target": "velocity"}, (2,), 4),
+    "vae-mid-block": ({"alignment_target": "vae_mid_block"}, (2,), 4),
+    # stops in the epoch of five steps that writes the cache, at its end, one step after it, and twice in a row
+    "cache": (CACHE, (3, 5, 6, 6, 8), 12),
+    "cache-one-worker": (CACHE | {"dataloader_num_workers": 1}, (3, 5, 6, 6, 8), 12),
+    "cache-three-workers": (CACHE | {"dataloader_num_workers": 3}, (3, 5, 6, 6, 8), 12),
+    "repa-cache": (REPA | {"latents_cache": True}, (3, 5, 8), 12),
+    "fine-tuned-dit": (PRETRAINED | {"pretrained_model_name_or_path": "dit"}, (3,), 4),
+}
 
 
-def assert_same_end(first, second, step=12):
-    for name in STATE_FILES:
-        one, other = (load_file(run / f"checkpoint-{step}/{name}.safetensors") for run in (first, second))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), name
-    losses = [
-        read_metrics(run, "train/loss", "train/alignment_loss_vae", "train/gradient_norm") for run in (first, second)
-    ]
-    assert losses[0] == losses[1]
+@pytest.fixture
+def placed(damaged, dit_pipeline, encoders):
+    """Options with the folders that they name for short."""
+    folders = {"damaged": lambda: damaged, "dit": dit_pipeline, "dinov2": lambda: encoders("dinov2")}
+
+    def fill_in(options: dict) -> dict:
+        return {name: folders[v]() if isinstance(v, str) and v in folders else v for name, v in options.items()}
+
+    return fill_in
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_restarts_are_exact(train, tmp_path, workers, accumulation):
-    options = {**EXACT, "dataloader_num_workers": workers, "gradient_accumulation_steps": accumulation}
-    whole = train(**options, max_train_steps=12, output_dir=tmp_path / "whole")
-    pieces = tmp_path / "pieces"
-    for steps in (5, 9, 12):
-        train(**options, max_train_steps=steps, output_dir=pieces, resume_from_checkpoint="latest")
-        assert read_metrics(pieces, "train/loss")[-1]["step"] == steps  # a run logs its end, whatever the cadence
-    # the window of two steps that ends at 6 was cut by the restart after 5
-    assert_same_end(whole, pieces)
+@pytest.mark.parametrize("case", CASES)
+def test_restarts_are_exact(train, placed, tmp_path, case):
+    options, stops, steps = CASES[case]
+    whole = assert_restarts_exactly(train, tmp_path, placed(options), stops, steps)
+    methods = options.get("alignment", "vae")
+    methods = {methods} if isinstance(methods, str) else set(methods)
+    tensors = tensors_of(whole, steps)
+    heads = {name.split("/")[2].split(".")[0] for name in tensors if name.startswith("heads/heads/")}
+    assert heads == (set() if "alignment_stop_step" in options else methods - {"layersync"})  # which has none
+    decays = options.get("ema_decay", [0.9])
+    files = {"transformer", "optimizer", *(f"ema_{decay}" for decay in decays)}
+    files |= {"heads", *(f"ema_heads_{decay}" for decay in decays)} if heads else set()
+    assert {name.split("/")[1] for name in tensors} == files  # no encoder, no VAE
+    if "latents_cache" in options:
+        for name in ("whole", "pieces"):
+            assert set(rows_in(tmp_path / f"{name}-cache")) == set(range(40))
+
+
+LORA = {"rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 1e-2}
+BUCKETS = {"dataset_name": "rectangles", "aspect_ratio_buckets": "16,16;12,20;20,12", "gradient_accumulation_steps": 2}
+CACHED, WORKERS = {"cache_text_embeddings": True}, {"dataloader_num_workers": 2}
+# name: family, options, options of the interrupted run, options of it after the stop
+TEXT_CASES = {
+    "pixart-alpha": ("pixart_alpha", {}, CACHED, {}),
+    "pixart-sigma-buckets": ("pixart_sigma", BUCKETS, {}, WORKERS),
+    "sd3": ("sd3", {}, CACHED, {}),
+    "sd3-buckets": ("sd3", BUCKETS, {}, WORKERS),
+    "sd3-5": ("sd3_5", {}, {}, {}),
+    "z-image": ("z_image", {}, CACHED, {}),
+    "z-image-buckets": ("z_image", BUCKETS, {}, WORKERS),
+    "pixart-alpha-lora": ("pixart_alpha", LORA, {}, {}),
+    "sd3-5-lora": ("sd3_5", LORA, {}, {}),
+    "z-image-lora": ("z_image", LORA, {}, {}),
+    "mmdit-from-scratch": ("sd3", SCRATCH | {"model": "custom-MMDiT"}, {}, {}),
+    "pixart-from-scratch": ("pixart_alpha", SCRATCH | {"model": "custom-PixArt"}, {}, {}),
+}
+
+
+@pytest.mark.parametrize("case", TEXT_CASES)
+def test_a_text_model_restarts_exactly_and_draws_in_stock_as_in_training(
+    finetune, stock, pipelines, rectangles, vae, tmp_path, case
+):
+    family, options, pieces, resumed = TEXT_CASES[case]
+    options, base = dict(options), pipelines(family)
+    if "dataset_name" in options:
+        options["dataset_name"] = rectangles
+    if "model" in options:
+        options["pretrained_vae_model_name_or_path"] = vae
+        options["pretrained_text_encoder_model_name_or_path"] = base
+
+    def train(**more) -> Path:
+        is_whole = more["output_dir"].name == "whole"
+        return finetune(family, **more, **(PROMPTS | {"num_validation_samples": 8} if is_whole else {}))
+
+    whole = assert_restarts_exactly(train, tmp_path, options, (2,), 4, pieces, resumed)
+    validated = [line["step"] for line in read_metrics(whole, "validation/loss")]
+    assert validated == ([] if "dataset_name" in options else [4])  # rectangles have no validation split
+    tensors = tensors_of(whole, 4)
+    assert any(name.startswith("state/heads/") for name in tensors)
+    if "rank" in options:
+        (file,) = whole.glob("*.safetensors")
+        layers = load_file(file)
+        assert file.read_bytes() == (tmp_path / "pieces" / file.name).read_bytes()
+        assert all("lora" in name for name in layers)
+        assert all(tensor.dtype == torch.float32 for tensor in layers.values())
+        trained = [tensor for name, tensor in tensors.items() if name.startswith("state/transformer/")]
+        assert sum(tensor.numel() for tensor in layers.values()) == sum(tensor.numel() for tensor in trained)
+        jobs = [(base, None), (base, whole)]
+    else:
+        jobs = [(base, None), (whole, None), (whole / "checkpoint-4", None)]
+    before, after, *checkpoint = stock.draw(tmp_path, *jobs)
+    assert (before != after).any()
+    assert all((after == other).all() for other in checkpoint)
+    assert abs(after - picture_in_grid(whole, 4)).max() <= 1
 
 
 def test_a_run_shorter_than_its_cadence_logs_its_loss(train):
@@ -48,25 +157,15 @@ def test_a_run_shorter_than_its_cadence_logs_its_loss(train):
     assert read_metrics(run, "train/loss") == read_metrics(whole, "train/loss")
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_restarts_are_exact_on_two_processes(launch, tmp_path, accumulation):
-    options = {**EXACT, "dataloader_num_workers": 2, "gradient_accumulation_steps": accumulation}
-    whole = launch(2, **options, max_train_steps=12, output_dir=tmp_path / "whole")
-    pieces = tmp_path / "pieces"
-    for steps in (5, 9, 12):
-        launch(2, **options, max_train_steps=steps, output_dir=pieces, resume_from_checkpoint="latest")
-    assert_same_end(whole, pieces)
-
-
 def test_a_finished_run_goes_on_with_another_cadence(train, tmp_path):
     whole = train(**EXACT, max_train_steps=12, output_dir=tmp_path / "whole")
     train(**EXACT, max_train_steps=7)
     run = train(
         **(EXACT | {"logging_steps": 3}), max_train_steps=12, checkpointing_steps=2, resume_from_checkpoint="latest"
     )
-    for name in STATE_FILES:
-        one, other = (load_file(folder / f"checkpoint-12/{name}.safetensors") for folder in (whole, run))
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    one, other = tensors_of(whole, 12), tensors_of(run, 12)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
     assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (7, 8, 10, 12)}
 
 

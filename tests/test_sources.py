@@ -16,12 +16,11 @@ import pytest
 import torch
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
-from tests.test_data import encode, image_folder, numbered, picture, write_split
+from tests.helpers_data import encode, picture, write_split
 from vaerepa.data import DataError, Preprocessing, SampleReader, TrainingNumbers, open_sources, read_micro_batches
 from vaerepa.data.columns import find_columns
 from vaerepa.errors import OptionError
 
-__all__ = ["image_folder", "numbered"]  # fixtures
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than cores

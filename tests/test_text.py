@@ -1,20 +1,15 @@
-"""Text-to-image: each family trains, restarts to the bit, exports, and loads in its stock pipeline; full and LoRA."""
+"""Text-to-image: what each family computes, aligns and exports, full and LoRA; tests/test_restart.py restarts them."""
 
 import json
 import logging
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -22,66 +17,12 @@ import train_vaerepa
 from tests import text_models
 from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
+from tests.helpers_runs import PROMPTS, SCRATCH
+from tests.helpers_stock import picture_in_grid
 from vaerepa.alignment import AlignedTransformer, AlignmentContext, GuidingHead, HeadGuidance, VAEAlignment
 from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.data.prompts import choose_caption
 from vaerepa.families import Size, family_of_pipeline, parse_preset, pipelines_of
-
-STATE_FILES = ("transformer", "optimizer", "ema_0.9")
-LOADERS = {"pixart_alpha": "peft", "pixart_sigma": "peft", "sd3": "loader", "sd3_5": "loader", "z_image": "loader"}
-PROMPTS = {"validation_prompts": ["a red cat", "tree"], "num_validation_images": 2}
-
-
-def tensors_of(run: Path, step: int) -> dict[str, torch.Tensor]:
-    checkpoint = run / f"checkpoint-{step}"
-    files = {name: checkpoint / "state" / f"{name}.safetensors" for name in STATE_FILES}
-    files["heads"] = checkpoint / "heads/heads.safetensors"
-    return {f"{name}/{key}": t for name, path in files.items() if path.exists() for key, t in load_file(path).items()}
-
-
-def assert_same_run(one: Path, other: Path, step: int) -> None:
-    left, right = tensors_of(one, step), tensors_of(other, step)
-    assert left.keys() == right.keys()
-    assert any(key.startswith("heads/") for key in left)
-    assert all(torch.equal(left[key], right[key]) for key in left)
-    assert read_metrics(one, "train/loss") == read_metrics(other, "train/loss")
-
-
-STOCK = """
-import json, sys, torch
-sys.modules["vaerepa"] = None  # nothing of ours can be imported
-from diffusers import DiffusionPipeline
-for folder, lora, target, given in json.loads(sys.argv[1]):
-    pipeline = DiffusionPipeline.from_pretrained(folder, **given)
-    assert type(pipeline).__module__.startswith("diffusers.")
-    if lora and hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(lora)
-    elif lora:
-        from peft import PeftModel
-        pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, lora)
-    options = {"use_resolution_binning": False} if "PixArt" in type(pipeline).__name__ else {}
-    pipeline(
-        "a red cat", negative_prompt="", height=16, width=16, guidance_scale=2.0, num_inference_steps=2,
-        max_sequence_length=24, generator=torch.Generator().manual_seed(0), **options,
-    ).images[0].save(target)
-"""
-
-
-def draw_in_stock(tmp_path: Path, *jobs: tuple[Path, Path | None], **given: None) -> list[np.ndarray]:
-    """Pictures that a fresh process draws by stock pipelines, each from a folder and the folder of a LoRA.
-
-    What is `given` to from_pretrained are the parts to do without.
-    """
-    targets = [tmp_path / f"stock-{number}.png" for number in range(len(jobs))]
-    lines = [[str(folder), lora and str(lora), str(t), given] for (folder, lora), t in zip(jobs, targets, strict=True)]
-    subprocess.run([sys.executable, "-c", STOCK, json.dumps(lines)], cwd=tmp_path, check=True, capture_output=True)
-    return [np.asarray(Image.open(target)).astype(int) for target in targets]
-
-
-def picture_in_grid(run: Path, step: int) -> np.ndarray:
-    """The first picture of a validation grid, without the prompt under it."""
-    grid = Image.open(run / "samples" / f"step-{step:07d}.png")
-    return np.asarray(grid.crop((0, 0, 16, 16))).astype(int)
 
 
 @pytest.mark.parametrize("family", text_models.FAMILIES)
@@ -91,40 +32,6 @@ def test_each_family_teaches_itself(family, finetune):
     lines = read_metrics(run, *names)
     assert len(lines) == 2
     assert all(line[name] > 0 for line in lines for name in names)
-
-
-@pytest.mark.parametrize("family", text_models.FAMILIES)
-def test_each_family_trains_restarts_to_the_bit_and_loads_in_its_stock_pipeline(family, finetune, pipelines, tmp_path):
-    whole = finetune(family, output_dir=tmp_path / "whole", num_validation_samples=8, **PROMPTS)
-    finetune(family, output_dir=tmp_path / "parts", max_train_steps=2)
-    finetune(family, output_dir=tmp_path / "parts", resume_from_checkpoint="latest")
-    assert_same_run(whole, tmp_path / "parts", 4)
-    assert [line["step"] for line in read_metrics(whole, "validation/loss")] == [4]
-    jobs = [(folder, None) for folder in (pipelines(family), whole, whole / "checkpoint-4")]
-    before, after, checkpoint = draw_in_stock(tmp_path, *jobs)
-    assert (before != after).any()
-    assert (after == checkpoint).all()
-    assert abs(after - picture_in_grid(whole, 4)).max() <= 1
-
-
-@pytest.mark.parametrize("family", ["pixart_alpha", "sd3_5", "z_image"])
-def test_a_lora_restarts_to_the_bit_and_draws_in_stock_as_in_training(family, finetune, pipelines, tmp_path):
-    options = {"rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 1e-2}
-    whole = finetune(family, output_dir=tmp_path / "whole", **options, **PROMPTS)
-    finetune(family, output_dir=tmp_path / "parts", max_train_steps=2, **options)
-    finetune(family, output_dir=tmp_path / "parts", resume_from_checkpoint="latest", **options)
-    assert_same_run(whole, tmp_path / "parts", 4)
-    (file,) = whole.glob("*.safetensors")
-    layers = load_file(file)
-    assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
-    assert all("lora" in name for name in layers)
-    assert all(tensor.dtype == torch.float32 for tensor in layers.values())
-    assert sum(tensor.numel() for tensor in layers.values()) == sum(
-        tensor.numel() for name, tensor in tensors_of(whole, 4).items() if name.startswith("transformer/")
-    )
-    base, tuned = draw_in_stock(tmp_path, (pipelines(family), None), (pipelines(family), whole))
-    assert (base != tuned).any()
-    assert abs(tuned - picture_in_grid(whole, 4)).max() <= 1
 
 
 class StepReached(Exception):  # noqa: N818
@@ -324,34 +231,11 @@ def test_latents_far_from_unit_scale_are_normalised_for_the_target(finetune, tmp
     assert loss["train/alignment_loss_vae"] < 2
 
 
-SCRATCH = {
-    "pretrained_model_name_or_path": None,
-    "num_layers": 4,
-    "hidden_size": 24,
-    "num_attention_heads": 3,
-    "patch_size": 2,
-}
-
-
-@pytest.mark.parametrize(("model", "family"), [("custom-MMDiT", "sd3"), ("custom-PixArt", "pixart_alpha")])
-def test_a_model_from_scratch_becomes_the_stock_pipeline(model, family, finetune, pipelines, vae, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    options = SCRATCH | {"model": model, "pretrained_vae_model_name_or_path": vae}
-    encoders = {"pretrained_text_encoder_model_name_or_path": pipelines(family)}
-    whole = finetune(family, **options, **encoders, **PROMPTS)
-    finetune(family, **options, **encoders, output_dir=tmp_path / "parts", max_train_steps=2)
-    finetune(family, **options, **encoders, output_dir=tmp_path / "parts", resume_from_checkpoint="latest")
-    assert_same_run(whole, tmp_path / "parts", 4)
-    assert "weight 1.0" in caplog.text
-    [picture] = draw_in_stock(tmp_path, (whole, None))
-    assert abs(picture - picture_in_grid(whole, 4)).max() <= 1
-
-
-def test_a_text_encoder_of_transformers_serves_pixart(finetune, vae, tmp_path):
+def test_a_text_encoder_of_transformers_serves_pixart(finetune, stock, vae, tmp_path):
     encoder = text_models.save_bert(tmp_path / "bert")
     options = SCRATCH | {"model": "custom-PixArt", "pretrained_vae_model_name_or_path": vae}
     run = finetune("pixart_alpha", **options, pretrained_text_encoder_model_name_or_path=encoder, **PROMPTS)
-    [picture] = draw_in_stock(tmp_path, (run, None))
+    [picture] = stock.draw(tmp_path, (run, None))
     assert abs(picture - picture_in_grid(run, 4)).max() <= 1
 
 
@@ -428,7 +312,7 @@ def test_a_dry_run_of_a_lora_counts_the_lora(finetune, capsys):
 
 
 @pytest.mark.parametrize("family", ["pixart_alpha", "sd3"])
-def test_the_cards_code_runs_as_printed(family, finetune, pipelines, tmp_path):
+def test_the_cards_code_runs_as_printed(family, finetune, stock, pipelines):
     run = finetune(family, rank=2, negative_prompt="blur", validation_num_inference_steps=2, **PROMPTS)
     card = ModelCard.load(run / "README.md")
     assert card.data.pipeline_tag == "text-to-image"
@@ -439,9 +323,7 @@ def test_the_cards_code_runs_as_printed(family, finetune, pipelines, tmp_path):
     (code,) = re.findall(r"```python\n(import torch.*?)```", card.text, re.DOTALL)
     base = pipelines(family)
     code = code.replace(json.dumps(base.name), json.dumps(str(base))).replace('"run"', json.dumps(str(run)))
-    code = 'import sys; sys.modules["vaerepa"] = None\n' + code + "\nprint(image.size)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert result.stdout.strip() == "(16, 16)"
+    assert stock.run(code + "\nprint(image.size)").strip() == "(16, 16)"
 
 
 # ---- what is refused

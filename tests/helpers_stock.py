@@ -1,0 +1,84 @@
+"""Stock diffusers in a process where nothing of ours can be imported, and the pictures that its pipelines draw."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SERVER = """
+import contextlib, io, json, sys, traceback
+sys.modules["vaerepa"] = sys.modules["train_vaerepa"] = None
+answers, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    printed, error = io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(json.loads(line), {"__name__": "__main__"})
+    except BaseException:
+        error = traceback.format_exc()
+    print(json.dumps([printed.getvalue(), error]), file=answers, flush=True)
+"""
+DRAW = """
+import torch
+from diffusers import DiffusionPipeline
+for folder, lora, target in {jobs!r}:
+    pipeline = DiffusionPipeline.from_pretrained(folder, **{given!r})
+    assert type(pipeline).__module__.startswith("diffusers.")
+    if lora and hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(lora)
+    elif lora:
+        from peft import PeftModel
+        pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, lora)
+    options = {{"use_resolution_binning": False}} if "PixArt" in type(pipeline).__name__ else {{}}
+    pipeline(
+        "a red cat", negative_prompt="", height=16, width=16, guidance_scale=2.0, num_inference_steps=2,
+        max_sequence_length=24, generator=torch.Generator().manual_seed(0), **options,
+    ).images[0].save(target)
+"""
+
+
+class StockProcess:
+    """Runs code in one process of its own, which imports diffusers once; each time with fresh globals."""
+
+    def __init__(self, folder: Path):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, "-I", "-c", SERVER], cwd=folder, **pipes)
+
+    def run(self, code: str) -> str:
+        """Runs code and returns what it printed.
+
+        Raises:
+            AssertionError: it failed, with its traceback.
+        """
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, f"the process of stock diffusers has ended with {self.process.wait()}"
+        printed, error = json.loads(answer)
+        assert error is None, error
+        return printed
+
+    def draw(self, target_folder: Path, *jobs: tuple[Path, Path | None], **given: None) -> list[np.ndarray]:
+        """Pictures of stock pipelines, each from a folder and the folder of a LoRA.
+
+        What is `given` to from_pretrained are the parts to do without.
+        """
+        targets = [target_folder / f"stock-{number}.png" for number in range(len(jobs))]
+        lines = [
+            (str(folder), lora and str(lora), str(target)) for (folder, lora), target in zip(jobs, targets, strict=True)
+        ]
+        self.run(DRAW.format(jobs=lines, given=given))
+        return [np.asarray(Image.open(target)).astype(int) for target in targets]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def picture_in_grid(run: Path, step: int) -> np.ndarray:
+    """The first picture of a validation grid, without the prompt under it."""
+    grid = Image.open(run / "samples" / f"step-{step:07d}.png")
+    return np.asarray(grid.crop((0, 0, 16, 16))).astype(int)

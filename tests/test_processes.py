@@ -1,0 +1,151 @@
+"""Two processes take the steps of one and restart to the bit; all their runs are made in two starts of two processes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import train_vaerepa
+from tests.conftest import ROOT, launcher, read_metrics, tiny_run
+from tests.helpers_processes import double_precision
+from tests.helpers_runs import EXACT, INTERNAL_GUIDANCE, assert_same_end, command_line, rows_in, tensors_of
+from vaerepa import evaluate
+from vaerepa.evaluation.samples import read_pixels
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+REPA = {"alignment": "repa", "alignment_encoder": "dinov2", "alignment_width": 64, "max_train_steps": 12}
+DROPPED = {"max_train_steps": 10, "label_dropout": 0.5}
+SAME_STEPS = {
+    "plain": DROPPED,
+    "accumulation": DROPPED | {"gradient_accumulation_steps": 2},
+    "vae-sra": DROPPED | {"alignment": ["vae", "sra"], "max_train_steps": 6},
+    "dispersive": {"alignment": "dispersive", "alignment_group_size": 4},
+    "internal-guidance": INTERNAL_GUIDANCE | DROPPED | {"max_train_steps": 6},
+    "repa": REPA,
+    "repa-cache": REPA | {"latents_cache": True},
+}
+RECTANGLES = {"aspect_ratio_buckets": "16,16;12,20;20,12", "learning_rate": 1e-4}
+RESTARTS = {
+    "plain": {**EXACT, "dataloader_num_workers": 2},
+    "accumulation": {**EXACT, "dataloader_num_workers": 2, "gradient_accumulation_steps": 2},
+    "cache": {
+        **EXACT, "latents_cache": True, "dataset_name": "damaged", "max_bad_fraction": 1.0, "dataloader_num_workers": 1
+    },
+}  # fmt: skip
+STEPS = 12
+SAMPLES = {"num_samples": 10, "num_inference_steps": 2, "guidance_scale": 2.0, "guidance_interval": (0.2, 0.8)}
+
+
+@pytest.fixture(scope="module")
+def line_of(data, vae, damaged, encoders):
+    """Builds the command line of a run with the folders that its options name for short."""
+    folders = {"damaged": lambda: damaged, "dinov2": lambda: encoders("dinov2")}
+
+    def build(run, **options) -> list[str]:
+        given = {name: folders[v]() if isinstance(v, str) and v in folders else v for name, v in options.items()}
+        cache = {"latents_cache": f"{run}-cache"} if options.get("latents_cache") else {}
+        return tiny_run(data, vae, **given | cache | {"output_dir": run})
+
+    return build
+
+
+def sampling(model, folder, **options) -> list[str]:
+    return command_line(SAMPLES | {"pretrained_model_name_or_path": model, "output_dir": folder} | options)
+
+
+@pytest.fixture(scope="module")
+def two_processes(line_of, tuning, rectangles, flow_pipeline, tmp_path_factory):
+    """The folder with the runs of two processes, by their names, and what was printed."""
+    folder = tmp_path_factory.mktemp("two")
+
+    def training(name: str, **more) -> dict:
+        keys = ("double", "code", "elsewhere")
+        options = {key: value for key, value in more.items() if key not in keys}
+        given = {key: more[key] for key in keys if key in more}
+        return {"module": "train_vaerepa", "arguments": line_of(folder / name, **options), **given}
+
+    def restart(stop: int) -> list[dict]:
+        resume = {"max_train_steps": stop, "resume_from_checkpoint": "latest"}
+        return [training(f"pieces-{case}", **options | resume) for case, options in RESTARTS.items()]
+
+    first = [training(f"same-{name}", **options, double=True) for name, options in SAME_STEPS.items()]
+    first.append(training("rectangles", **tuning("sd3", dataset_name=rectangles, **RECTANGLES)))
+    first += [training(f"whole-{name}", **options | {"max_train_steps": STEPS}) for name, options in RESTARTS.items()]
+    first += restart(5)
+    first.append(training("heads", alignment_stop_step=2, max_train_steps=5, checkpointing_steps=1))
+    first.append({"module": "vaerepa.evaluate", "arguments": sampling(flow_pipeline, folder / "samples", batch_size=3)})
+    then = [*restart(9), *restart(STEPS)]  # by other processes
+    then.append(training("not-shared", elsewhere=True, code=2))
+    printed = ""
+    for number, runs in enumerate((first, then)):
+        (folder / f"{number}.json").write_text(json.dumps(runs))
+        command, environment = launcher(2)
+        command += ["-m", "tests.helpers_processes", str(folder / f"{number}.json")]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        sys.stderr.write(result.stderr)
+        assert result.returncode == 0, result.stderr[-3000:]
+        printed += result.stderr
+    assert printed.count(" x 2 processes x ") >= len(first) + len(then) - 2
+    return folder, printed
+
+
+@pytest.mark.parametrize("case", SAME_STEPS)
+def test_two_processes_take_the_steps_of_one(two_processes, line_of, tmp_path, case):
+    AcceleratorState._reset_state(True)
+    options = SAME_STEPS[case]
+    with double_precision():
+        assert train_vaerepa.main(line_of(tmp_path / "one", **options)) == 0
+    runs = [tmp_path / "one", two_processes[0] / f"same-{case}"]
+    one, two = (tensors_of(run, options.get("max_train_steps", 4)) for run in runs)
+    assert next(iter(one.values())).dtype == torch.float64
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max().item() for name in one if one[name].is_floating_point()) < 1e-9
+    weights = [name for name in one if name.startswith("state/transformer/")]
+    assert max((one[name] - two[name]).abs().max().item() for name in weights) < 1e-10
+    for name in ("train/loss", "train/denoising_loss"):
+        losses = [[line[name] for line in read_metrics(run, name)] for run in runs]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_two_processes_take_the_steps_of_one_over_rectangles(two_processes, finetune, rectangles):
+    runs = [finetune("sd3", dataset_name=rectangles, **RECTANGLES), two_processes[0] / "rectangles"]
+    one, two = (tensors_of(run, 4) for run in runs)
+    weights = [name for name in one if name.startswith("state/transformer/")]
+    assert all(torch.allclose(one[name], two[name], atol=2e-5) for name in weights)
+    losses = [[line["train/loss"] for line in read_metrics(run, "train/loss")] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", RESTARTS)
+def test_restarts_are_exact_on_two_processes(two_processes, case):
+    folder, _ = two_processes
+    assert_same_end(folder / f"whole-{case}", folder / f"pieces-{case}", STEPS)
+    if case == "cache":
+        assert set(rows_in(folder / "pieces-cache-cache")) == set(range(40))
+
+
+def test_the_head_leaves_on_two_processes_when_alignment_stops(two_processes):
+    run = two_processes[0] / "heads"
+    held = [any(name.startswith("heads/heads/") for name in tensors_of(run, step)) for step in range(1, 6)]
+    trained = [any(name.startswith("state/optimizer/heads.") for name in tensors_of(run, step)) for step in range(1, 6)]
+    assert held == trained == [True, False, False, False, False]
+    assert [line["step"] for line in read_metrics(run, "train/alignment_loss_vae")] == [1, 2]
+
+
+def test_two_processes_draw_what_one_draws(two_processes, flow_pipeline, tmp_path):
+    assert evaluate.main(sampling(flow_pipeline, tmp_path / "samples", batch_size=4)) == 0
+    one, two = (
+        np.stack([pixels.numpy() for _, pixels in read_pixels(folder, range(10))]).astype(int)
+        for folder in (tmp_path / "samples", two_processes[0] / "samples")
+    )
+    assert np.abs(one - two).max() <= 1
+
+
+def test_an_output_folder_that_is_not_shared_is_refused(two_processes):
+    folder, printed = two_processes
+    assert "(1 of 2 see what the first writes)" in printed
+    assert not list((folder / "not-shared").glob("[!.]*"))
