@@ -131,6 +131,28 @@ def train(arguments, tmp_path):
     return run
 
 
+@pytest.fixture
+def refused(train, capfd, tmp_path):
+    """Expects that a run is refused by one sentence with these words: flags and names, for wording may change.
+
+    It exits with 2, and leaves the output folder as it was.
+    """
+
+    def run(*words: str, start=train, **options) -> None:
+        def files() -> dict[Path, int]:
+            folder = Path(options.get("output_dir", tmp_path / "run"))
+            return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+        before = files()
+        capfd.readouterr()
+        start(code=2, **options)
+        (message,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert all(word in message for word in words), message
+        assert files() == before
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def captioned(tmp_path_factory) -> Path:
     """40 random pictures with two captions each, and no label."""
@@ -249,7 +271,7 @@ def image_folder(tmp_path) -> Path:
     for name, reds in (("cat", (10, 20, 30, 40)), ("dog", (110, 120, 130))):
         (tmp_path / name).mkdir()
         for red in reds:
-            PIL.Image.new("RGB", (20, 16), (red, 0, 0)).save(tmp_path / name / f"{red}.png")
+            PIL.Image.new("RGB", (24, 20), (red, 0, 0)).save(tmp_path / name / f"{red}.png")
     return tmp_path
 
 

@@ -68,7 +68,7 @@ def digests_of(run: Path, step: int) -> dict[str, str]:
 
 def rows_in(cache: Path) -> list[int]:
     """The rows whose moments a latents cache holds, once for each time."""
-    paths = cache.glob("*.arrow")
+    paths = cache.rglob("*.arrow")
     return sorted(i for path in paths for i in pa.ipc.open_file(path).read_all().column("index").to_pylist())
 
 

@@ -65,6 +65,5 @@ def test_a_run_adds_its_loss_and_the_card_says_so(train):
         ({"alignment": "vae"}, "--alignment_group_size goes with --alignment dispersive"),
     ],
 )
-def test_what_does_not_fit_is_refused(train, capfd, options, flag):
-    train(code=2, **DISPERSIVE | options)
-    assert flag in capfd.readouterr().err
+def test_options_that_dispersive_loss_cannot_use_are_refused(refused, options, flag):
+    refused(flag, **DISPERSIVE | options)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from tests import text_models
+from tests.helpers_runs import command_line
 from vaerepa import evaluate
 from vaerepa.data import open_images
 from vaerepa.errors import OptionError
@@ -225,7 +226,7 @@ def test_prompts_come_from_a_file(tmp_path):
 
 
 def test_a_noise_model_is_sampled_by_its_own_scheduler(flow_pipeline, sample, tmp_path, capsys):
-    model = DiTPipeline.from_pretrained(pipeline)
+    model = DiTPipeline.from_pretrained(flow_pipeline)
     for scheduler in (DDIMScheduler(clip_sample=False), DDPMScheduler()):
         model.scheduler = scheduler
         model.save_pretrained(tmp_path / type(scheduler).__name__)

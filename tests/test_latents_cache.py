@@ -112,7 +112,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(train, options, tmp_path, m
         ({"pretrained_vae_model_name_or_path": "other VAE"}, ["another VAE"]),
     ],
 )
-def test_a_stale_cache_is_refused_with_the_reason(train, options, damaged, vae, tmp_path, capfd, change, words):
+def test_a_stale_cache_is_refused_with_the_reason(train, refused, options, damaged, vae, tmp_path, change, words):
     precompute(train, tmp_path / "cache", **{k: v for k, v in options.items() if k != "latents_cache"})
     if "dataset_name" in change:
         change = {"dataset_name": tmp_path / "other"}
@@ -126,10 +126,7 @@ def test_a_stale_cache_is_refused_with_the_reason(train, options, damaged, vae, 
         model.save_pretrained(tmp_path / "vae")
         change = {"pretrained_vae_model_name_or_path": tmp_path / "vae"}
     before = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    train(code=2, **options | change)
-    error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --latents_cache")
-    assert all(word in error for word in words), error
+    refused("--latents_cache", *words, **options | change)
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == before
 
 
@@ -221,22 +218,20 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_latents_in_a_data_set_cannot_be_flipped_or_cached_again_or_seen(train, pictures, vae, tmp_path, capfd):
+def test_latents_in_a_data_set_cannot_be_flipped_or_cached_again_or_seen(refused, pictures, vae, tmp_path):
     write_moments(pictures, vae, tmp_path / "moments")
     needs_images = ({"alignment": "repa"}, {"alignment_target": "vae_mid_block"})
     for option in ({"random_flip": True}, {"latents_cache": tmp_path / "cache"}, *needs_images):
-        train(code=2, dataset_name=None, train_data_dir=tmp_path / "moments", **option)
-        assert "the data set holds latents" in capfd.readouterr().err
+        refused("holds latents", dataset_name=None, train_data_dir=tmp_path / "moments", **option)
 
 
-def test_latents_of_a_vae_that_normalises_are_refused(train, pictures, vae, tmp_path, capfd):
+def test_latents_of_a_vae_that_normalises_are_refused(refused, pictures, vae, tmp_path):
     write_moments(pictures, vae, tmp_path / "moments")
     shutil.copytree(vae, tmp_path / "vae")
     config = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps(config | {"shift_factor": 0.1}))
     options = {"dataset_name": None, "pretrained_vae_model_name_or_path": tmp_path / "vae"}
-    train(code=2, train_data_dir=tmp_path / "moments", **options)
-    assert "this VAE shifts or normalises its own" in capfd.readouterr().err
+    refused("VAE shifts", train_data_dir=tmp_path / "moments", **options)
 
 
 # ---- the files

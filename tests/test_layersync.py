@@ -61,13 +61,12 @@ def test_a_run_aligns_without_a_head(train):
         assert -1.0 <= layersync <= 1.0
 
 
-def test_another_block_is_another_run(train):
+def test_another_block_is_another_run(train, refused):
     train(alignment="layersync", max_train_steps=1)
     other = {"alignment_teacher_block": 3, "max_train_steps": 2, "resume_from_checkpoint": "latest"}
-    train(code=2, alignment="layersync", **other)
+    refused("--alignment_teacher_block", alignment="layersync", **other)
 
 
 @pytest.mark.parametrize("options", [{"alignment_layers": 2}, {"alignment_width": 8}, {"alignment_teacher_block": 9}])
-def test_what_layersync_does_not_have_is_refused(train, capfd, options):
-    train(code=2, alignment="layersync", **options)
-    assert f"--{next(iter(options))}" in capfd.readouterr().err
+def test_what_layersync_does_not_have_is_refused(refused, options):
+    refused(f"--{next(iter(options))}", alignment="layersync", **options)

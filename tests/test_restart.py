@@ -79,7 +79,9 @@ def test_restarts_are_exact(train, placed, tmp_path, case):
     methods = {methods} if isinstance(methods, str) else set(methods)
     tensors = tensors_of(whole, steps)
     heads = {name.split("/")[2].split(".")[0] for name in tensors if name.startswith("heads/heads/")}
-    assert heads == (set() if "alignment_stop_step" in options else methods - {"layersync"})  # which has none
+    assert heads == (
+        set() if "alignment_stop_step" in options else methods - {"layersync", "dispersive"}
+    )  # which have none
     decays = options.get("ema_decay", [0.9])
     files = {"transformer", "optimizer", *(f"ema_{decay}" for decay in decays)}
     files |= {"heads", *(f"ema_heads_{decay}" for decay in decays)} if heads else set()
@@ -129,7 +131,7 @@ def test_a_text_model_restarts_exactly_and_draws_in_stock_as_in_training(
     validated = [line["step"] for line in read_metrics(whole, "validation/loss")]
     assert validated == ([] if "dataset_name" in options else [4])  # rectangles have no validation split
     tensors = tensors_of(whole, 4)
-    assert any(name.startswith("state/heads/") for name in tensors)
+    assert any(name.startswith("heads/heads/") for name in tensors)
     if "rank" in options:
         (file,) = whole.glob("*.safetensors")
         layers = load_file(file)
@@ -191,12 +193,9 @@ def test_metrics_of_lost_steps_are_not_kept(train):
     ("option", "value"),
     [("seed", 1), ("global_batch_size", 16), ("hidden_size", 64), ("shuffle_buffer_size", 8), ("alignment", "none")],
 )
-def test_what_changes_the_past_is_refused_by_name(train, capfd, option, value):
+def test_what_changes_the_past_is_refused_by_name(train, refused, option, value):
     train(max_train_steps=1)
-    train(code=2, max_train_steps=2, resume_from_checkpoint="latest", **{option: value})
-    error = capfd.readouterr().err.splitlines()[-1]
-    assert f"--{option} was" in error
-    assert repr(value) in error
+    refused(f"--{option}", repr(value), max_train_steps=2, resume_from_checkpoint="latest", **{option: value})
 
 
 def test_a_damaged_checkpoint_is_passed_over(train, caplog):

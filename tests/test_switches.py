@@ -54,18 +54,14 @@ def test_ten_steps_are_profiled(train):
     assert "aten::" in (run / "profile/operators.txt").read_text()
 
 
-def test_xformers_without_a_kernel_is_refused(train, capfd):
+def test_xformers_without_a_kernel_is_refused(refused):
     """On a CPU it has none, whatever its build."""
-    train(code=2, enable_xformers_memory_efficient_attention=True)
-    error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert f"torch {torch.__version__}" in error
-    assert "Leave it off" in error
+    refused(f"torch {torch.__version__}", "Leave it off", enable_xformers_memory_efficient_attention=True)
 
 
-def test_8bit_adam_without_bitsandbytes_says_what_to_install(train, capfd, monkeypatch):
+def test_8bit_adam_without_bitsandbytes_says_what_to_install(refused, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    train(code=2, use_8bit_adam=True)
-    assert "pip install bitsandbytes" in capfd.readouterr().err
+    refused("pip install bitsandbytes", use_8bit_adam=True)
 
 
 def test_out_of_memory_names_the_next_lever(train, capfd, monkeypatch):
