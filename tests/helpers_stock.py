@@ -1,26 +1,12 @@
 """Stock diffusers in a process where nothing of ours can be imported, and the pictures that its pipelines draw."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-SERVER = """
-import contextlib, io, json, sys, traceback
-sys.modules["vaerepa"] = sys.modules["train_vaerepa"] = None
-answers, sys.stdout = sys.stdout, sys.stderr
-for line in sys.stdin:
-    printed, error = io.StringIO(), None
-    try:
-        with contextlib.redirect_stdout(printed):
-            exec(json.loads(line), {"__name__": "__main__"})
-    except BaseException:
-        error = traceback.format_exc()
-    print(json.dumps([printed.getvalue(), error]), file=answers, flush=True)
-"""
+from tests.helpers_python import PythonProcess
+
 DRAW = """
 import torch
 from diffusers import DiffusionPipeline
@@ -40,26 +26,12 @@ for folder, lora, target in {jobs!r}:
 """
 
 
-class StockProcess:
-    """Runs code in one process of its own, which imports diffusers once; each time with fresh globals."""
+class StockProcess(PythonProcess):
+    """A process that cannot import ours; its pictures come from stock pipelines."""
 
     def __init__(self, folder: Path):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-I", "-c", SERVER], cwd=folder, **pipes)
-
-    def run(self, code: str) -> str:
-        """Runs code and returns what it printed.
-
-        Raises:
-            AssertionError: it failed, with its traceback.
-        """
-        self.process.stdin.write(json.dumps(code) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        assert answer, f"the process of stock diffusers has ended with {self.process.wait()}"
-        printed, error = json.loads(answer)
-        assert error is None, error
-        return printed
+        super().__init__("-I", cwd=folder)
+        self.run('import sys; sys.modules["vaerepa"] = sys.modules["train_vaerepa"] = None')
 
     def draw(self, target_folder: Path, *jobs: tuple[Path, Path | None], **given: None) -> list[np.ndarray]:
         """Pictures of stock pipelines, each from a folder and the folder of a LoRA.
@@ -72,10 +44,6 @@ class StockProcess:
         ]
         self.run(DRAW.format(jobs=lines, given=given))
         return [np.asarray(Image.open(target)).astype(int) for target in targets]
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
 
 
 def picture_in_grid(run: Path, step: int) -> np.ndarray:

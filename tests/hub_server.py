@@ -129,6 +129,14 @@ class HubServer:
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
+    def start_again(self) -> None:
+        """Forgets everything but tokens, at the same address."""
+        if self._server:
+            self.stop()
+        for held in (self.repos, self.lfs, self.faults, self.requests):
+            held.clear()
+        self.start()
+
     def stop(self) -> None:
         server, self._server = self._server, None
         server.shutdown()

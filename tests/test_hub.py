@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, launcher, read_metrics
-from tests.helpers_runs import PROMPTS
+from tests.helpers_python import PythonProcess
+from tests.helpers_runs import PROMPTS, tensors_of
 from tests.hub_server import CUT, HubServer, Repo
 from vaerepa.checkpoints import find_damage, purge
 from vaerepa.hub import uploader as uploader_room
@@ -33,11 +34,27 @@ from vaerepa.layout import all_checkpoints
 TOKEN, READER = "hf_TopSecretTokenOfAnn", "hf_TokenThatMayOnlyRead"
 
 
-@pytest.fixture
-def hub():
+@pytest.fixture(scope="module")
+def server():
     with HubServer({TOKEN: "ann", READER: "ann"}) as server:
         server.read_only.add(READER)
         yield server
+
+
+@pytest.fixture
+def hub(server):
+    """A Hub without repositories, at the address of the module's."""
+    yield server
+    server.start_again()
+
+
+@pytest.fixture(scope="module")
+def trainer(server, tmp_path_factory):
+    """A process that knows the Hub by its environment, and trains there."""
+    environment = launcher(1)[1] | server.environment(tmp_path_factory.mktemp("hf"))
+    process = PythonProcess(cwd=ROOT, env=environment)
+    yield process
+    process.close()
 
 
 @pytest.fixture
@@ -60,13 +77,43 @@ def start(hub, arguments, tmp_path):
 
 
 @pytest.fixture
-def push(start):
-    """Trains to the end and returns what was printed."""
+def push_anew(start):
+    """Trains to the end in processes of its own, and returns what was printed."""
 
     def run(code: int = 0, **options) -> str:
         process = start(**options)
         output = process.communicate(timeout=300)[0]
         assert process.returncode == code, output[-3000:]
+        return output
+
+    return run
+
+
+TRAIN = """
+import os, train_vaerepa
+from accelerate.state import AcceleratorState
+os.environ.pop("HF_TOKEN", None)
+os.environ.update({given!r})
+AcceleratorState._reset_state(True)
+kept = os.dup(1), os.dup(2)
+log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+os.dup2(log, 1), os.dup2(log, 2)
+try:
+    print(train_vaerepa.main({arguments!r}))
+finally:
+    os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+"""
+
+
+@pytest.fixture
+def push(hub, trainer, arguments, tmp_path):
+    """Trains to the end in that process, and returns what was printed."""
+
+    def run(code: int = 0, token: str | None = TOKEN, **options) -> str:
+        given, log = {"HF_TOKEN": token} if token else {}, tmp_path / "log"
+        printed = trainer.run(TRAIN.format(given=given, log=str(log), arguments=arguments(**options)))
+        output = log.read_text() + printed
+        assert int(printed.split()[-1]) == code, output[-3000:]
         return output
 
     return run
@@ -407,18 +454,12 @@ def test_a_tracker_that_records_the_command_line_is_refused_with_a_token(train, 
 # ---- going on from the Hub
 
 
-def state_of(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    folder = output_dir / f"checkpoint-{step}"
-    files = [*sorted((folder / "state").glob("*.safetensors")), folder / "heads/heads.safetensors"]
-    return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
-
-
 @pytest.mark.slow
-def test_another_machine_goes_on_from_the_hub_to_the_bit(hub, train, push, data, tmp_path):
+def test_another_machine_goes_on_from_the_hub_to_the_bit(hub, train, push_anew, data, tmp_path):
     common = {"max_train_steps": 6, "checkpointing_steps": 3, "random_flip": True}
     whole = train(output_dir=tmp_path / "whole", **common)
     pushed = {"push_to_hub": True, "hub_model_id": "ann/model", "hub_strategy": "checkpoint", "hub_private_repo": True}
-    push(output_dir=tmp_path / "first", **common | pushed | {"max_train_steps": 3})
+    push_anew(output_dir=tmp_path / "first", **common | pushed | {"max_train_steps": 3})
     assert hub.model("ann/model").private
     files = hub.files("ann/model")
     assert {"last-checkpoint/state/optimizer.safetensors", "last-checkpoint/state/manifest.json"} <= files.keys()
@@ -428,14 +469,15 @@ def test_another_machine_goes_on_from_the_hub_to_the_bit(hub, train, push, data,
 
     moved = Path(shutil.copytree(data, tmp_path / "elsewhere" / data.name))
     again = common | {"dataset_name": moved, "output_dir": tmp_path / "second"}
-    output = push(**again, resume_from_checkpoint="hub:ann/model@step-3")
+    output = push_anew(**again, resume_from_checkpoint="hub:ann/model@step-3")
     assert f"going on from {tmp_path / 'second' / 'checkpoint-3'}, step 3" in output
     assert not list((tmp_path / "second").glob(".checkpoint*"))
-    for name, tensor in state_of(whole, 6).items():
-        assert torch.equal(tensor, state_of(tmp_path / "second", 6)[name]), name
+    one, other = tensors_of(whole, 6), tensors_of(tmp_path / "second", 6)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert read_metrics(whole, "train/loss")[3:] == read_metrics(tmp_path / "second", "train/loss")
 
-    tuned = push(
+    tuned = push_anew(
         processes=2,
         **common | {"output_dir": tmp_path / "third", "max_train_steps": 1, "push_to_hub": True},
         pretrained_model_name_or_path="ann/model",

@@ -9,32 +9,30 @@ from safetensors.torch import load_file
 from tests.conftest import read_metrics
 from tests.helpers_runs import assert_restarts_exactly, tensors_of
 from vaerepa.alignment import AlignedTransformer
+from vaerepa.training.state import TrainingState
 
 
-def test_compiled_blocks_compute_the_same(train, tmp_path):
-    options = {"max_train_steps": 20, "learning_rate": 1e-3}
+def test_compiled_blocks_compute_the_same_and_are_compiled_once(train, tmp_path, monkeypatch):
+    options = {"max_train_steps": 10, "learning_rate": 1e-3}
     plain = train(**options, output_dir=tmp_path / "plain")
+    counters, graphs, end_alignments = torch._dynamo.utils.counters, [], TrainingState.end_alignments
+
+    def count_graphs(state):  # after each step
+        graphs.append(counters["stats"]["unique_graphs"])
+        end_alignments(state)
+
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = train(**options, compile=True, output_dir=tmp_path / "compiled")
-    counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] > 0
+    counters.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "end_alignments", count_graphs)
+        compiled = train(**options, compile=True, output_dir=tmp_path / "compiled")
+    assert graphs[-1] == graphs[1] > 0  # nothing after the second step
     assert not counters["graph_break"]
     losses = [[line["train/loss"] for line in read_metrics(run, "train/loss")] for run in (plain, compiled)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     # its checkpoint goes on without compilation
-    run = train(max_train_steps=21, learning_rate=1e-3, output_dir=compiled, resume_from_checkpoint="latest")
-    assert (run / "checkpoint-21").is_dir()
-
-
-def test_nothing_is_compiled_again_after_the_second_step(train, tmp_path):
-    graphs = []
-    for steps in (2, 8):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        train(max_train_steps=steps, compile=True, output_dir=tmp_path / f"run-{steps}")
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[1]
+    run = train(max_train_steps=11, learning_rate=1e-3, output_dir=compiled, resume_from_checkpoint="latest")
+    assert (run / "checkpoint-11").is_dir()
 
 
 def test_an_offloaded_ema_is_the_same(train, tmp_path):
