@@ -3,9 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -28,6 +30,10 @@ INTERNAL_GUIDANCE = {
     "alignment_layers": 1,
     "alignment_final": "adaln",
 }
+MUON, PRODIGY = {"optimizer": "muon"}, {"optimizer": "prodigy", "learning_rate": 1.0}
+NEEDS_PRODIGY = pytest.mark.skipif(
+    find_spec("prodigyopt") is None, reason="prodigyopt is no requirement of the trainer"
+)
 EXACT = {"ema_decay": [0.9, 0.5], "logging_steps": 2, "lr_warmup_steps": 3, "lr_scheduler": "constant_with_warmup"}
 TIMED = ("train/images_per_second", "train/data_wait", "train/mfu")
 

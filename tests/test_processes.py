@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,7 +13,16 @@ from accelerate.state import AcceleratorState
 import train_vaerepa
 from tests.conftest import ROOT, launcher, read_metrics, tiny_run
 from tests.helpers_processes import double_precision
-from tests.helpers_runs import EXACT, INTERNAL_GUIDANCE, assert_same_end, command_line, rows_in, tensors_of
+from tests.helpers_runs import (
+    EXACT,
+    INTERNAL_GUIDANCE,
+    MUON,
+    PRODIGY,
+    assert_same_end,
+    command_line,
+    rows_in,
+    tensors_of,
+)
 from vaerepa import evaluate
 from vaerepa.evaluation.samples import read_pixels
 
@@ -25,9 +35,12 @@ SAME_STEPS = {
     "vae-sra": DROPPED | {"alignment": ["vae", "sra"], "max_train_steps": 6},
     "dispersive": {"alignment": "dispersive", "alignment_group_size": 4},
     "internal-guidance": INTERNAL_GUIDANCE | DROPPED | {"max_train_steps": 6},
+    "muon": MUON | {"max_train_steps": 5},
     "repa": REPA,
     "repa-cache": REPA | {"latents_cache": True},
 }
+if find_spec("prodigyopt"):
+    SAME_STEPS["prodigy"] = PRODIGY | {"max_train_steps": 5}
 RECTANGLES = {"aspect_ratio_buckets": "16,16;12,20;20,12", "learning_rate": 1e-4}
 RESTARTS = {
     "plain": {**EXACT, "dataloader_num_workers": 2},

@@ -11,7 +11,10 @@ from tests.conftest import read_metrics
 from tests.helpers_runs import (
     EXACT,
     INTERNAL_GUIDANCE,
+    MUON,
+    NEEDS_PRODIGY,
     PRETRAINED,
+    PRODIGY,
     PROMPTS,
     SCRATCH,
     assert_restarts_exactly,
@@ -29,6 +32,7 @@ pytestmark = [
 CACHE = {**EXACT, "latents_cache": True, "dataset_name": "damaged", "max_bad_fraction": 1.0, "random_flip": True}
 REPA = {"alignment": "repa", "alignment_encoder": "dinov2", "alignment_width": 64}
 ENDING = {"alignment": ["vae", "sra"], "alignment_stop_step": [2, 4], "alignment_weight_schedule": ["cosine", "linear"]}
+ENDING_EXACT = {**EXACT, "ema_decay": [0.9], **ENDING, "alignment_stop_step": [3, 5]}
 # name: options, the steps after which it is stopped, the last step
 CASES = {
     "plain": (EXACT, (5, 9), 12),
@@ -56,6 +60,8 @@ CASES = {
     "cache-one-worker": (CACHE | {"dataloader_num_workers": 1}, (3, 5, 6, 6, 8), 12),
     "cache-three-workers": (CACHE | {"dataloader_num_workers": 3}, (3, 5, 6, 6, 8), 12),
     "repa-cache": (REPA | {"latents_cache": True}, (3, 5, 8), 12),
+    "muon": (ENDING_EXACT | MUON, (2, 4), 8),
+    "prodigy": (ENDING_EXACT | PRODIGY, (2, 4), 8),
     "fine-tuned-dit": (PRETRAINED | {"pretrained_model_name_or_path": "dit"}, (3,), 4),
 }
 
@@ -71,7 +77,7 @@ def placed(damaged, dit_pipeline, encoders):
     return fill_in
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=NEEDS_PRODIGY if c == "prodigy" else ()) for c in CASES])
 def test_restarts_are_exact(train, placed, tmp_path, case):
     options, stops, steps = CASES[case]
     whole = assert_restarts_exactly(train, tmp_path, placed(options), stops, steps)
