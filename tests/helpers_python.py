@@ -40,5 +40,5 @@ class PythonProcess:
         return printed
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
+        self.process.kill()  # forked data workers may hold its input open
+        self.process.wait()
