@@ -14,7 +14,7 @@ from vaerepa.data import (
     parse_buckets,
     read_micro_batches,
 )
-from vaerepa.logs import Window
+from vaerepa.logs import RunningMeans
 from vaerepa.options import Options
 
 SIZES = ((16, 16), (12, 20), (20, 12))
@@ -60,7 +60,7 @@ def test_workers_and_processes_change_no_sample(rectangles, num_processes, num_w
 
 @pytest.mark.parametrize("family", ["pixart_sigma", "sd3", "z_image"])
 def test_the_loss_of_a_step_is_the_mean_over_samples_of_all_shapes(family, finetune, rectangles, monkeypatch):
-    update, sample_losses, steps = Window.add, [], []
+    update, sample_losses, steps = RunningMeans.add, [], []
 
     def record(loss):
         def recorded(objective, *arguments):
@@ -69,15 +69,15 @@ def test_the_loss_of_a_step_is_the_mean_over_samples_of_all_shapes(family, finet
 
         return recorded
 
-    def end_step(window, **values):
+    def end_step(means, **values):
         steps.append([losses.detach().clone() for losses in sample_losses])
         sample_losses.clear()
-        update(window, **values)
+        update(means, **values)
 
     options = BUCKETS | {"dataset_name": rectangles, "gradient_accumulation_steps": 2}
     for objective in (objectives.FlowMatching, objectives.NoisePrediction):
         monkeypatch.setattr(objective, "loss", record(objective.loss))
-    monkeypatch.setattr(Window, "add", end_step)
+    monkeypatch.setattr(RunningMeans, "add", end_step)
     run = finetune(family, max_train_steps=2, **options)
     assert sum(map(len, steps)) > 4  # groups of one shape
     for line, groups in zip(read_metrics(run, "train/denoising_loss"), steps, strict=True):
