@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -36,6 +37,7 @@ SAME_STEPS = {
     "dispersive": {"alignment": "dispersive", "alignment_group_size": 4},
     "internal-guidance": INTERNAL_GUIDANCE | DROPPED | {"max_train_steps": 6},
     "muon": MUON | {"max_train_steps": 5},
+    "self": DROPPED | {"alignment": "self", "alignment_teacher": "first stage", "max_train_steps": 4},
     "repa": REPA,
     "repa-cache": REPA | {"latents_cache": True},
 }
@@ -54,14 +56,23 @@ SAMPLES = {"num_samples": 10, "num_inference_steps": 2, "guidance_scale": 2.0, "
 
 
 @pytest.fixture(scope="module")
-def line_of(data, vae, damaged, encoders):
+def line_of(data, vae, damaged, encoders, tmp_path_factory):
     """Builds the command line of a run with the folders that its options name for short."""
-    folders = {"damaged": lambda: damaged, "dinov2": lambda: encoders("dinov2")}
+
+    @cache
+    def first_stage():
+        folder = tmp_path_factory.mktemp("first") / "run"
+        AcceleratorState._reset_state(True)
+        options = {"alignment_target": "velocity", "learning_rate": 1e-2, "output_dir": folder}
+        assert train_vaerepa.main(tiny_run(data, vae, **options)) == 0
+        return folder
+
+    folders = {"damaged": lambda: damaged, "dinov2": lambda: encoders("dinov2"), "first stage": first_stage}
 
     def build(run, **options) -> list[str]:
         given = {name: folders[v]() if isinstance(v, str) and v in folders else v for name, v in options.items()}
-        cache = {"latents_cache": f"{run}-cache"} if options.get("latents_cache") else {}
-        return tiny_run(data, vae, **given | cache | {"output_dir": run})
+        own = {"latents_cache": f"{run}-cache"} if options.get("latents_cache") else {}
+        return tiny_run(data, vae, **given | own | {"output_dir": run})
 
     return build
 

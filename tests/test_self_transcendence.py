@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
-from tests.test_training import DOUBLE
+from tests.helpers_runs import assert_restarts_exactly, tensors_of
 from vaerepa.alignment.self_transcendence import SelfAlignment
 from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.families import Size
@@ -71,21 +71,11 @@ def test_without_guidance_the_teacher_runs_once(train, first, monkeypatch):
     assert len(calls) == 2
 
 
-def test_a_run_restarts_to_the_bit_and_ends_its_alignment(train, first, tmp_path):
+def test_a_run_restarts_exactly_and_ends_its_alignment(train, first, tmp_path):
     options = {"alignment": ["vae", "self"], "alignment_teacher": first, "alignment_stop_step": "self=4"}
-    whole = train(**options, max_train_steps=6, output_dir=tmp_path / "whole")
-    for steps in (2, 5, 6):
-        pieces = train(
-            **options, max_train_steps=steps, output_dir=tmp_path / "pieces", resume_from_checkpoint="latest"
-        )
-    for name in ("transformer", "optimizer", "ema_0.9"):
-        one, other = (load_file(run / f"checkpoint-6/state/{name}.safetensors") for run in (whole, pieces))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), name
-    names = {
-        name.split(".")[1] for name in load_file(whole / "checkpoint-6/state/optimizer.safetensors") if "heads" in name
-    }
-    assert names == {"vae"}
+    whole = assert_restarts_exactly(train, tmp_path, options, stops=(2, 5), steps=6)
+    names = [name for name in tensors_of(whole, 6) if name.startswith("state/optimizer/heads.")]
+    assert {name.split(".")[1] for name in names} == {"vae"}
 
 
 def test_a_restart_knows_the_teacher_by_its_weights(train, first, tmp_path, capfd):
@@ -106,17 +96,6 @@ def test_text_to_image_models_have_teachers(finetune, pipelines, family):
     assert len(read_metrics(run, "train/alignment_loss_self")) == 2
 
 
-def test_one_and_two_processes_make_the_same_steps(launch, first, tmp_path):
-    script = tmp_path / "double.py"
-    script.write_text(DOUBLE)
-    ends = []
-    for processes in (1, 2):
-        options = {"alignment": "self", "alignment_teacher": first, "max_train_steps": 4, "label_dropout": 0.5}
-        run = launch(processes, script, **options, output_dir=tmp_path / f"run-{processes}")
-        ends.append(load_file(run / "checkpoint-4/state/transformer.safetensors"))
-    assert max((ends[0][name] - ends[1][name]).abs().max().item() for name in ends[0]) < 1e-10
-
-
 def test_the_dry_run_counts_the_teachers_passes(train, first, capsys):
     train(alignment="self", alignment_teacher=first, dry_run=True)
     assert "| frozen models of `self`, one image |" in capsys.readouterr().out
@@ -125,7 +104,7 @@ def test_the_dry_run_counts_the_teachers_passes(train, first, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"alignment_teacher": None}, "--alignment self needs --alignment_teacher"),
+        ({"alignment_teacher": None}, "--alignment_teacher"),
         ({"alignment_teacher": "nowhere"}, "--alignment_teacher nowhere"),
         ({"num_layers": 5}, "blocks 4, not 5"),
         ({"hidden_size": 64}, "width 32, not 64"),
@@ -133,6 +112,5 @@ def test_the_dry_run_counts_the_teachers_passes(train, first, capsys):
         ({"alignment": "vae"}, "--alignment_teacher goes with --alignment self"),
     ],
 )
-def test_what_does_not_fit_is_refused(train, first, capfd, options, said):
-    train(**{"alignment": "self", "alignment_teacher": first, "code": 2} | options)
-    assert said in capfd.readouterr().err
+def test_options_that_the_teacher_does_not_fit_are_refused(refused, first, options, said):
+    refused(said, **{"alignment": "self", "alignment_teacher": first} | options)
