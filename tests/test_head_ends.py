@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DiTPipeline
 from safetensors.torch import load_file
 from torch import nn
 
+from pipeline_vaerepa import VAEREPAPipeline
 from tests import text_models
 from tests.helpers_runs import INTERNAL_GUIDANCE
 from vaerepa.alignment import AlignedTransformer, VAEAlignment
+from vaerepa.alignment.grid import patchify
 from vaerepa.families import DiT, Size
 from vaerepa.families.base import InputSpec
 from vaerepa.families.mmdit import MMDiT
@@ -100,6 +103,30 @@ def test_at_the_start_adaln_says_zero_and_every_parameter_has_a_gradient(layers)
     outputs["vae"].sub(1.0).square().sum().backward()
     assert all(parameter.grad is not None for parameter in head.parameters())
     assert head.linear.weight.grad.abs().max() > 0
+
+
+def test_the_pipeline_guides_by_the_head_that_was_trained(train):
+    run = train(**INTERNAL_GUIDANCE, max_train_steps=3, learning_rate=1e-2)
+    stock = DiTPipeline.from_pretrained(run)
+    pipeline = VAEREPAPipeline(stock.transformer, stock.vae, stock.scheduler)
+    pipeline.load_heads(str(run))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"latents": noise, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    options |= {"head_guidance_interval": (0.0, 1.0)}
+    plain, guided = (pipeline([0, 2], **options, head_guidance_scale=scale).images for scale in (0.0, 2.0))
+    velocity, guided_velocity = noise - plain, noise - guided  # one step of Euler, from t = 1 to 0
+    method = VAEAlignment(2, num_layers=1, target="velocity", final="adaln")
+    head = method.build_head(32, 4)
+    tensors = load_file(run / "heads/heads.safetensors")
+    head.load_state_dict({name.removeprefix("vae."): tensor for name, tensor in tensors.items()})
+    block = json.loads((run / "heads/config.json").read_text())["vae"]["block"]
+    blocks = stock.transformer.transformer_blocks
+    aligned = AlignedTransformer(stock.transformer, blocks, {"vae": head}, {"vae": block})
+    with torch.no_grad():
+        _, outputs = aligned(noise, timestep=torch.full((2,), 1000.0), class_labels=torch.tensor([0, 2]))
+    told = patchify(velocity - (guided_velocity - velocity) / 2.0, 2)  # v + w (v - v_head)
+    torch.testing.assert_close(told, outputs["vae"], rtol=1e-4, atol=1e-4)
+    assert outputs["vae"].std() > 0.01
 
 
 def last_conditioning(family, transformer, noisy, **batch):
