@@ -18,7 +18,7 @@ from pipeline_vaerepa import GuidingHead, VAEREPAPipeline, head_velocity
 from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
 from tests.helpers_pipeline import GaussianField, build_pipeline, build_scheduler
-from vaerepa import evaluate
+from vaerepa import evaluate, visualize
 from vaerepa.alignment import HeadGuidance, VAEAlignment
 from vaerepa.alignment.grid import patchify
 from vaerepa.data import TrainingNumbers, open_sources
@@ -412,6 +412,26 @@ def test_evaluation_guides_and_says_so(train, tmp_path, capsys):
     shutil.rmtree(run / "heads")
     evaluated("none", head_guidance_scale=0.5, code=2)
     assert "heads/config.json" in capsys.readouterr().err
+
+
+def test_trajectories_can_be_guided(train, data, tmp_path, capsys):
+    run = train(max_train_steps=2, learning_rate=1e-2)
+
+    def plotted(name, scale, code=0):
+        given = {"pretrained_model_name_or_path": run, "dataset_name": data, "num_images": 1, "class_labels": 0}
+        given |= {"num_inference_steps": 4, "num_shown_steps": 2, "output_dir": tmp_path / name}
+        line = [str(word) for pair in given.items() for word in (f"--{pair[0]}", pair[1])]
+        assert visualize.main([*line, "--head_guidance_scale", str(scale)]) == code
+        return [
+            (tmp_path / name / picture).read_bytes() for picture in ("features.png", "trajectories.png") if not code
+        ]
+
+    plain, guided = plotted("plain", 0.0), plotted("guided", 0.8)
+    assert plain[0] == guided[0]
+    assert plain[1] != guided[1]
+    shutil.rmtree(run / "heads")
+    plotted("headless", 0.8, code=2)
+    assert "--head_guidance_scale 0.8" in capsys.readouterr().err
 
 
 # ---- around a stock transformer

@@ -65,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--t", type=float, nargs="+", default=[0.1, 0.5, 0.9], help="Times, 0 is data, 1 noise (default: 0.1 0.5 0.9).")
     add("--class_labels", type=int, nargs="+", help="Classes of the trajectories. Default: six, spread over all.")
     add("--guidance_scale", type=float, default=2.0, help="Of the trajectories (default: 2.0).")
+    add(
+        "--head_guidance_scale",
+        type=float,
+        default=0.0,
+        help="Guidance of the trajectories by the alignment head (default: 0, none).",
+    )
     add("--num_inference_steps", type=int, default=50, help="Steps of Euler's method (default: 50).")
     add("--num_shown_steps", type=int, default=8, help="Predictions to show of them, evenly spread (default: 8).")
     add("--seed", type=int, default=0, help="The noise follows from it (default: 0).")
@@ -114,6 +120,11 @@ def visualize(args: argparse.Namespace) -> None:
         logger.warning("no trajectories: this model predicts noise, and they are those of flows.")
         return
     pipeline = VAEREPAPipeline(transformer, vae, pretrained.scheduler, pretrained.id2label)
+    if args.head_guidance_scale:
+        try:
+            pipeline.load_heads(args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir)
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--head_guidance_scale {args.head_guidance_scale}: {error}") from error
     draw_trajectories(args, pipeline, labels).save(args.output_dir / "trajectories.png")
     logger.info(f"{args.output_dir / 'trajectories.png'}: classes {labels}")
 
@@ -241,14 +252,19 @@ def draw_trajectories(args: argparse.Namespace, pipeline: VAEREPAPipeline, label
     shape = (config.in_channels, config.sample_size, config.sample_size)
     noise = noise_like(torch.empty(len(labels), *shape, device=pipeline.device), args.seed)
     pipeline.set_progress_bar_config(disable=True)
-    predictions = predicted_clean(pipeline, labels, noise, num_steps, args.guidance_scale)
+    predictions = predicted_clean(pipeline, labels, noise, num_steps, args.guidance_scale, args.head_guidance_scale)
     columns = {f"t {1 - step / num_steps:.2g}": decode(pipeline.vae, predictions[step]) for step in shown}
     columns["sample"] = decode(pipeline.vae, predictions[-1])  # the last step goes to its own prediction
     return lay_out(columns, columns["sample"][0].width)
 
 
 def predicted_clean(
-    pipeline: VAEREPAPipeline, labels: list[int], noise: torch.Tensor, num_steps: int, guidance_scale: float
+    pipeline: VAEREPAPipeline,
+    labels: list[int],
+    noise: torch.Tensor,
+    num_steps: int,
+    guidance_scale: float,
+    head_guidance_scale: float = 0.0,
 ) -> list[torch.Tensor]:
     """Clean latents x - t v(x, t), shape (B, C, h, w), that are predicted at each step of Euler's method from noise."""
     states = [noise.double()]
@@ -260,6 +276,7 @@ def predicted_clean(
     pipeline(
         labels,
         guidance_scale=guidance_scale,
+        head_guidance_scale=head_guidance_scale,
         num_inference_steps=num_steps,
         output_type="latent",
         latents=noise,
