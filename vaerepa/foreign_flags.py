@@ -118,7 +118,7 @@ _INSTEAD = {  # what to do in the place of several flags
     "give another --output_dir, or go on with --resume_from_checkpoint latest.": "overwrite_output_dir",
     "leave --push_to_hub out.": "no_hub",
     "log in with `hf auth login`, or set HF_TOKEN.": "use_auth_token token",
-    "nothing is distilled; --alignment sra learns from the model's own EMA.": "pretrained_teacher_model",
+    "a teacher is --alignment_teacher, of --alignment self.": "pretrained_teacher_model",
     "processes and devices belong to the launcher: accelerate launch --help, before the script's name.": (
         "local_rank num_processes num_machines multi_gpu cpu gpu_ids machine_rank main_process_ip "
         "main_process_port same_network dynamo_backend use_fsdp use_deepspeed deepspeed "

@@ -22,6 +22,7 @@ SHOWN = (
     "seed",
     "global_batch_size",
     "max_train_steps",
+    "optimizer",
     "learning_rate",
     "lr_scheduler",
     "ema_decay",

@@ -154,7 +154,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices = [p for group in self.muon.param_groups for p in group["params"] if p.grad is not None]
         before = [matrix.clone() for matrix in matrices]
         for matrix in matrices:  # a momentum averaged with itself stays what it was
-            momentum = self.state[matrix].get("momentum_buffer", torch.zeros_like(matrix))
+            momentum = self.state[matrix].get("momentum_buffer", 0.0)
             matrix.grad.copy_(torch.where(skips, momentum, matrix.grad))
         self.muon.step()
         for matrix, kept in zip(matrices, before, strict=True):
