@@ -98,7 +98,9 @@ def test_text_to_image_models_have_teachers(finetune, pipelines, family):
 
 def test_the_dry_run_counts_the_teachers_passes(train, first, capsys):
     train(alignment="self", alignment_teacher=first, dry_run=True)
-    assert "| frozen models of `self`, one image |" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| frozen models of `self`, one image |" in table
+    assert "| exported pipeline, without the VAE |" in table
 
 
 @pytest.mark.parametrize(

@@ -246,8 +246,8 @@ def report(
         rows.append((f"head `{name}`", f"{parameters / 1e6:.2f} M parameters"))
         rows.append(("forward pass with it, one image", f"{flops / 1e9:.1f} GFLOP, +{flops / sizes.flops - 1:.2%}"))
         if name in sizes.frozen_flops:
-            frozen = sizes.frozen_flops[name] / 1e9
-            rows.append((f"frozen models of `{name}`, one image", f"{frozen:.1f} GFLOP, forward only"))
+            frozen_gflops = sizes.frozen_flops[name] / 1e9
+            rows.append((f"frozen models of `{name}`, one image", f"{frozen_gflops:.1f} GFLOP, forward only"))
     activations = 0 if options.gradient_checkpointing else options.train_batch_size * sizes.activation_memory
     memory = (sizes.state_memory + sizes.encoder_memory + activations) / GIB
     rows.append(("weights, gradients, optimizer and EMA weights, per device", size_of(sizes.state_memory)))
