@@ -225,7 +225,10 @@ def test_latents_far_from_unit_scale_are_normalised_for_the_target(finetune, tmp
     pipeline = text_models.build("sd3")
     pipeline.vae.register_to_config(scaling_factor=30.0)
     pipeline.save_pretrained(tmp_path / "base")
-    run = finetune("sd3", pretrained_model_name_or_path=tmp_path / "base", max_train_steps=1)
+    options = {"pretrained_model_name_or_path": tmp_path / "base", "max_train_steps": 1}
+    finetune("sd3", output_dir=tmp_path / "other", alignment="layersync", **options)
+    assert "normalised per channel" not in caplog.text  # for a method that aligns to no latents
+    run = finetune("sd3", **options)
     assert "normalised per channel" in caplog.text
     loss = read_metrics(run, "train/denoising_loss", "train/alignment_loss_vae")[0]
     assert loss["train/denoising_loss"] > 50

@@ -1,5 +1,8 @@
 """VAEs that shift or normalise their latents: folded into their 1x1 convolutions, they are stock VAEs of scale 1."""
 
+import logging
+import math
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -78,3 +81,15 @@ def test_others_are_left_alone(vae):
     weights = original.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in loaded.state_dict().items())
     assert dict(loaded.config) == dict(original.config)
+
+
+@pytest.mark.parametrize(("alignment", "scale", "warns"), [("vae", 3, True), ("vae", 1, False), ("none", 3, False)])
+def test_one_channel_far_from_unit_scale_is_warned_of(train, vae, tmp_path, caplog, alignment, scale, warns):
+    """A channel of deviation 3 is far from unit scale; the deviation of all values together is still below 2."""
+    caplog.set_level(logging.INFO)
+    model = AutoencoderKL.from_pretrained(vae)
+    with torch.no_grad():
+        model.quant_conv.bias[4] += 2 * math.log(scale)  # of the log-variance
+    model.save_pretrained(tmp_path / "vae")
+    train(pretrained_vae_model_name_or_path=tmp_path / "vae", alignment=alignment, max_train_steps=1)
+    assert ("far from unit scale" in caplog.text) == warns

@@ -200,7 +200,8 @@ def build_alignments(
 ) -> list[Alignment]:
     """Builds the alignment methods with their blocks, weights and ranges of t; defaults in `options` must be filled in."""
     family, ranges = components.family, settings.t_ranges_of(options)
-    if family.normalizes_targets and not are_near_unit_scale(latent_statistics):
+    expects_unit_scale = any(method.expects_unit_scale(options) for method in settings.classes_of(options))
+    if expects_unit_scale and family.normalizes_targets and not are_near_unit_scale(latent_statistics):
         logger.info("the latents are not near unit scale: the target of alignment `vae` is normalised per channel")
         options = replace(options, alignment_normalize=True)
     if components.teacher:

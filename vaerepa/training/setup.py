@@ -21,7 +21,7 @@ from vaerepa.families import Family
 from vaerepa.logs import get_logger
 from vaerepa.options import Options
 from vaerepa.processes import on_main_process
-from vaerepa.vae import downsampling_factor, shape_of_latents
+from vaerepa.vae import are_near_unit_scale, downsampling_factor, shape_of_latents
 
 logger = get_logger(__name__)
 
@@ -204,13 +204,15 @@ def measure_latents(options: Options, accelerator: Accelerator, feed: Feed, fami
     feed.choose_precision()
     values = torch.cat([z.transpose(0, 1).flatten(1) for z in feed.first_latents(count)], dim=1)  # (C, all values)
     logger.info(f"latents of the first {count} images: mean {values.mean():.3f}, standard deviation {values.std():.3f}")
-    checks_scale = any(method.expects_unit_scale(options) for method in settings.classes_of(options))
-    if checks_scale and not family.normalizes_targets and not 0.5 <= values.std() <= 2.0:
+    statistics = [values.mean(1).tolist(), values.std(1).tolist()]
+    expects_unit_scale = any(method.expects_unit_scale(options) for method in settings.classes_of(options))
+    if expects_unit_scale and not family.normalizes_targets and not are_near_unit_scale(statistics):
+        means, deviations = (f"{min(values):.3g} to {max(values):.3g}" for values in statistics)
         logger.warning(
-            f"the latents' standard deviation {values.std():.3f} is far from 1: the alignment loss may swamp the denoising "
-            "loss, or vanish beside it. --alignment_normalize normalises its target per channel."
+            f"the latents are far from unit scale (means of channels {means}, standard deviations {deviations}): the alignment "
+            "loss may swamp the denoising loss, or vanish beside it. --alignment_normalize normalises its target per channel."
         )
-    return on_main_process(accelerator, lambda: [values.mean(1).tolist(), values.std(1).tolist()])
+    return on_main_process(accelerator, lambda: statistics)
 
 
 def _half_precision(accelerator: Accelerator) -> torch.dtype | None:
