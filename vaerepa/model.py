@@ -100,7 +100,7 @@ def family_of(options: TransformerOptions) -> Family:
     """
     name = options.pretrained_model_name_or_path
     if name:
-        return find_family(name, (conditioning_of(options),), **_where(options))[0]
+        return find_family(name, (conditioning_of(options),), _remedy(options), **_where(options))[0]
     return family_of_preset(options)
 
 
@@ -122,8 +122,9 @@ def open_pretrained(options: TransformerOptions) -> Pretrained | None:
     Raises:
         OptionError: it is not there, or of another kind.
     """
-    if options.pretrained_model_name_or_path:
-        return load_pretrained(options.pretrained_model_name_or_path, conditioning_of(options), **_where(options))
+    name = options.pretrained_model_name_or_path
+    if name:
+        return load_pretrained(name, conditioning_of(options), _remedy(options), **_where(options))
     family, encoders = family_of_preset(options), options.pretrained_text_encoder_model_name_or_path
     return load_text_encoders(encoders, family, **_where(options)) if family.text_components else None
 
@@ -170,3 +171,8 @@ def check_capacity(options: TransformerOptions, family: Family, transformer: nn.
 
 def _where(options: TransformerOptions) -> dict[str, str | None]:
     return {"revision": options.revision, "variant": options.variant, "cache_dir": options.cache_dir}
+
+
+def _remedy(options: TransformerOptions) -> str:
+    """Advice to a user whose pipeline is conditioned otherwise than the options say."""
+    return "leave out --text_conditioning" if options.text_conditioning else "add --text_conditioning"

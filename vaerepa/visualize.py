@@ -32,7 +32,7 @@ from vaerepa.alignment.taps import output_of
 from vaerepa.data import Source, open_images
 from vaerepa.data.images import cut, read_image, to_pixels
 from vaerepa.errors import OptionError
-from vaerepa.families import DiT
+from vaerepa.families import Family
 from vaerepa.families.dit import model_inputs
 from vaerepa.families.pretrained import load_pretrained
 from vaerepa.logs import set_up_logging
@@ -114,7 +114,9 @@ def visualize(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformer, vae = pretrained.transformer.eval().to(device), vae.to(device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    draw_features(args, transformer, vae, pretrained.scheduler, source).save(args.output_dir / "features.png")
+    draw_features(args, pretrained.family, transformer, vae, pretrained.scheduler, source).save(
+        args.output_dir / "features.png"
+    )
     logger.info(f"{args.output_dir / 'features.png'}: images, latents, blocks {args.block} at t {args.t}")
     if objectives.name_of(pretrained.scheduler) != "flow_matching":
         logger.warning("no trajectories: this model predicts noise, and they are those of flows.")
@@ -161,7 +163,12 @@ def choose_blocks(given: list[int] | None, num_blocks: int) -> list[int]:
 
 
 def draw_features(
-    args: argparse.Namespace, transformer: nn.Module, vae: nn.Module, scheduler: object, source: Source
+    args: argparse.Namespace,
+    family: Family,
+    transformer: nn.Module,
+    vae: nn.Module,
+    scheduler: object,
+    source: Source,
 ) -> Image.Image:
     """A row per image: the image, its latents, and its hidden states at each block and t."""
     side = transformer.config.sample_size * downsampling_factor(vae)
@@ -172,7 +179,7 @@ def draw_features(
     columns = {"image": images, "latents": to_pictures(clean)}
     for block in args.block:
         for t in args.t:
-            states = hidden_states(transformer, scheduler, clean, t, block, args.seed)
+            states = hidden_states(family, transformer, scheduler, clean, t, block, args.seed)
             columns[f"block {block}, t {t:g}"] = to_pictures(states)
     return lay_out(columns, side)
 
@@ -195,7 +202,7 @@ def encode(vae: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def hidden_states(
-    transformer: nn.Module, scheduler: object, clean: torch.Tensor, t: float, block: int, seed: int
+    family: Family, transformer: nn.Module, scheduler: object, clean: torch.Tensor, t: float, block: int, seed: int
 ) -> torch.Tensor:
     """Output of a block for latents (B, C, h, w) corrupted to time t, without a class; shape (B, d, h / p, w / p).
 
@@ -205,7 +212,6 @@ def hidden_states(
     times = torch.full((len(clean),), t, device=clean.device)
     noisy, _ = objective.corrupt(clean, noise_like(clean, seed), times)
     nobody = torch.zeros(len(clean), dtype=torch.long, device=clean.device)
-    family = DiT()
     inputs = model_inputs(transformer, objective.timesteps(times), nobody, drop=torch.ones_like(nobody).bool())
     output = output_of(family.blocks(transformer)[block - 1], lambda: family.predict(transformer, noisy, **inputs))
     side = clean.shape[-1] // family.patch_size(transformer)

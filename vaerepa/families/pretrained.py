@@ -23,10 +23,6 @@ FLAG = "pretrained_model_name_or_path"
 TEXT_FLAG = "pretrained_text_encoder_model_name_or_path"
 EXPECTED = f"a Hub id of a diffusers pipeline, or a folder with {PIPELINE_INDEX}"
 ALL = ("labels", "captions")
-OTHER_KIND = {
-    "labels": "which is conditioned on class labels: leave out --text_conditioning",
-    "captions": "which is conditioned on text: add --text_conditioning",
-}
 
 
 @dataclass(frozen=True)
@@ -46,16 +42,17 @@ class Pretrained:
     id2label: dict[int, str] | None = None
 
 
-def load_pretrained(name: str, conditioning: Conditioning, **where: str | None) -> Pretrained:
+def load_pretrained(name: str, conditioning: Conditioning, remedy: str = "", **where: str | None) -> Pretrained:
     """Loads a stock pipeline for fine-tuning, without its VAE.
 
     Args:
+        remedy: what the user can do about a pipeline of the other conditioning.
         where: revision, variant and cache_dir, as `from_pretrained` takes them.
 
     Raises:
         OptionError: nothing there, a pipeline of another kind, or not all of it.
     """
-    family, index = find_family(name, (conditioning,), **where)
+    family, index = find_family(name, (conditioning,), remedy, **where)
     pipeline = _load_whole(FLAG, name, family, index, ("vae", "id2label"), **where)
     id2label = index.get("id2label")
     return Pretrained(
@@ -122,9 +119,12 @@ def load_transformer(flag: str, name: str, family: Family, cache_dir: str | None
 
 
 def find_family(
-    name: str, conditionings: tuple[Conditioning, ...], **where: str | None
+    name: str, conditionings: tuple[Conditioning, ...], remedy: str = "", **where: str | None
 ) -> tuple[Family, dict[str, Any]]:
     """The family of a pipeline, and its index.
+
+    Args:
+        remedy: what the user can do about a pipeline of the other conditioning.
 
     Raises:
         OptionError: nothing there, or a pipeline of another kind.
@@ -139,7 +139,8 @@ def find_family(
     kind = index.get("_class_name")
     family = family_of_pipeline(kind)
     if family is None or family.conditioning not in conditionings:
-        why = f", {OTHER_KIND[family.conditioning]}" if family else ""
+        why = f", which is conditioned on {family.conditioning}" if family else ""
+        why += f": {remedy}" if family and remedy else ""
         raise OptionError(f"--{FLAG} {name} holds a {kind}{why}; expected one of {pipelines_of(*conditionings)}.")
     return family, index
 
