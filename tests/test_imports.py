@@ -1,7 +1,10 @@
-"""Importing a module of ours does nothing: no handler is armed, no library is configured."""
+"""Importing a module of ours does nothing: no handler is armed, no library is configured. And what a wheel installs."""
 
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 from tests.conftest import ROOT
 
@@ -36,3 +39,19 @@ def test_importing_our_modules_changes_nothing():
     count, changed = result.stdout.split(maxsplit=1)
     assert int(count) > 60
     assert changed.strip() == "[]"
+
+
+def test_a_wheel_holds_the_library_and_not_the_trainer(tmp_path):
+    """The trainer reads model_card_template.md, which lies at the top of the repository and cannot be part of a package."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "train_vaerepa.py", "pipeline_vaerepa.py"):
+        shutil.copyfile(ROOT / name, source / name)
+    shutil.copytree(ROOT / "vaerepa", source / "vaerepa", ignore=shutil.ignore_patterns("__pycache__"))
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+    top = {path.parts[0] for path in files if path.suffix == ".py"}
+    assert top == {"pipeline_vaerepa.py", "vaerepa"}
+    assert {path.relative_to(ROOT) for path in (ROOT / "vaerepa").rglob("*.py")} <= files
