@@ -367,7 +367,8 @@ def test_any_text_survives_a_saved_config(tmp_path, text):
 def test_changed_options_name_one_class(resume):
     saved = json.loads(json.dumps(as_plain(Options())))
     changed = Options(**{name: other_value(name) for name in FIELDS})
-    names = [name for name, spec in KEPT.items() if spec.metadata["resume"] == resume]
+    kept = {name: spec for name, spec in KEPT.items() if not cli.is_idle(spec, changed)}
+    names = [name for name, spec in kept.items() if spec.metadata["resume"] == resume]
     lines = changed_options(saved, changed, resume)
     assert [line.split()[0] for line in lines] == [f"--{name}" for name in names]
     assert lines == [f"--{n} was {saved[n]!r} and is {as_plain(changed)[n]!r}" for n in names]
@@ -461,6 +462,24 @@ def test_an_option_of_another_method_is_refused():
     cli.check(options)
     with pytest.raises(OptionError, match="--alignment_target goes with --alignment vae"):
         cli.check(replace(options, alignment=("sra",)))
+
+
+IDLE = {  # dropouts of the conditioning that a run has not
+    "proportion_empty_prompts": (Options(proportion_empty_prompts=0.3), "--text_conditioning"),
+    "label_dropout": (Options(label_dropout=0.3, text_conditioning=True), "--no_text_conditioning"),
+    "max_sequence_length": (Options(max_sequence_length=8), "--text_conditioning"),
+    "negative_prompt": (Options(negative_prompt="a dog"), "--text_conditioning"),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_an_option_without_effect_is_refused_and_may_be_left_out_at_a_restart(name):
+    options, other = IDLE[name]
+    with pytest.raises(OptionError, match=f"--{name} goes with {other}"):
+        cli.check(options)
+    without = replace(options, **{name: FIELDS[name].default})
+    cli.check(without)
+    assert changed_options(as_plain(options), without, "fixed") == []
 
 
 # ---- paths

@@ -25,6 +25,8 @@ from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.data.prompts import choose_caption
 from vaerepa.families import Size, family_of_pipeline, parse_preset, pipelines_of
 
+CLASSES = {"text_conditioning": None, "max_sequence_length": None}  # in place of captions
+
 
 @pytest.mark.parametrize("family", text_models.FAMILIES)
 def test_each_family_teaches_itself(family, finetune):
@@ -352,9 +354,10 @@ def test_the_cards_code_runs_as_printed(family, finetune, stock, pipelines):
         ({"model": "MMDiT-M/2", "pretrained_model_name_or_path": None}, ["needs text encoders"]),
         ({"model": "SiT-B/2", "pretrained_model_name_or_path": None}, ["is conditioned on class labels", "MMDiT-"]),
         ({"model": "MMDiT-M/3", "pretrained_model_name_or_path": None}, ["needs text encoders"]),
-        ({"text_conditioning": None, "rank": 2}, ["--rank goes with --text_conditioning"]),
+        ({"text_conditioning": None}, ["--max_sequence_length goes with --text_conditioning"]),
+        ({**CLASSES, "rank": 2}, ["--rank goes with --text_conditioning"]),
         (
-            {"text_conditioning": None, "aspect_ratio_buckets": "auto"},
+            {**CLASSES, "aspect_ratio_buckets": "auto"},
             ["--aspect_ratio_buckets goes with --text_conditioning"],
         ),
         ({"aspect_ratio_buckets": "wide"}, ["--aspect_ratio_buckets wide: expected auto"]),

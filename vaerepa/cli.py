@@ -63,7 +63,7 @@ def option(
             one, which `./` then begins.
         above, at_least, below, at_most: bounds of a number, or of each of several.
         goes_with: name of the option without which this one has no effect; or name and value, as `alignment vae`, where the
-            other option must hold this value.
+            other option must hold this value; or as `no_text_conditioning`, where it must be off.
         named_by: name of an option of several names; this one then takes one value for all of them, or `name=value` for each.
     """
     bounds = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
@@ -259,11 +259,17 @@ def check(options: Any) -> None:
         for one in value if isinstance(value, tuple) else (value,):
             if one is not None and not all(BOUNDS[name][1](one, bound) for name, bound in metadata["bounds"].items()):
                 raise OptionError(f"--{spec.name} {one}: expected a number {_say_bounds(spec)}.")
-        needed, _, choice = (metadata["goes_with"] or "").partition(" ")
-        if needed and value != spec.default:
-            given = getattr(options, needed)
-            if not given or (choice and choice not in given):
-                raise OptionError(f"--{spec.name} goes with --{metadata['goes_with']}.")
+        if value != spec.default and is_idle(spec, options):
+            raise OptionError(f"--{spec.name} goes with --{metadata['goes_with']}.")
+
+
+def is_idle(spec: Field, options: Any) -> bool:
+    """Whether the option has no effect because the one that it goes with is not given."""
+    needed, _, choice = (spec.metadata["goes_with"] or "").partition(" ")
+    if needed.startswith("no_"):
+        return bool(getattr(options, needed.removeprefix("no_")))
+    given = getattr(options, needed) if needed else True
+    return not given or bool(choice and choice not in given)
 
 
 # ---- writing

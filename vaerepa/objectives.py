@@ -41,7 +41,8 @@ class ObjectiveOptions:
     mode_scale: float = option(1.29, "Scale of the mode density (Stable Diffusion 3).", resume="fixed")
     timestep_shift: float | None = option(
         None,
-        "Shift s of the timesteps, s t / (1 + (s - 1) t). Default: the fine-tuned pipeline's own, or 1.",
+        "Shift s of the training timesteps, s t / (1 + (s - 1) t). Of an MMDiT from scratch the exported scheduler has it "
+        "too; elsewhere the scheduler is not changed. Default: the fine-tuned pipeline's own, or 1.",
         resume="fixed",
         above=0,
     )
@@ -49,7 +50,20 @@ class ObjectiveOptions:
         None, "Min-SNR weighting of the ddpm objective, 5.0 is its paper's value. Default: none.", resume="schedule"
     )
     label_dropout: float = option(
-        0.1, "Fraction of labels dropped for classifier-free guidance.", resume="fixed", at_least=0, below=1
+        0.1,
+        "Fraction of labels dropped for classifier-free guidance.",
+        resume="fixed",
+        at_least=0,
+        below=1,
+        goes_with="no_text_conditioning",
+    )
+    proportion_empty_prompts: float = option(
+        0.1,
+        "Fraction of captions replaced by the empty prompt, for classifier-free guidance.",
+        resume="fixed",
+        at_least=0,
+        below=1,
+        goes_with="text_conditioning",
     )
 
 

@@ -76,14 +76,15 @@ def changed_options(before: dict[str, Any], now: Options, resume: Resume) -> lis
     """Names the options of one `resume` class that differ between a saved run, in its public values, and this one."""
     current = public_values(as_plain(now), FIELDS)
     saved = {name: _listed(value, current[name]) for name, value in before.items() if name in current}
-    idle = "alignment_" if now.alignment == ("none",) else None  # without a method its options say nothing
+    without_method = "alignment_" if now.alignment == ("none",) else None
     return [
         f"--{name} was {saved[name]!r} and is {current[name]!r}"
         for name, spec in FIELDS.items()
         if spec.metadata["resume"] == resume
         and name in saved
         and saved[name] != current[name]
-        and not (idle and name.startswith(idle))
+        and not (without_method and name.startswith(without_method))
+        and not cli.is_idle(spec, now)
     ]
 
 

@@ -17,7 +17,6 @@ from typing import Self
 import torch
 
 from vaerepa.data.batch import Shape
-from vaerepa.data.options import PromptOptions
 from vaerepa.families.options import TextOptions
 from vaerepa.objectives import ObjectiveOptions, sample_timestep
 from vaerepa.randomness import SeedOptions, draw_noise, draw_uniform
@@ -26,7 +25,7 @@ NOISE, T, DROP, POSTERIOR = "noise", "t", "drop", "posterior"
 Numbers = Callable[[Sequence[int], Shape, bool], dict[str, torch.Tensor]]
 
 
-class NumberOptions(TextOptions, PromptOptions, ObjectiveOptions, SeedOptions):
+class NumberOptions(TextOptions, ObjectiveOptions, SeedOptions):
     """Options that the numbers of training samples follow from."""
 
 

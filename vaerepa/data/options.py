@@ -14,14 +14,11 @@ class PromptOptions:
     """Captions on their way to the transformer."""
 
     max_sequence_length: int | None = option(
-        None, "Tokens of a prompt; longer ones are cut. Default: the stock pipeline's.", resume="fixed", above=0
-    )
-    proportion_empty_prompts: float = option(
-        0.1,
-        "Fraction of captions replaced by the empty prompt, for classifier-free guidance.",
+        None,
+        "Tokens of a prompt; longer ones are cut. Default: the stock pipeline's.",
         resume="fixed",
-        at_least=0,
-        below=1,
+        above=0,
+        goes_with="text_conditioning",
     )
     cache_text_embeddings: bool = option(
         False,

@@ -32,7 +32,7 @@ class ValidationOptions:
     validation_prompts: tuple[str, ...] = option(
         (), "Prompts of the sample grids of a text-to-image model.", goes_with="text_conditioning"
     )
-    negative_prompt: str = option("", "Negative prompt of the sample grids.")
+    negative_prompt: str = option("", "Negative prompt of the sample grids.", goes_with="text_conditioning")
     validation_guidance_scale: float = option(4.0, "Guidance scale of the sample grids.", at_least=0)
     validation_num_inference_steps: int = option(50, "Sampling steps of the sample grids.", above=0)
     num_validation_samples: int = option(512, "Validation images that the validation loss is measured on.", at_least=0)
