@@ -109,7 +109,7 @@ def open_vae_and_data(options: Options, family: Family) -> tuple[nn.Module, Sour
     Raises:
         OptionError: one of them is not there, or does not fit the options.
     """
-    vae, sources = open_vae(options, options.cache_dir, family.knows_shift), open_data(options)
+    vae, sources = open_vae(options, options.cache_dir, family), open_data(options)
     methods = settings.classes_of(options)
     for method in methods:
         method.check_vae(options, vae)

@@ -20,7 +20,6 @@ from vaerepa.evaluation import TrainingEvaluation
 from vaerepa.evaluation.options import MeasuringOptions
 from vaerepa.evaluation.samples import GenerateImages, balanced, choose_labels
 from vaerepa.families import Family
-from vaerepa.families.dit import has_learned_sigma
 from vaerepa.model_card import CLASS_TASK, TEXT_TASK
 from vaerepa.training.options import GridOptions
 
@@ -118,7 +117,8 @@ class ClassLabels(Conditioning):
     def warning(self) -> str | None:
         if self.family.works_in_stock_pipeline(len(self.id2label)):
             return None
-        return "DiTPipeline guides up to 1000 classes only: load this model with the pipeline_vaerepa.py beside it"
+        pipeline = self.pipeline_class.__name__
+        return f"{pipeline} cannot guide so many classes: load this model with the pipeline_vaerepa.py beside it"
 
     def plot_grid(self, transformer: nn.Module, head: GuidingHead | None, num_images: int, path: Path) -> Image.Image:
         options = self.options
@@ -157,13 +157,13 @@ class ClassLabels(Conditioning):
             "classes": self.id2label.values(),
             "num_classes": len(self.id2label),
             "label": min(7, len(self.id2label) - 1),
-            "has_learned_sigma": has_learned_sigma(transformer),
+            "has_learned_sigma": self.family.has_learned_sigma(transformer),
             "works_in_stock": self.family.works_in_stock_pipeline(len(self.id2label)),
             "draws_any_size": True,
         }
 
     def _pipeline(self, transformer: nn.Module, head: GuidingHead | None, head_scale: float) -> DiffusionPipeline:
-        pipeline = sampling.build_pipeline(transformer, self.vae, self.scheduler, self.id2label)
+        pipeline = sampling.build_pipeline(self.family, transformer, self.vae, self.scheduler, self.id2label)
         if head_scale:
             interval = self.options.head_guidance_interval
             guided = HeadGuidance(

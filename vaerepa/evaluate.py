@@ -24,9 +24,9 @@ from typing import Any, get_args
 import torch
 import yaml
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, DiffusionPipeline, DiTPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 
-from pipeline_vaerepa import DEFAULT_STEPS, HEAD_GUIDANCE_INTERVAL, GuidingHead, VAEREPAPipeline
+from pipeline_vaerepa import DEFAULT_STEPS, HEAD_GUIDANCE_INTERVAL, GuidingHead
 from vaerepa import checkpoints, evaluation, objectives
 from vaerepa.alignment import HeadGuidance
 from vaerepa.data import Prompts, Source, open_images
@@ -183,7 +183,7 @@ def evaluate(args: argparse.Namespace) -> None:
         settings = describe(args, pipeline)
         if args.head_guidance_scale:
             settings |= guide_by_head(args, pipeline, family)
-        subject = open_texts(args, pipeline, family, reference) if captioned else open_classes(args, pipeline)
+        subject = open_texts(args, pipeline, family, reference) if captioned else open_classes(args, pipeline, family)
         settings |= subject.settings | {"seed": args.seed, "precision": precision}
         with accelerator.main_process_first():
             claim_folder(folder, settings)
@@ -276,8 +276,8 @@ def open_reference(args: argparse.Namespace, with_captions: bool) -> Path | Sour
     )
 
 
-def open_classes(args: argparse.Namespace, pipeline: DiTPipeline) -> Subject:
-    """A class-conditional pipeline. Flow models are sampled by VAEREPAPipeline, others by the stock pipeline.
+def open_classes(args: argparse.Namespace, pipeline: DiffusionPipeline, family: Family) -> Subject:
+    """A class-conditional pipeline. Flow models are sampled by the family's own pipeline, others by the stock pipeline.
 
     Raises:
         OptionError: an argument goes with flow or text-to-image models only, or the scheduler adds noise of its own.
@@ -288,11 +288,11 @@ def open_classes(args: argparse.Namespace, pipeline: DiTPipeline) -> Subject:
     transformer, scheduler = pipeline.transformer, pipeline.scheduler
     id2label = {number: name for name, number in pipeline.labels.items()}
     scale = 1.0 if args.guidance_scale is None else args.guidance_scale
-    num_classes = len(id2label) or transformer.config.num_embeds_ada_norm
+    num_classes = len(id2label) or family.num_classes(transformer)
     settings = {"guidance_scale": scale}
     call: dict[str, Any] = {"guidance_scale": scale}
     if objectives.name_of(scheduler) == "flow_matching":
-        pipeline = VAEREPAPipeline(transformer, pipeline.vae, scheduler, id2label)
+        pipeline = family.flow_pipeline(transformer, pipeline.vae, scheduler, id2label)
         sampler = args.sampler or "sde"
         interval = tuple(args.guidance_interval or (0.0, 1.0))
         call |= {"sampler": sampler, "guidance_interval": interval}
@@ -319,7 +319,7 @@ def open_classes(args: argparse.Namespace, pipeline: DiTPipeline) -> Subject:
     }
     labels = choose_labels(args.num_samples, num_classes, args.seed, settings["label_sampling"])
     generate = images_of_labels(pipeline, labels, args.seed, **call)
-    return Subject(generate, transformer.config.sample_size * downsampling_factor(pipeline.vae), settings)
+    return Subject(generate, family.fixed_size(transformer) * downsampling_factor(pipeline.vae), settings)
 
 
 def open_texts(
@@ -347,7 +347,7 @@ def open_texts(
     own = inspect.signature(pipeline.__call__).parameters
     call = {
         "num_inference_steps": args.num_inference_steps or STOCK_STEPS,
-        "guidance_scale": own["guidance_scale"].default if args.guidance_scale is None else args.guidance_scale,
+        "guidance_scale": own[family.guidance_argument].default if args.guidance_scale is None else args.guidance_scale,
     }
     settings = {"sampler": type(pipeline.scheduler).__name__, **call, "negative_prompt": args.negative_prompt or None}
     digest = digest_of("\n".join(texts).encode(), size=8)

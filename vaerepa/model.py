@@ -8,7 +8,7 @@ from vaerepa.alignment.options import AlignmentOptions
 from vaerepa.data.buckets import parse_buckets
 from vaerepa.data.options import DataOptions
 from vaerepa.errors import OptionError
-from vaerepa.families import Conditioning, Family, Size
+from vaerepa.families import ConditionKind, Family, Size
 from vaerepa.families.options import ModelOptions, TextOptions
 from vaerepa.families.pretrained import Pretrained, find_family, load_pretrained, load_text_encoders
 from vaerepa.lora import LoRAOptions
@@ -20,7 +20,7 @@ class TransformerOptions(ModelOptions, TextOptions, LoRAOptions, DataOptions, Al
     """Options that decide what is trained, and whether images and alignment fit it."""
 
 
-def conditioning_of(options: TransformerOptions) -> Conditioning:
+def conditioning_of(options: TransformerOptions) -> ConditionKind:
     """Kind of condition that the options select."""
     return "captions" if options.text_conditioning else "labels"
 

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline_vaerepa import VAEREPAPipeline
 from vaerepa import objectives
 from vaerepa.data import Prompts
-from vaerepa.families import DiT
+from vaerepa.families import Family
 
 LATEST = "latest"  # folder of single images
 MAX_COLUMNS = 10
@@ -22,12 +22,11 @@ MARGIN = 4
 
 
 def build_pipeline(
-    transformer: nn.Module, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str]
+    family: Family, transformer: nn.Module, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str]
 ) -> DiffusionPipeline:
-    """VAEREPAPipeline around a transformer in training form; the stock pipeline where the transformer predicts noise."""
-    family = DiT()
+    """The pipeline that samples a transformer in training form by class labels, a flow or one that predicts noise."""
     if objectives.name_of(scheduler) == "flow_matching":
-        pipeline = VAEREPAPipeline(transformer, vae, scheduler, id2label)
+        pipeline = family.flow_pipeline(transformer, vae, scheduler, id2label)
     else:
         pipeline = family.build_pipeline(
             family.pipeline_class(), family.to_stock_form(transformer), vae, scheduler, id2label=id2label
@@ -127,13 +126,15 @@ def generate_images(
     texts: list[str],
     negative_prompt: str,
     generators: list[torch.Generator],
+    guidance_scale: float,
     **call: Any,
 ) -> list[Image.Image]:
     """Generates one image per text by a stock pipeline; `call`: further arguments of its call."""
-    both = prompts.family.pipeline_inputs(prompts.condition([*texts, *[negative_prompt] * len(texts)]))
-    inputs = {name: embeddings[: len(texts)] for name, embeddings in both.items()}
-    inputs |= {f"negative_{name}": embeddings[len(texts) :] for name, embeddings in both.items()}
-    return pipeline(**inputs, **prompts.family.call_options, generator=generators, **call).images
+    both = prompts.condition([*texts, *[negative_prompt] * len(texts)])  # at once, so that all have one length
+    condition = {name: part[: len(texts)] for name, part in both.items()}
+    negative = {name: part[len(texts) :] for name, part in both.items()}
+    inputs = prompts.family.pipeline_inputs(condition, negative, guidance_scale)
+    return pipeline(**inputs, generator=generators, **call).images
 
 
 def labelled_grid(images: list[Image.Image], texts: list[str], columns: int) -> Image.Image:

@@ -3,27 +3,28 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from vaerepa import frozen
 from vaerepa.errors import OptionError
+from vaerepa.families import DEFAULT, FAMILIES, Family
+from vaerepa.families.latents import LatentSpace
 from vaerepa.families.options import ModelOptions
 from vaerepa.hub.reasons import UNREADABLE, lacks_file, why_unreadable
 
 EXPECTED = "a Hub id, or a folder with the VAE's config.json and weights, itself or in `vae`"
-DEFAULT = "stabilityai/sd-vae-ft-mse"  # the paper's
-CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # the paper's
 
 
-def open_vae(options: ModelOptions, cache_dir: str | None, keep_shift: bool) -> ModelMixin:
+def open_vae(options: ModelOptions, cache_dir: str | None, family: Family) -> ModelMixin:
     """The VAE that the options name, the fine-tuned pipeline's own, or the paper's; see `load_vae`."""
     own, pretrained = options.pretrained_vae_model_name_or_path, options.pretrained_model_name_or_path
     where = {"cache_dir": cache_dir}
     if not (own and pretrained):  # else these are the pipeline's
         where |= {"revision": options.revision, "variant": options.variant}
-    return load_vae(own or pretrained or DEFAULT, **where, keep_shift=keep_shift)
+    return load_vae(own or pretrained or DEFAULT_VAE, **where, family=family)
 
 
 def load_vae(
@@ -31,13 +32,13 @@ def load_vae(
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | None = None,
-    keep_shift: bool = False,
+    family: Family = DEFAULT,
 ) -> ModelMixin:
-    """Loads an AutoencoderKL or AutoencoderTiny from the Hub or a folder, or from the `vae` subfolder of a pipeline.
+    """Loads a VAE from the Hub or a folder, or from the `vae` subfolder of a pipeline.
 
     Args:
-        keep_shift: leaves shift_factor in the config, for pipelines that know it, and puts 0 there where it is missing;
-            else it is folded into the weights.
+        family: decides which VAEs there may be. If its stock pipelines know shift_factor, that stays in the config, and is 0
+            where it is missing; else it is folded into the weights.
 
     Raises:
         OptionError: nothing there, or another kind of model.
@@ -45,22 +46,23 @@ def load_vae(
     where = {"revision": revision, "cache_dir": cache_dir}
     subfolder, config = _find_config(name_or_path, where)
     kind = config.get("_class_name")
-    if kind not in CLASSES:
+    classes = {space.vae_class.__name__: space.vae_class for space in family.latent_spaces}
+    if kind not in classes:
         raise OptionError(
-            f"--pretrained_vae_model_name_or_path {name_or_path} holds a {kind}; expected one of {', '.join(CLASSES)}."
+            f"--pretrained_vae_model_name_or_path {name_or_path} holds a {kind}; expected one of {', '.join(classes)}."
         )
     try:
-        vae = CLASSES[kind].from_pretrained(
+        vae = classes[kind].from_pretrained(
             name_or_path, subfolder=subfolder, variant=variant, dtype=torch.get_default_dtype(), **where
         )
     except UNREADABLE as error:
         reason = why_unreadable(name_or_path, error, EXPECTED)
         raise OptionError(f"the VAE of {name_or_path} cannot be loaded: {reason}") from error
-    folded = ("latents_mean", "latents_std") if keep_shift else ("shift_factor", "latents_mean", "latents_std")
-    if has_posterior(vae) and any(config.get(key) for key in folded):
+    folded = ("latents_mean", "latents_std") if family.knows_shift else ("shift_factor", "latents_mean", "latents_std")
+    if isinstance(vae, AutoencoderKL) and any(config.get(key) for key in folded):
         vae = fold_normalization(vae)
     frozen.remember_dtypes(vae, name_or_path, subfolder, variant, **where)
-    if keep_shift and vae.config.shift_factor is None:
+    if family.knows_shift and vae.config.shift_factor is None:
         vae.register_to_config(shift_factor=0.0)  # such pipelines add it without asking
     return vae.eval().requires_grad_(False)
 
@@ -105,16 +107,24 @@ def is_folded(vae: ModelMixin) -> bool:
     return getattr(vae, "is_folded", False)
 
 
+def latent_space(vae: ModelMixin) -> LatentSpace:
+    """How this VAE encodes, and how its latents are scaled."""
+    return next(space for family in FAMILIES for space in family.latent_spaces if isinstance(vae, space.vae_class))
+
+
+def has_posterior(vae: ModelMixin) -> bool:
+    """Whether the VAE encodes images to a distribution."""
+    return latent_space(vae).has_posterior
+
+
 def latent_channels(vae: ModelMixin) -> int:
     """Number of channels C of the latents."""
-    return vae.config.latent_channels
+    return latent_space(vae).channels(vae)
 
 
 def downsampling_factor(vae: ModelMixin) -> int:
     """Pixels per latent pixel along one side."""
-    return 2 ** (
-        len(vae.config.block_out_channels if has_posterior(vae) else vae.config.encoder_block_out_channels) - 1
-    )
+    return latent_space(vae).downsampling(vae)
 
 
 def shape_of_latents(vae: ModelMixin, resolution: int) -> tuple[int, int, int]:
@@ -132,20 +142,17 @@ def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor, in_bf16: bool = 
         in_bf16: computes in bfloat16, see `agrees_in_bf16`.
 
     Returns:
-        Shape (B, 2C, h, w) in the VAE's dtype, the means first; of AutoencoderTiny, which has none, the latents (B, C, h, w).
+        Shape (B, 2C, h, w) in the VAE's dtype, the means first; of a VAE without posteriors the latents (B, C, h, w).
     """
     images = pixel_values.to(vae.dtype) / 127.5 - 1.0
     if images.device.type == "cuda":
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=in_bf16):
-        if not has_posterior(vae):
-            return vae.encode(images).latents.to(vae.dtype).contiguous()
-        posterior = vae.encode(images).latent_dist
-        return torch.cat([posterior.mean, posterior.std], 1).to(vae.dtype).contiguous()
+        return torch.cat(latent_space(vae).encode(vae, images), 1).to(vae.dtype).contiguous()
 
 
 def sample_latents(vae: ModelMixin, moments: torch.Tensor, posterior_noise: torch.Tensor | None) -> torch.Tensor:
-    """Samples scaled latents of posteriors, (mean + std * noise - shift_factor) * scaling_factor.
+    """Samples latents of posteriors, mean + std * noise, and scales them as their stock pipelines do.
 
     Args:
         moments: as from `encode_moments`, in any dtype; latents (B, C, h, w) are taken as they are.
@@ -156,7 +163,7 @@ def sample_latents(vae: ModelMixin, moments: torch.Tensor, posterior_noise: torc
     """
     mean, *std = moments.to(vae.dtype).split(latent_channels(vae), dim=1)
     sampled = mean + std[0] * posterior_noise.to(vae.dtype) if std else mean
-    return (sampled - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return latent_space(vae).scale(vae, sampled)
 
 
 def agrees_in_bf16(vae: ModelMixin, pixel_values: torch.Tensor, tolerance: float = 0.01) -> bool:
@@ -169,11 +176,6 @@ def agrees_in_bf16(vae: ModelMixin, pixel_values: torch.Tensor, tolerance: float
 def are_near_unit_scale(statistics: list[list[float]]) -> bool:
     """Whether latents of this mean and standard deviation per channel can be aligned to as they are."""
     return all(0.5 <= std <= 2.0 for std in statistics[1]) and all(abs(mean) <= 2.0 for mean in statistics[0])
-
-
-def has_posterior(vae: ModelMixin) -> bool:
-    """Whether the VAE encodes images to a distribution."""
-    return isinstance(vae, AutoencoderKL)
 
 
 def _find_config(name_or_path: str, where: dict) -> tuple[str | None, dict]:

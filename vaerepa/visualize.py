@@ -19,9 +19,11 @@ import sys
 from collections.abc import Iterator
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
@@ -33,7 +35,6 @@ from vaerepa.data import Source, open_images
 from vaerepa.data.images import cut, read_image, to_pixels
 from vaerepa.errors import OptionError
 from vaerepa.families import Family
-from vaerepa.families.dit import model_inputs
 from vaerepa.families.pretrained import load_pretrained
 from vaerepa.logs import set_up_logging
 from vaerepa.privacy import redact
@@ -96,8 +97,9 @@ def visualize(args: argparse.Namespace) -> None:
     check_arguments(args)
     where = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     pretrained = load_pretrained(args.pretrained_model_name_or_path, "labels", **where)
-    args.block = choose_blocks(args.block, len(pretrained.family.blocks(pretrained.transformer)))
-    num_classes = len(pretrained.id2label or ()) or pretrained.transformer.config.num_embeds_ada_norm
+    family = pretrained.family
+    args.block = choose_blocks(args.block, len(family.blocks(pretrained.transformer)))
+    num_classes = len(pretrained.id2label or ()) or family.num_classes(pretrained.transformer)
     labels = args.class_labels or grid_labels(min(6, num_classes), num_classes)
     if not all(0 <= label < num_classes for label in labels):
         raise OptionError(f"--class_labels: expected numbers from 0 to {num_classes - 1}, got {labels}.")
@@ -110,18 +112,16 @@ def visualize(args: argparse.Namespace) -> None:
         cache_dir=args.cache_dir,
         max_images=args.num_images,
     )
-    vae = load_vae(args.pretrained_model_name_or_path, **where)
+    vae = load_vae(args.pretrained_model_name_or_path, **where, family=family)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformer, vae = pretrained.transformer.eval().to(device), vae.to(device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    draw_features(args, pretrained.family, transformer, vae, pretrained.scheduler, source).save(
-        args.output_dir / "features.png"
-    )
+    draw_features(args, family, transformer, vae, pretrained.scheduler, source).save(args.output_dir / "features.png")
     logger.info(f"{args.output_dir / 'features.png'}: images, latents, blocks {args.block} at t {args.t}")
     if objectives.name_of(pretrained.scheduler) != "flow_matching":
         logger.warning("no trajectories: this model predicts noise, and they are those of flows.")
         return
-    pipeline = VAEREPAPipeline(transformer, vae, pretrained.scheduler, pretrained.id2label)
+    pipeline = family.flow_pipeline(transformer, vae, pretrained.scheduler, pretrained.id2label)
     if args.head_guidance_scale:
         try:
             pipeline.load_heads(args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir)
@@ -167,11 +167,11 @@ def draw_features(
     family: Family,
     transformer: nn.Module,
     vae: nn.Module,
-    scheduler: object,
+    scheduler: SchedulerMixin,
     source: Source,
 ) -> Image.Image:
     """A row per image: the image, its latents, and its hidden states at each block and t."""
-    side = transformer.config.sample_size * downsampling_factor(vae)
+    side = family.fixed_size(transformer) * downsampling_factor(vae)
     images = list(read_images(source, side))
     if not images:
         raise OptionError(f"{args.dataset_name}: none of its images can be read.")
@@ -202,7 +202,13 @@ def encode(vae: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def hidden_states(
-    family: Family, transformer: nn.Module, scheduler: object, clean: torch.Tensor, t: float, block: int, seed: int
+    family: Family,
+    transformer: nn.Module,
+    scheduler: SchedulerMixin,
+    clean: torch.Tensor,
+    t: float,
+    block: int,
+    seed: int,
 ) -> torch.Tensor:
     """Output of a block for latents (B, C, h, w) corrupted to time t, without a class; shape (B, d, h / p, w / p).
 
@@ -211,8 +217,9 @@ def hidden_states(
     objective = objectives.of_scheduler(scheduler)
     times = torch.full((len(clean),), t, device=clean.device)
     noisy, _ = objective.corrupt(clean, noise_like(clean, seed), times)
-    nobody = torch.zeros(len(clean), dtype=torch.long, device=clean.device)
-    inputs = model_inputs(transformer, objective.timesteps(times), nobody, drop=torch.ones_like(nobody).bool())
+    labels = torch.zeros(len(clean), dtype=torch.long, device=clean.device)
+    no_class = SimpleNamespace(labels=labels, drop=torch.ones_like(labels).bool(), text=None)
+    inputs = family.inputs(transformer, objective.timesteps(times), no_class)
     output = output_of(family.blocks(transformer)[block - 1], lambda: family.predict(transformer, noisy, **inputs))
     side = clean.shape[-1] // family.patch_size(transformer)
     return family.hidden_states_of(output).transpose(1, 2).unflatten(2, (side, side))

@@ -9,7 +9,7 @@ from torch import nn
 
 from vaerepa.alignment.grid import grid_of
 from vaerepa.alignment.heads import AdaptiveHead, GridConvolution
-from vaerepa.families import DiT, Family
+from vaerepa.families import DEFAULT, Family
 
 
 @dataclass
@@ -42,7 +42,7 @@ class AlignedTransformer(nn.Module):
         blocks: nn.ModuleList,
         heads: dict[str, nn.Module],
         block_of: dict[str, int],
-        family: Family | None = None,
+        family: Family = DEFAULT,
         target_blocks: dict[str, tuple[int, ...]] | None = None,
     ):
         super().__init__()
@@ -51,7 +51,7 @@ class AlignedTransformer(nn.Module):
                 raise ValueError(
                     f"alignment `{name}`: block {block} is outside the model, which has blocks 1 to {len(blocks)}"
                 )
-        self.family = family or DiT()
+        self.family = family
         self.transformer = transformer
         self.heads = nn.ModuleDict(heads)
         self.measure_gradients = False

@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline_vaerepa import HEAD_GUIDANCE_INTERVAL, GuidingHead
 from vaerepa import objectives
-from vaerepa.families import DiT, Family
+from vaerepa.families import DEFAULT, Family
 
 
 class HeadGuidance(nn.Module):
@@ -35,7 +35,7 @@ class HeadGuidance(nn.Module):
         interval: tuple[float, float] = HEAD_GUIDANCE_INTERVAL,
         *,
         scheduler: SchedulerMixin,
-        family: Family | None = None,
+        family: Family = DEFAULT,
     ):
         super().__init__()
         self.transformer = transformer
@@ -43,7 +43,7 @@ class HeadGuidance(nn.Module):
         self.scale = scale
         self.interval = interval
         self.objective = objectives.of_scheduler(scheduler)
-        self.family = family or DiT()
+        self.family = family
 
     def __getattr__(self, name: str) -> Any:
         """Config, dtype, device and all else that a pipeline asks of the transformer."""

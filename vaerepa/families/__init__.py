@@ -1,8 +1,8 @@
-"""Architectures: one file each, one line each in FAMILIES. `Family` in base.py is the contract that they keep."""
+"""Architectures: one file each, which FAMILIES lists. `Family` in base.py is the contract that they keep."""
 
 import re
 
-from vaerepa.families.base import Conditioning, Family, InputSpec, Size
+from vaerepa.families.base import ConditionKind, Family, InputSpec, Size
 from vaerepa.families.dit import DiT
 from vaerepa.families.mmdit import MMDiT
 from vaerepa.families.pixart import PixArt
@@ -11,8 +11,9 @@ from vaerepa.families.z_image import ZImage
 
 __all__ = [
     "CUSTOM",
+    "DEFAULT",
     "FAMILIES",
-    "Conditioning",
+    "ConditionKind",
     "DiT",
     "Family",
     "InputSpec",
@@ -29,8 +30,9 @@ __all__ = [
     "presets_of",
 ]
 
+DEFAULT = DiT()  # of `--model custom`, and where none is named
 FAMILIES: tuple[Family, ...] = (
-    DiT(),
+    DEFAULT,
     MMDiT(),
     PixArt(),
     ZImage(),
@@ -45,7 +47,7 @@ def family_of_model(model: str) -> Family:
         ValueError: there is none.
     """
     prefix, _, rest = model.partition("-")
-    name = (rest or FAMILIES[0].preset) if prefix == CUSTOM else prefix
+    name = (rest or DEFAULT.preset) if prefix == CUSTOM else prefix
     family = next((family for family in FAMILIES if family.preset == name), None)
     if family is None:
         presets = " or ".join(filter(None, map(_presets, FAMILIES)))
@@ -66,14 +68,14 @@ def parse_preset(name: str) -> tuple[Family, Size, int]:
     return family, family.sizes[match[1]], int(match[2])
 
 
-def presets_of(conditioning: Conditioning) -> str:
+def presets_of(conditioning: ConditionKind) -> str:
     """All presets of this kind, as options' helps print them: `MMDiT-{S,B}/{1,2} or PixArt-...`."""
     return " or ".join(_presets(family) for family in FAMILIES if family.preset and family.conditioning == conditioning)
 
 
 def custom_models() -> str:
     """The values of --model with a size of one's own, beside `custom`."""
-    return " or ".join(f"`{CUSTOM}-{family.preset}`" for family in FAMILIES[1:] if family.preset)
+    return " or ".join(f"`{CUSTOM}-{family.preset}`" for family in FAMILIES if family.preset and family is not DEFAULT)
 
 
 def family_of_pipeline(name: str | None) -> Family | None:
@@ -81,7 +83,7 @@ def family_of_pipeline(name: str | None) -> Family | None:
     return next((family for family in FAMILIES if name in family.pipelines), None)
 
 
-def pipelines_of(*conditionings: Conditioning) -> str:
+def pipelines_of(*conditionings: ConditionKind) -> str:
     """Names of the stock pipelines of these kinds, for messages and options' helps."""
     return ", ".join(name for family in FAMILIES if family.conditioning in conditionings for name in family.pipelines)
 

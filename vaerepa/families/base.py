@@ -13,8 +13,11 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.models.embeddings import PatchEmbed
 from torch import nn
 
-Conditioning = Literal["labels", "captions"]
-MODULATION = ("norm", "adaLN")  # in names of layers that scale and shift tokens by an embedding of t, or make this
+from vaerepa import objectives
+from vaerepa.families.latents import KLLatents, LatentSpace, TinyLatents
+
+ConditionKind = Literal["labels", "captions"]
+MODULATION = ("norm", "adaLN")  # parts of the names of modulation layers, which Muon leaves to AdamW
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,20 @@ class Conditions(Protocol):
 
 
 class Family(ABC):
-    """One architecture. It owns the direction and scale of time, the sign of the velocity and the form of the condition.
+    """One architecture, and all that is its stock pipelines' own.
 
-    Time is t in [0, 1] as everywhere in this trainer, 1 being noise; `timesteps` are 1000 t, as stock schedulers count.
+    That is direction, scale and shift of time, the sign of the velocity, the form of the condition, the latents of its VAEs,
+    and how a prompt or a class is guided. Time is t in [0, 1] as everywhere in this trainer, 1 being noise; `timesteps` are
+    1000 t, as stock schedulers count.
     """
 
     name: ClassVar[str]
     tags: ClassVar[tuple[str, ...]] = ()  # by which the Hub's users look for it
-    conditioning: ClassVar[Conditioning]
+    conditioning: ClassVar[ConditionKind]
     pipelines: ClassVar[tuple[str, ...]]  # names of stock pipelines; the first is what is trained from scratch
     text_components: ClassVar[tuple[str, ...]] = ()  # names of tokenizers and text encoders in the pipeline
     dispensable_components: ClassVar[tuple[str, ...]] = ()  # of these, what the stock pipeline encodes captions without
+    latent_spaces: ClassVar[tuple[LatentSpace, ...]] = (KLLatents(), TinyLatents())  # one for each class of VAEs
     knows_shift: ClassVar[bool]  # whether the stock pipeline undoes the VAE's shift_factor
     keeps_scheduler: ClassVar[bool] = True  # whether the stock pipeline works with any scheduler of a fine-tuned flow
     normalizes_targets: ClassVar[bool] = (
@@ -79,8 +85,16 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name} is fine-tuned only")
 
     def default_scheduler(self, shift: float | None) -> SchedulerMixin:
-        """The stock scheduler of a model that is trained from scratch."""
+        """The stock scheduler of a model that is trained from scratch.
+
+        Args:
+            shift: --timestep_shift, for schedulers that shift their sigmas likewise; others know none.
+        """
         raise NotImplementedError(f"{self.name} is fine-tuned only")
+
+    def timestep_shift(self, scheduler: SchedulerMixin, num_tokens: int) -> float:
+        """The factor s by which the stock pipeline shifts the times of an image of so many patches, see `sample_timestep`."""
+        return objectives.shift_of(scheduler, num_tokens)
 
     # ---- training form and stock form
 
@@ -211,9 +225,25 @@ class Family(ABC):
             pipeline.register_to_config(id2label={str(label): name for label, name in id2label.items()})
         return pipeline
 
+    # ---- class labels
+
+    def num_classes(self, transformer: nn.Module) -> int:
+        """Number of classes that the transformer has embeddings for."""
+        raise NotImplementedError(f"{self.name} takes captions")
+
+    def has_learned_sigma(self, transformer: nn.Module) -> bool:
+        """Whether the transformer as saved predicts a variance beside the noise, as DiT's do."""
+        return False
+
     def works_in_stock_pipeline(self, num_classes: int) -> bool:
         """Whether the stock pipeline can guide a model of so many classes."""
         return True
+
+    def flow_pipeline(
+        self, transformer: nn.Module, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str] | None
+    ) -> DiffusionPipeline:
+        """The pipeline that samples a flow by class labels, around a transformer in training form or stock form."""
+        raise NotImplementedError(f"{self.name} takes captions")
 
 
 def keep_residual_stream_float32(transformer: nn.Module) -> None:

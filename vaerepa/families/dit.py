@@ -7,6 +7,7 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, SchedulerMixin
 from torch import nn
 
+from pipeline_vaerepa import VAEREPAPipeline
 from vaerepa.errors import OptionError
 from vaerepa.families.base import Conditions, Family, InputSpec, Size, initialize_linear, initialize_patches
 from vaerepa.logs import get_logger
@@ -122,9 +123,20 @@ class DiT(Family):
     def pipeline_class(self, name: str | None = None) -> type[DiffusionPipeline]:
         return DiTPipeline
 
+    def num_classes(self, transformer: DiTTransformer2DModel) -> int:
+        return transformer.config.num_embeds_ada_norm
+
+    def has_learned_sigma(self, transformer: DiTTransformer2DModel) -> bool:
+        return has_learned_sigma(transformer)
+
     def works_in_stock_pipeline(self, num_classes: int) -> bool:
         """Whether guidance in DiTPipeline finds the null class."""
         return num_classes <= PIPELINE_NULL_CLASS
+
+    def flow_pipeline(
+        self, transformer: nn.Module, vae: nn.Module, scheduler: SchedulerMixin, id2label: dict[int, str] | None
+    ) -> DiffusionPipeline:
+        return VAEREPAPipeline(transformer, vae, scheduler, id2label)
 
 
 def new_transformer(

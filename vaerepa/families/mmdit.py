@@ -94,7 +94,7 @@ class MMDiT(TextFamily):
     def collate(self, embeddings: list[dict[str, torch.Tensor]]) -> Condition:
         return {name: torch.stack([one[name] for one in embeddings]) for name in embeddings[0]}
 
-    def pipeline_inputs(self, condition: Condition) -> dict[str, Any]:
+    def prompt_inputs(self, condition: Condition) -> dict[str, Any]:
         return {
             "prompt_embeds": condition["encoder_hidden_states"],
             "pooled_prompt_embeds": condition["pooled_projections"],

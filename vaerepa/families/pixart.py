@@ -44,7 +44,7 @@ class PixArt(TextFamily):
     ) -> torch.Tensor:
         extra = _size_of_images(transformer, noisy)
         prediction = transformer(noisy, timestep=timesteps, added_cond_kwargs=extra, **condition, return_dict=False)[0]
-        return prediction[:, : noisy.shape[1]]  # with a learned sigma, the mean comes first
+        return self.prediction_of(prediction, noisy)
 
     def conditioning_embedding(
         self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
@@ -84,7 +84,7 @@ class PixArt(TextFamily):
             "encoder_attention_mask": (places < lengths[:, None]).long(),
         }
 
-    def pipeline_inputs(self, condition: Condition) -> dict[str, Any]:
+    def prompt_inputs(self, condition: Condition) -> dict[str, Any]:
         return {
             "prompt_embeds": condition["encoder_hidden_states"],
             "prompt_attention_mask": condition["encoder_attention_mask"],

@@ -13,7 +13,7 @@ from torch import nn
 
 from vaerepa import frozen
 from vaerepa.errors import OptionError
-from vaerepa.families import Conditioning, Family, family_of_pipeline, pipelines_of
+from vaerepa.families import ConditionKind, Family, family_of_pipeline, pipelines_of
 from vaerepa.hub.reasons import PIPELINE_INDEX, UNREADABLE, lacks_file, why_unreadable
 from vaerepa.logs import get_logger
 
@@ -42,7 +42,7 @@ class Pretrained:
     id2label: dict[int, str] | None = None
 
 
-def load_pretrained(name: str, conditioning: Conditioning, remedy: str = "", **where: str | None) -> Pretrained:
+def load_pretrained(name: str, conditioning: ConditionKind, remedy: str = "", **where: str | None) -> Pretrained:
     """Loads a stock pipeline for fine-tuning, without its VAE.
 
     Args:
@@ -119,7 +119,7 @@ def load_transformer(flag: str, name: str, family: Family, cache_dir: str | None
 
 
 def find_family(
-    name: str, conditionings: tuple[Conditioning, ...], remedy: str = "", **where: str | None
+    name: str, conditionings: tuple[ConditionKind, ...], remedy: str = "", **where: str | None
 ) -> tuple[Family, dict[str, Any]]:
     """The family of a pipeline, and its index.
 

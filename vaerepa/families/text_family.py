@@ -18,9 +18,8 @@ class TextFamily(Family):
     conditioning = "captions"
     normalizes_targets = True
     max_sequence_length: ClassVar[int]  # the stock pipeline's default
-    call_options: ClassVar[dict[str, Any]] = {
-        "prompt": None
-    }  # of the stock pipeline's call, where prompts are encoded already
+    call_options: ClassVar[dict[str, Any]] = {"prompt": None}  # of the stock call, where prompts are encoded already
+    guidance_argument: ClassVar[str] = "guidance_scale"  # of the stock call: scale of classifier-free guidance
 
     @abstractmethod
     def predict(
@@ -47,8 +46,14 @@ class TextFamily(Family):
         """The condition of a batch."""
 
     @abstractmethod
-    def pipeline_inputs(self, condition: Condition) -> dict[str, Any]:
+    def prompt_inputs(self, condition: Condition) -> dict[str, Any]:
         """A condition as arguments of the stock pipeline's call, under the names of the positive prompt."""
+
+    def pipeline_inputs(self, condition: Condition, negative: Condition, guidance_scale: float) -> dict[str, Any]:
+        """Arguments of the stock pipeline's call for encoded prompts, guided away from as many negative ones."""
+        negatives = {f"negative_{name}": value for name, value in self.prompt_inputs(negative).items()}
+        scale = {self.guidance_argument: guidance_scale}
+        return {**self.prompt_inputs(condition), **negatives, **self.call_options, **scale}
 
     @abstractmethod
     def example_condition(self, transformer: nn.Module, length: int, device: torch.device) -> Condition:

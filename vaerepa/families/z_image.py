@@ -74,7 +74,7 @@ class ZImage(TextFamily):
     def collate(self, embeddings: list[dict[str, torch.Tensor]]) -> Condition:
         return {"cap_feats": [one["cap_feats"] for one in embeddings]}
 
-    def pipeline_inputs(self, condition: Condition) -> dict[str, Any]:
+    def prompt_inputs(self, condition: Condition) -> dict[str, Any]:
         return {"prompt_embeds": condition["cap_feats"]}
 
     def example_condition(self, transformer: nn.Module, length: int, device: torch.device) -> Condition:

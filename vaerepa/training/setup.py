@@ -99,7 +99,7 @@ def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[
     _, height, width = latent_shape
     num_tokens = height * width // family.patch_size(transformer) ** 2
     names = tuple(name for method in settings.classes_of(options) for name in method.numbers)
-    shift = objectives.shift_of(objective.scheduler, num_tokens)
+    shift = family.timestep_shift(objective.scheduler, num_tokens)
     numbers = TrainingNumbers.from_options(options, conditioning.drop_rate(options), shift, names)
     if "latent_statistics" in trainer_state:
         latent_statistics, feed.encoding.in_bf16 = trainer_state["latent_statistics"], trainer_state["encode_in_bf16"]
