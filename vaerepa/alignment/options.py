@@ -10,6 +10,8 @@ from vaerepa.cli import option
 
 @dataclass
 class AlignmentOptions(MethodOptions):
+    """The methods of representation alignment: which, on which blocks, with which heads, weights and ends."""
+
     alignment: tuple[Literal["none", *METHODS], ...] = option(
         ("vae",),
         "Representation alignment, one method or several: "

@@ -20,7 +20,7 @@ PER_METHOD = (
     "alignment_weight_schedule",
     "alignment_stop_step",
 )
-# what survived in other trainers that fine-tune text-to-image models: weight 1.0 was too strong
+# as in other trainers that fine-tune text-to-image models, which found weight 1.0 too strong
 TEXT_FINE_TUNING = {"weight": 0.2, "weight_schedule": "cosine"}
 FRACTION_OF_RUN = 1 / 3  # after which their alignment ends
 
@@ -113,13 +113,13 @@ def fill_in_defaults(options: AlignmentOptions) -> AlignmentOptions:
 
 
 def end_with_run(options: AlignmentOptions, max_train_steps: int) -> AlignmentOptions:
-    """Lets a weight that falls, but for which no end is known yet, end after a fraction of the run."""
+    """Sets the stop step of falling weights that have none, to a fraction of the run."""
     end = max(1, round(FRACTION_OF_RUN * max_train_steps))
     return end_at(options, (end,) * len(options.alignment))
 
 
 def end_at(options: AlignmentOptions, steps: Sequence[int | None]) -> AlignmentOptions:
-    """Lets weights that fall, but for which no end is known yet, end at these steps, one for each method."""
+    """Sets the stop steps of falling weights that have none to these, one for each method."""
     if not methods_of(options):
         return options
     schedules, stops = (values_of(options, f"alignment_{name}") for name in ("weight_schedule", "stop_step"))

@@ -19,16 +19,17 @@ from vaerepa.hub.reasons import UNREADABLE, why_unreadable
 FOLDER = "heads"
 WEIGHTS = "heads.safetensors"
 CONFIG = "config.json"
+TARGET_NAME = "aim"  # key of the target in words; `target` is that of heads that can guide, or `features`
 FIRST_TARGET = "the latents of the VAE"  # of heads that were saved when there was no other
 
 
 @dataclass(frozen=True)
 class StoredHeads:
-    """Parameters of all heads; by method the block that the head reads (counted from 1), its target's name, its last layer."""
+    """Parameters of all heads; by method the block that the head reads (counted from 1), its target in words, and its end."""
 
     tensors: dict[str, torch.Tensor]
     block_of: dict[str, int]
-    target_of: dict[str, str]
+    target_name_of: dict[str, str]
     final_of: dict[str, str]
 
     def of(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -42,7 +43,8 @@ def save_heads(
 ) -> None:
     """Writes heads/ into a checkpoint's folder, unless all heads are gone.
 
-    Its config.json holds, by method, all that is needed to build a head again and to read its output.
+    Its config.json holds, by method, all that is needed to build a head again and to read its output; docs/alignment.md
+    lists its keys. `channels` and `objective` are for readers without the transformer's config.
     """
     if not alignments:
         return
@@ -52,7 +54,7 @@ def save_heads(
     config = {
         a.name: {
             "block": a.block,
-            "aim": a.method.target_name,  # in words
+            TARGET_NAME: a.method.target_name,
             **a.method.describe_target(),
             "final": a.method.final,
             **describe(heads[a.name]),
@@ -83,9 +85,9 @@ def load_heads(
             raise OptionError(f"the alignment heads of {name_or_path} cannot be loaded: {reason}") from error
     values = json.loads(Path(config).read_text(encoding="utf-8"))
     block_of = {name: of["block"] for name, of in values.items()}
-    target_of = {name: of.get("aim", FIRST_TARGET) for name, of in values.items()}
+    target_name_of = {name: of.get(TARGET_NAME, FIRST_TARGET) for name, of in values.items()}
     final_of = {name: of.get("final", "linear") for name, of in values.items()}
-    return StoredHeads(load_file(weights), block_of, target_of, final_of)
+    return StoredHeads(load_file(weights), block_of, target_name_of, final_of)
 
 
 def fits(stored: StoredHeads, heads: nn.ModuleDict, alignments: list[Alignment]) -> bool:
@@ -93,7 +95,7 @@ def fits(stored: StoredHeads, heads: nn.ModuleDict, alignments: list[Alignment])
     shapes = {name: parameter.shape for name, parameter in heads.named_parameters()}
     return (
         stored.block_of == {a.name: a.block for a in alignments}
-        and stored.target_of == {a.name: a.method.target_name for a in alignments}
+        and stored.target_name_of == {a.name: a.method.target_name for a in alignments}
         and stored.final_of == {a.name: a.method.final for a in alignments}
         and shapes == {name: tensor.shape for name, tensor in stored.tensors.items()}
     )

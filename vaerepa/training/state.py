@@ -94,7 +94,7 @@ class TrainingState:
         return next((a for a in self.alignments if targets[a.name] in GUIDING_TARGETS), None)
 
     def guiding_head(self, heads: torch.nn.ModuleDict) -> GuidingHead | None:
-        """Of these heads the one that guides; None where none can."""
+        """The one of these heads that guides; None where none can."""
         alignment = self.guiding_alignment
         if alignment is None:
             return None
@@ -214,7 +214,7 @@ class TrainingState:
                     f"--alignment_stop_step cannot be raised: the head of {ended[0]} was dropped before this checkpoint."
                 )
             for name, module in self._heads_by_file().items():
-                kept = heads  # trained ones, where no EMA is kept, or was kept of heads when it was saved
+                kept = heads  # the heads that trained, in runs without EMA and in checkpoints whose EMA had no heads
                 if checkpoints.has_tensors(checkpoint, name):
                     kept = replace(heads, tensors=checkpoints.load_tensors(checkpoint, name))
                 checkpoints.load_parameters(module, kept.of(module))
