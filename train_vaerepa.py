@@ -28,7 +28,7 @@ from vaerepa.alignment import AlignmentContext
 from vaerepa.cli import write_config
 from vaerepa.command import command_to_go_on
 from vaerepa.data.images import quiet_pillow
-from vaerepa.errors import DataError, OptionError, TrainingError
+from vaerepa.errors import CheckpointError, DataError, OptionError, TrainingError
 from vaerepa.hub.access import take_token
 from vaerepa.hub.uploader import EXIT_CODE, NotPushedError, Uploader, uploading
 from vaerepa.layout import folder_of
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse_options(arguments)
         train(options)
-    except (OptionError, DataError, TrainingError, checkpoints.CheckpointError) as error:
+    except (OptionError, DataError, TrainingError, CheckpointError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, OptionError):
             print(f"\nerror: {redact(str(error)).strip().splitlines()[-1]}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
@@ -263,7 +263,7 @@ def save(state: TrainingState, uploader: Uploader | None, must_succeed: bool) ->
     """
     try:
         state.save(keep=lambda: tuple(uploader.folders) if uploader else ())
-    except checkpoints.CheckpointError as error:
+    except CheckpointError as error:
         options = state.setup.options
         if must_succeed or options.checkpoint_failure == "stop":
             raise

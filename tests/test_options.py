@@ -505,5 +505,5 @@ def test_a_name_is_local_if_there_was_such_a_folder_when_it_was_given(monkeypatc
 def test_a_run_that_named_a_local_folder_without_a_mark_goes_on(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/digits").mkdir(parents=True)
-    saved = as_plain(Options()) | {"dataset_name": "digits"}  # as earlier releases kept data/digits
+    saved = as_plain(Options()) | {"dataset_name": "digits"}  # as earlier versions kept data/digits
     assert changed_options(saved, parse_options(["--dataset_name", "data/digits"]), "content") == []

@@ -15,14 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vaerepa import objectives
+from vaerepa.errors import CheckpointError
 from vaerepa.files import crc_of_file
 from vaerepa.layout import MANIFEST, STATE, TRAINER_STATE, all_checkpoints, find_trainer_state, folder_of
 
-RENAMED_KEYS = {"window": "running_means"}  # of the trainer state, since earlier releases
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message says which and why."""
+RENAMED_KEYS = {"window": "running_means"}  # of the trainer state, since earlier versions
 
 
 def save(
@@ -109,10 +107,13 @@ def newest_valid(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def load_trainer_state(folder: Path) -> dict[str, Any]:
-    """Trainer state of a checkpoint, as given to `save`."""
+    """Trainer state of a checkpoint, as given to `save`; one of an earlier version is converted to the present meaning."""
     name = find_trainer_state(path.name for path in (folder / STATE).glob("*.json"))
     trainer_state = json.loads((folder / STATE / name).read_text(encoding="utf-8"))
-    return {RENAMED_KEYS.get(key, key): value for key, value in trainer_state.items()}
+    trainer_state = {RENAMED_KEYS.get(key, key): value for key, value in trainer_state.items()}
+    if trainer_state.get("density", 1) < objectives.DENSITY and "logit_mean" in trainer_state.get("options", {}):
+        trainer_state["options"]["logit_mean"] *= -1
+    return trainer_state
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -121,7 +122,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def has_tensors(folder: Path, name: str) -> bool:
-    """Whether state/ has this file; checkpoints of earlier releases may not have all."""
+    """Whether state/ has this file; checkpoints of earlier versions may not have all."""
     return (folder / STATE / f"{name}.safetensors").is_file()
 
 

@@ -11,3 +11,7 @@ class DataError(RuntimeError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is left."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says which and why."""

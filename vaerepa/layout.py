@@ -8,7 +8,7 @@ from pathlib import Path
 STATE = "state"
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
-FORMER_TRAINER_STATE = "position.json"  # its name in checkpoints of earlier releases
+FORMER_TRAINER_STATE = "position.json"  # its name in checkpoints of earlier versions
 
 
 def all_checkpoints(output_dir: Path) -> list[Path]:

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vaerepa import objectives
 from vaerepa.alignment import settings
 from vaerepa.components import Components
 from vaerepa.data import Source
@@ -33,7 +32,7 @@ def check_options(trainer_state: dict[str, Any], options: Options, checkpoint: P
     Raises:
         OptionError: names every such option.
     """
-    before = options_of(trainer_state)
+    before = trainer_state["options"]
     changed = changed_options(before, options, "fixed")
     if "content" not in trainer_state:
         changed += changed_options(before, options, "content")
@@ -49,7 +48,7 @@ def keep_lengths(trainer_state: dict[str, Any], options: Options) -> Options:
 
     A run that becomes longer or shorter keeps the values of its first steps, and logs so.
     """
-    before, kept = options_of(trainer_state), options
+    before, kept = trainer_state["options"], options
     decays, ends = before["ema_decay"], before.get("alignment_stop_step")
     if options.ema_decay is None:
         kept = replace(kept, ema_decay=tuple(decays) if isinstance(decays, list) else (decays,))
@@ -62,14 +61,6 @@ def keep_lengths(trainer_state: dict[str, Any], options: Options) -> Options:
             f"--ema_decay {' '.join(map(str, kept.ema_decay))} and --alignment_stop_step {kept.alignment_stop_step}"
         )
     return kept
-
-
-def options_of(trainer_state: dict[str, Any]) -> dict[str, Any]:
-    """Public options of a checkpoint, converted to their present meaning."""
-    options = trainer_state["options"]
-    if trainer_state.get("density", 1) < objectives.DENSITY and "logit_mean" in options:
-        options = options | {"logit_mean": -options["logit_mean"]}
-    return options
 
 
 def content_of(components: Components) -> Digests:

@@ -9,8 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from vaerepa.checkpoints import CheckpointError
-from vaerepa.errors import OptionError
+from vaerepa.errors import CheckpointError, OptionError
 
 logger = logging.getLogger(__name__)
 
