@@ -1,4 +1,4 @@
-"""Checkpoints: each is a stock pipeline and, beside it in heads/ and state/, all that an exact restart needs.
+"""Checkpoints: each is a stock pipeline or a LoRA and, beside it in heads/ and state/, all that an exact restart needs.
 
 A checkpoint is written into a hidden folder, its manifest last, and takes its name in one rename: a folder named
 checkpoint-N is whole, or was damaged later, which its manifest shows.

@@ -1,4 +1,4 @@
-"""Names of files in --output_dir: checkpoint-N/, each a stock pipeline with heads/ and state/ beside it."""
+"""Names of files in --output_dir: checkpoint-N/, each a stock pipeline or a LoRA with heads/ and state/ beside it."""
 
 import json
 import re

@@ -96,7 +96,7 @@ class GuidanceOptions:
 
     validation_head_guidance_scale: float = option(
         0.0,
-        "Guidance of the sample grids by the alignment head: w in v + w (v - v_head); 0 is none, see docs/alignment.md.",
+        "Guidance of the sample grids by the alignment head: w in v + w (v - v_head); 0 is none, see docs/sampling.md.",
         group="Guidance by the head",
         at_least=0,
     )
@@ -109,7 +109,7 @@ class GuidanceOptions:
     self_guidance: float = option(
         0.0,
         "W: train towards v + W (v_full - v_head), without gradient through model and head, where v is the plain target; so "
-        "stock pipelines sample guided by about w = W / (1 - W). 0 trains plainly, see docs/alignment.md.",
+        "stock pipelines sample guided by about w = W / (1 - W). 0 trains plainly, see docs/sampling.md.",
         resume="schedule",
         at_least=0,
         below=1,
