@@ -2,7 +2,8 @@
 
     accelerate launch train_vaerepa.py --config configs/quickstart.yaml
 
-Every checkpoint it writes is a stock diffusers pipeline, or with --rank a LoRA that stock pipelines load. Read from `train` on: check, build, loop, save, push.
+Every checkpoint it writes is a stock diffusers pipeline, or with --rank a LoRA that stock pipelines load. Read from `train`
+on: check, build, loop, save, push.
 """
 
 import os
