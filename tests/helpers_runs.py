@@ -67,8 +67,8 @@ def digests_of(run: Path, step: int) -> dict[str, str]:
             continue  # cached embeddings, other checkpoints
         for name, tensor in load_file(path).items():
             content = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            told = f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + content
-            digests[f"{path.relative_to(run)}: {name}"] = hashlib.sha256(told).hexdigest()
+            described = f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + content
+            digests[f"{path.relative_to(run)}: {name}"] = hashlib.sha256(described).hexdigest()
     return digests
 
 

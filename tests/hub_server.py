@@ -472,7 +472,7 @@ def _checked(path: str) -> str:
 
 
 def _of_kind(action):
-    """Lets an action be told of `models` and `datasets` as the client calls a repository's kind."""
+    """An action that takes the singular of `models` or `datasets`, by which the client names the kind of a repository."""
     return lambda handler, kinds, **values: action(handler, kind=kinds.removesuffix("s"), **values)
 
 

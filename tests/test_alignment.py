@@ -158,7 +158,7 @@ class OneProcess:
         return tensor
 
 
-def test_losses_are_told_by_noise_level(train):
+def test_losses_are_logged_by_noise_level(train):
     running_means = RunningMeans()
     running_means.add(loss=by_noise_level(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0.1, 0.15, 1.0])))
     running_means.add(loss=by_noise_level(torch.tensor([6.0, 7.0, 9.0]), torch.tensor([0.0, 0.5, 0.5])))
@@ -193,16 +193,16 @@ def test_sras_losses_are_as_written_out():
     assert smooth == pytest.approx([(8 - 4 * 0.025) / 4, (5 - 3 * 0.025) / 4])
 
 
-def test_the_teacher_leads_by_at_most_a_fifth_and_never_below_zero():
+def test_the_teachers_time_is_earlier_by_a_fifth_at_most_and_never_below_zero():
     asked = []
 
     def teacher(t, block):
         asked.append((t, block))
         return torch.zeros(3, 4, 8)
 
-    latents, lead = torch.zeros(3, 4, 4, 4), torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64)
+    latents, offset = torch.zeros(3, 4, 4, 4), torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64)
     context = AlignmentContext(
-        latents, latents, torch.tensor([0.05, 0.9, 0.5]), numbers={TIME_OFFSET: lead}, teacher=teacher
+        latents, latents, torch.tensor([0.05, 0.9, 0.5]), numbers={TIME_OFFSET: offset}, teacher=teacher
     )
     SRAAlignment(3).target(context)
     ((t, block),) = asked
@@ -213,7 +213,7 @@ def test_the_teacher_leads_by_at_most_a_fifth_and_never_below_zero():
 def test_a_tap_stops_where_it_reads():
     size = Size(4, 32, 2)
     transformer = new_transformer(size, 2, 4, 8, 3).eval()
-    noisy, told = torch.randn(2, 4, 8, 8), {"timestep": torch.rand(2), "class_labels": torch.arange(2)}
+    noisy, inputs = torch.randn(2, 4, 8, 8), {"timestep": torch.rand(2), "class_labels": torch.arange(2)}
     whole, visited = {}, []
 
     def keep(place):
@@ -225,10 +225,10 @@ def test_a_tap_stops_where_it_reads():
 
     for place, block in enumerate(transformer.transformer_blocks):
         block.register_forward_hook(keep(place))
-    DiT().predict(transformer, noisy, **told)
+    DiT().predict(transformer, noisy, **inputs)
     visited.clear()
     last = transformer.transformer_blocks[2]
-    tapped = output_of(last, lambda: DiT().predict(transformer, noisy, **told))
+    tapped = output_of(last, lambda: DiT().predict(transformer, noisy, **inputs))
     assert torch.equal(tapped, whole[2])
     assert not tapped.requires_grad
     assert visited == [0, 1, 2]
@@ -236,7 +236,7 @@ def test_a_tap_stops_where_it_reads():
 
 
 def test_sras_first_steps_are_as_computed_a_second_time(train, data, vae):
-    """From the checkpoint after a step: the average's third block, at the drawn lead, under the same noise and labels."""
+    """The third block of the EMA weights of a checkpoint, at the sampled time offset, under the same noise and labels."""
     options = {"alignment": "sra", "seed": 3, "ema_decay": [0.5, 0.9], "label_dropout": 0.5, "checkpointing_steps": 1}
     run = train(**options, max_train_steps=3)
     logged = read_metrics(run, "train/alignment_loss_sra", "train/loss", "train/denoising_loss")[2]
@@ -271,13 +271,13 @@ def test_sras_first_steps_are_as_computed_a_second_time(train, data, vae):
 
 
 def test_the_teacher_gets_no_gradient(train, monkeypatch):
-    averages, save = [], train_vaerepa.save
+    ema_weights, save = [], train_vaerepa.save
 
     def watched(state, *arguments, **options):
-        averages.append(state.ema.exported)
+        ema_weights.append(state.ema.exported)
         return save(state, *arguments, **options)
 
     monkeypatch.setattr(train_vaerepa, "save", watched)
     train(alignment="sra", max_train_steps=2)
-    assert all(p.grad is None and not p.requires_grad for p in averages[-1].parameters())
-    assert not any(block._forward_hooks for block in averages[-1].transformer_blocks)
+    assert all(p.grad is None and not p.requires_grad for p in ema_weights[-1].parameters())
+    assert not any(block._forward_hooks for block in ema_weights[-1].transformer_blocks)

@@ -65,7 +65,7 @@ def cells_of(table: str) -> dict[str, list[str]]:
     return {first: cells for first, *cells in lines}
 
 
-def test_an_interrupted_comparison_goes_on_and_tells_all(run_compare, trained):
+def test_an_interrupted_comparison_goes_on_and_reports_all(run_compare, trained):
     run_compare(code=130)
     assert trained == ["none-0", "vae+sra-0", "none-1"]
     out = run_compare()

@@ -1,4 +1,4 @@
-"""Every config passes a dry run offline, the Hub's names replaced by tiny stand-ins; the dry run's figures are true."""
+"""Every config passes a dry run offline, the Hub's names replaced by tiny ones; the dry run's figures are true."""
 
 import re
 from dataclasses import fields, replace

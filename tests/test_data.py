@@ -184,7 +184,7 @@ def split_labels(sources, part: str, seed=0) -> list[int]:
     return labels_of(reader_of(source, last=len(source), seed=seed))
 
 
-def test_a_held_out_fraction_is_disjoint_complete_and_the_same_for_every_seed(numbered):
+def test_a_validation_fraction_is_disjoint_complete_and_the_same_for_every_seed(numbered):
     kept = open_sources(str(numbered), validation_split="0.25")
     again = open_sources(str(numbered), validation_split="0.25")
     train, validation = split_labels(kept, "train"), split_labels(kept, "validation")
@@ -196,7 +196,7 @@ def test_a_held_out_fraction_is_disjoint_complete_and_the_same_for_every_seed(nu
         assert set(split_labels(again, "validation", seed)) == set(validation)
 
 
-def test_held_out_rows_stay_held_out_in_every_epoch(numbered):
+def test_validation_rows_stay_out_of_training_in_every_epoch(numbered):
     sources = open_sources(str(numbered), validation_split="0.25")
     size = len(sources.train)
     labels = labels_of(reader_of(sources.train, last=2 * size))
@@ -587,7 +587,7 @@ def test_labels_must_not_be_missing(tmp_path, labels):
         open_sources(str(tmp_path))
 
 
-def test_held_out_labels_must_be_known(tmp_path):
+def test_validation_labels_must_be_known(tmp_path):
     write_split(tmp_path, rows([0, 1]))
     write_split(tmp_path, rows([0, 2]), split="validation")
     with pytest.raises(OptionError, match="the split `validation` has the label 2"):

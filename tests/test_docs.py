@@ -67,8 +67,8 @@ COMMANDS = {
 
 
 @pytest.fixture
-def stand_ins(tmp_path, monkeypatch) -> dict[str, str]:
-    """What stands in a command for what the reader has, and a replacement of each; the repository is the current folder."""
+def replacements(tmp_path, monkeypatch) -> dict[str, str]:
+    """Replacements of the words that stand in a command for the reader's own data; the repository is the current folder."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "folder/ash").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "folder/ash/0.png")
@@ -136,9 +136,9 @@ def check_launch(arguments: list[str], monkeypatch=None) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS, ids=lambda name: name[:90])
-def test_every_command_can_be_given(name, stand_ins, tmp_path, monkeypatch):
+def test_every_command_can_be_given(name, replacements, tmp_path, monkeypatch):
     command = COMMANDS[name]
-    for word, replacement in stand_ins.items():
+    for word, replacement in replacements.items():
         command = [part.replace(word, replacement) for part in command]
     match command:
         case ["pip", "install", "-r", path]:

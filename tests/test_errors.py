@@ -161,16 +161,16 @@ def test_what_the_launcher_sets_beside_an_option_is_ignored_with_a_word(train, m
     plain = train(max_train_steps=2)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    told = train(max_train_steps=2, output_dir=tmp_path / "told")
+    warned = train(max_train_steps=2, output_dir=tmp_path / "warned")
     assert "use --gradient_accumulation_steps" in caplog.text
     assert "use --compile" in caplog.text
-    assert read_metrics(told, "train/loss", "train/gradient_norm") == read_metrics(
+    assert read_metrics(warned, "train/loss", "train/gradient_norm") == read_metrics(
         plain, "train/loss", "train/gradient_norm"
     )
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1, 10**30])
-def test_any_seed_trains_and_draws(train, seed):
+def test_any_seed_trains_and_generates(train, seed):
     run = train(max_train_steps=1, seed=seed, num_validation_images=3)
     assert list((run / "samples").glob("*.png"))
 

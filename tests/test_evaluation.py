@@ -1,4 +1,4 @@
-"""Evaluation, as far as it needs no torch-fidelity: what is drawn, statistics, the reference, refusals."""
+"""Evaluation, as far as it needs no torch-fidelity: what is generated, statistics, the reference, refusals."""
 
 import json
 import sys
@@ -96,7 +96,7 @@ def test_frechet_distance_of_fewer_images_than_features_keeps_its_digits(ranks):
     assert frechet_distance(other, one) == pytest.approx(expected, rel=1e-12)
 
 
-def test_features_drawn_from_two_gaussians_give_their_distance(accelerator):
+def test_features_sampled_from_two_gaussians_give_their_distance(accelerator):
     one, other = random_statistics(2, size=4), random_statistics(3, size=4)
     measured = []
     for seed, given in enumerate((one, other)):
@@ -128,7 +128,7 @@ def test_choices_are_balanced_and_follow_from_seed_and_number():
     assert balanced(23, 5, seed=2) != many
 
 
-def test_labels_are_drawn_at_random_each_by_its_number():
+def test_labels_are_sampled_at_random_each_by_its_number():
     many = choose_labels(6000, 5, 1, "random")
     assert choose_labels(70, 5, 1, "random") == many[:70]
     assert choose_labels(6000, 5, 2, "random") != many
@@ -162,21 +162,21 @@ def test_a_killed_run_goes_on_with_what_is_whole(sample, tmp_path):
     assert sorted(path.name for path in (folder / "images").iterdir()) == [f"{i:06d}.png" for i in range(COUNT)]
 
 
-def test_a_failing_draw_leaves_whole_images_only(accelerator, tmp_path):
+def test_a_failing_generation_leaves_whole_images_only(accelerator, tmp_path):
     (tmp_path / "images").mkdir()
-    drawn = []
+    generated = []
 
     def draw(numbers):
         if 4 in numbers:
             raise KeyboardInterrupt
-        drawn.extend(numbers)
+        generated.extend(numbers)
         return [Image.new("RGB", (4, 4), (number, 0, 0)) for number in numbers]
 
     with pytest.raises(KeyboardInterrupt):
         generate_missing(accelerator, tmp_path, 6, 2, draw)
-    assert drawn == [0, 1, 2, 3]
+    assert generated == [0, 1, 2, 3]
     generate_missing(accelerator, tmp_path, 4, 3, draw)
-    assert drawn == [0, 1, 2, 3]
+    assert generated == [0, 1, 2, 3]
 
 
 def test_the_first_images_of_more_are_those_of_fewer(sample, tmp_path):
@@ -188,7 +188,7 @@ def test_the_first_images_of_more_are_those_of_fewer(sample, tmp_path):
     assert np.abs(pixels_of(sample(seed=1, output_dir=tmp_path / "seed")) - few).max() > 1
 
 
-def test_settings_name_step_and_average_of_a_run(sample, train):
+def test_settings_name_step_and_ema_of_a_run(sample, train):
     run = train(max_train_steps=2, checkpointing_steps=1)
     for model, steps in ((run, 2), (run / "checkpoint-1", 1)):
         folder = sample(pretrained_model_name_or_path=model, output_dir=run.parent / f"of-{steps}")
@@ -367,7 +367,7 @@ def test_other_settings_do_not_mix_with_the_images_that_are_there(sample, capsys
     assert "with other settings: guidance_scale was 1.0 and is 3.0. Choose another" in capsys.readouterr().err
 
 
-def test_without_the_library_nothing_is_drawn(sample, data, monkeypatch, capsys, tmp_path):
+def test_without_the_library_nothing_is_generated(sample, data, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     sample(code=2, reference=data)
     assert "pip install -r requirements-evaluation.txt" in capsys.readouterr().err

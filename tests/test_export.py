@@ -32,7 +32,7 @@ numpy.save({str(tmp_path / "images.npy")!r}, images)
     assert np.array_equal(np.load(tmp_path / "images.npy"), here)
 
 
-def test_root_and_checkpoint_hold_the_average_in_stock_form(train):
+def test_root_and_checkpoint_hold_the_ema_weights_in_stock_form(train):
     run = train(max_train_steps=4, checkpointing_steps=2)
     assert json.loads((run / "model_index.json").read_text())["_class_name"] == "DiTPipeline"
     ema = load_file(run / "checkpoint-4/state/ema_0.9.safetensors")
@@ -47,7 +47,7 @@ def test_root_and_checkpoint_hold_the_average_in_stock_form(train):
     assert not any("heads" in name for name in weights)
 
 
-def test_without_an_average_the_raw_weights_are_exported(train):
+def test_without_an_ema_the_raw_weights_are_exported(train):
     run = train(no_use_ema=True)
     raw = load_file(run / "checkpoint-4/state/transformer.safetensors")
     weights = load_file(run / "transformer/diffusion_pytorch_model.safetensors")

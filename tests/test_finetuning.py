@@ -1,4 +1,4 @@
-"""Fine-tuning a DiTPipeline: what is kept, what is drawn anew, and that the result is stock again."""
+"""Fine-tuning a DiTPipeline: what is kept, what is initialised anew, and that the result is stock again."""
 
 import json
 

@@ -124,8 +124,8 @@ def test_the_pipeline_guides_by_the_head_that_was_trained(train):
     aligned = AlignedTransformer(stock.transformer, blocks, {"vae": head}, {"vae": block})
     with torch.no_grad():
         _, outputs = aligned(noise, timestep=torch.full((2,), 1000.0), class_labels=torch.tensor([0, 2]))
-    told = patchify(velocity - (guided_velocity - velocity) / 2.0, 2)  # v + w (v - v_head)
-    torch.testing.assert_close(told, outputs["vae"], rtol=1e-4, atol=1e-4)
+    expected = patchify(velocity - (guided_velocity - velocity) / 2.0, 2)  # v + w (v - v_head)
+    torch.testing.assert_close(expected, outputs["vae"], rtol=1e-4, atol=1e-4)
     assert outputs["vae"].std() > 0.01
 
 

@@ -48,15 +48,15 @@ def sample(pipeline, noise, **options):
 # ---- the heads of a checkpoint
 
 
-def test_heads_lie_beside_the_pipeline_as_averages_of_the_trained_ones(train):
+def test_heads_lie_beside_the_pipeline_as_ema_weights_of_the_trained_ones(train):
     run = train(max_train_steps=3, checkpointing_steps=1, ema_decay=[0.9, 0.5], seed=3)
     start = VAEAlignment(2).build_head(32, 4, 3).state_dict()
-    averages = {decay: {f"vae.{name}": tensor.double() for name, tensor in start.items()} for decay in (0.9, 0.5)}
+    expected = {decay: {f"vae.{name}": tensor.double() for name, tensor in start.items()} for decay in (0.9, 0.5)}
     for step in (1, 2, 3):
         folder = run / f"checkpoint-{step}"
         trained = load_file(folder / "state/heads.safetensors")
         exported = load_file(folder / "heads/heads.safetensors")
-        for decay, average in averages.items():
+        for decay, average in expected.items():
             kept = load_file(folder / f"state/ema_heads_{decay}.safetensors")
             for name, tensor in trained.items():
                 average[name] = decay * average[name] + (1 - decay) * tensor.double()
@@ -66,7 +66,7 @@ def test_heads_lie_beside_the_pipeline_as_averages_of_the_trained_ones(train):
     assert (run / "heads/heads.safetensors").read_bytes() == (folder / "heads/heads.safetensors").read_bytes()
 
 
-def test_without_averages_the_trained_heads_are_exported(train, tmp_path):
+def test_without_an_ema_the_trained_heads_are_exported(train, tmp_path):
     options = {"no_use_ema": True, "ema_decay": None, "checkpointing_steps": 2}
     whole = train(**options, max_train_steps=4, output_dir=tmp_path / "whole")
     train(**options, max_train_steps=2)

@@ -506,20 +506,20 @@ def test_all_checkpoints_go_into_folders_of_their_own_on_a_branch(hub, run, uplo
     assert hub.files("ann/model", "main") == {}
 
 
-def test_heads_are_kept_where_they_fit_and_drawn_where_not(run, train, tmp_path, caplog):
+def test_heads_are_kept_where_they_fit_and_initialised_where_not(run, train, tmp_path, caplog):
     size = dict.fromkeys(("model", "num_layers", "hidden_size", "num_attention_heads", "patch_size"))
     options = size | {"pretrained_model_name_or_path": run, "max_train_steps": 1, "learning_rate": 1e-12}
     with caplog.at_level(logging.INFO):
         kept = train(output_dir=tmp_path / "kept", **options)
         assert "its alignment heads are kept" in caplog.text
-        train(output_dir=tmp_path / "drawn", alignment_block=3, **options)
+        train(output_dir=tmp_path / "fresh", alignment_block=3, **options)
         assert "its alignment heads are for another alignment" in caplog.text
     before, after = (load_file(folder / "heads/heads.safetensors") for folder in (run, kept))
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor)
 
 
-# ---- what may not be trusted, or told
+# ---- what may be neither trusted nor published
 
 
 def test_a_manifest_cannot_point_outside_of_its_checkpoint(run):

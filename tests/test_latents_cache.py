@@ -308,12 +308,12 @@ def test_a_folder_with_another_key_is_refused(tmp_path):
 
 
 @torch.no_grad()
-def test_moments_and_draws_are_those_of_the_posterior(vae):
+def test_moments_and_samples_are_those_of_the_posterior(vae):
     model = load_vae(str(vae))
     pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     posterior = model.encode(pixels / 127.5 - 1).latent_dist
-    drawn = sample_latents(model, encode_moments(model, pixels), noise)
-    torch.testing.assert_close(drawn, (posterior.mean + posterior.std * noise) * model.config.scaling_factor)
+    sampled = sample_latents(model, encode_moments(model, pixels), noise)
+    torch.testing.assert_close(sampled, (posterior.mean + posterior.std * noise) * model.config.scaling_factor)
     assert agrees_in_bf16(model, pixels, tolerance=0.05)
     assert not agrees_in_bf16(model, pixels, tolerance=1e-6)

@@ -1,4 +1,4 @@
-"""Transformer in training and stock form, the head that it is aligned through, the losses, and the averages."""
+"""Transformer in training and stock form, the head that it is aligned through, the losses, and the EMA weights."""
 
 import copy
 import math
@@ -200,12 +200,12 @@ def test_labels_are_not_dropped_inside_the_model(transformer):
 @pytest.mark.parametrize(("num_classes", "null_class"), [(3, 1000), (1000, 1000), (1200, 1200)])
 def test_a_dropped_label_is_the_null_class(num_classes, null_class):
     transformer = build(num_classes)
-    told = model_inputs(
+    inputs = model_inputs(
         transformer, torch.tensor([0.0, 250.0, 1000.0]), torch.tensor([0, 1, 2]), torch.tensor([False, True, False])
     )
-    assert told["timestep"].tolist() == [0.0, 250.0, 1000.0]
-    assert told["class_labels"].tolist() == [0, null_class, 2]
-    sample = sample_of(transformer, hidden_states=draw(3, CHANNELS, SIDE, SIDE), **told)
+    assert inputs["timestep"].tolist() == [0.0, 250.0, 1000.0]
+    assert inputs["class_labels"].tolist() == [0, null_class, 2]
+    sample = sample_of(transformer, hidden_states=draw(3, CHANNELS, SIDE, SIDE), **inputs)
     assert sample.shape == (3, CHANNELS, SIDE, SIDE)
     assert DiT().works_in_stock_pipeline(num_classes) == (null_class == 1000)
 
@@ -515,10 +515,10 @@ def test_dropped_heads_leave_no_hook_and_no_parameter(transformer):
     assert aligned.gradient_ratios() == {}
 
 
-# ---- averages
+# ---- EMA weights
 
 
-def test_averages_equal_a_float64_reference(transformer):
+def test_ema_weights_equal_a_float64_reference(transformer):
     decays = (0.9, 0.5, 0.999)
     ema = EMA(transformer, decays)
     reference = {d: {n: p.double() for n, p in transformer.named_parameters()} for d in decays}
@@ -535,7 +535,7 @@ def test_averages_equal_a_float64_reference(transformer):
     assert list(ema.transformers) == list(decays)
 
 
-def test_averages_pair_by_name(transformer):
+def test_ema_weights_pair_by_name(transformer):
     target = randomize(copy.deepcopy(transformer), seed=1)
     reordered = SimpleNamespace(named_parameters=lambda: reversed(list(target.named_parameters())))
     by_order, by_name = EMA(transformer, (0.5,)), EMA(transformer, (0.5,))
@@ -547,7 +547,7 @@ def test_averages_pair_by_name(transformer):
     assert_same_parameters(by_order.exported, stock.exported)
 
 
-def test_averages_are_transformers_that_nothing_trains(transformer):
+def test_ema_weights_are_transformers_that_nothing_trains(transformer):
     ema = EMA(transformer.train(), (0.9, 0.5))
     expected = sample_of(transformer)
     for average in ema.transformers.values():
@@ -566,7 +566,7 @@ def test_an_update_leaves_the_trained_weights_alone(transformer):
     assert all(parameter.requires_grad for parameter in weights.parameters())
 
 
-def test_fraction_of_initial_is_what_the_average_holds():
+def test_fraction_of_initial_is_what_the_ema_holds():
     module = nn.Linear(1, 1, bias=False)
     nn.init.ones_(module.weight)
     ema = EMA(module, (0.99,))

@@ -28,7 +28,7 @@ LICENSES = {
 PIPELINE_TAGS = {"unconditional-image-generation", "text-to-image", "image-to-image"}
 
 
-def test_a_card_tells_the_run(train, data):
+def test_a_card_describes_the_run(train, data):
     run = train(num_validation_images=2, num_validation_samples=4, learning_rate=3e-4)
     card = ModelCard.load(run / "README.md")
     assert card.data.to_dict()["library_name"] == "diffusers"

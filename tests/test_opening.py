@@ -90,7 +90,7 @@ def test_links_are_followed_and_lead_nowhere_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "expected", "held_out"),
+    ("names", "expected", "num_validation"),
     [
         (["train/cat/1.png", "train/dog/1.png", "val/cat/1.png"], {"cat": 1, "dog": 1}, 1),
         (["Train/cat/1.png", "Test/cat/1.png"], {"cat": 1}, 1),
@@ -104,11 +104,11 @@ def test_links_are_followed_and_lead_nowhere_twice(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_folders_are_splits_or_classes(tmp_path, names, expected, held_out):
+def test_folders_are_splits_or_classes(tmp_path, names, expected, num_validation):
     write(tmp_path, *names)
     validation = open_sources(str(tmp_path)).validation
     assert classes(tmp_path) == expected
-    assert (validation and len(validation)) == held_out
+    assert (validation and len(validation)) == num_validation
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_folder_that_describes_itself_is_taken_at_its_word(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("names", "count", "held_out"),
+    ("names", "count", "num_validation"),
     [
         (["car", "ship", "bullet train"], 3, None),
         (["train-0", "train-1", "test-0"], 2, 1),
@@ -153,13 +153,13 @@ def test_a_folder_that_describes_itself_is_taken_at_its_word(tmp_path, name):
         (["train", "val", "extra"], 1, 1),  # extra is left out with a word
     ],
 )
-def test_shards_are_split_by_words_in_their_names(tmp_path, names, count, held_out, caplog):
+def test_shards_are_split_by_words_in_their_names(tmp_path, names, count, num_validation, caplog):
     for name in names:
         write_split(tmp_path / "made", rows([0]))
         shutil.move(tmp_path / "made/data/train-00000-of-00001.parquet", tmp_path / f"{name}.parquet")
     shutil.rmtree(tmp_path / "made")
     sources = open_sources(str(tmp_path))
-    assert (len(sources.train), sources.validation and len(sources.validation)) == (count, held_out)
+    assert (len(sources.train), sources.validation and len(sources.validation)) == (count, num_validation)
     assert ("extra" in caplog.text) == ("extra" in names)
 
 

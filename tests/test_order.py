@@ -166,7 +166,7 @@ def test_tar_shards_of_a_hundred_classes_give_most_of_a_permutations_classes():
 
 
 def class_folder(folder: Path) -> Path:
-    """One damaged picture beside five or six of each of four classes, in order of class: labels are told without decoding."""
+    """One damaged picture beside five or six of each of four classes, in order of class: labels are known without decoding."""
     labels = np.repeat(np.arange(4), 6).tolist()
     images = [{"bytes": b"none" if i == 5 else encode(picture(i)), "path": None} for i in range(24)]
     features = Features({"image": Image(), "label": ClassLabel(names=list("abcd"))})

@@ -160,7 +160,7 @@ def test_the_head_leaves_on_two_processes_when_alignment_stops(two_processes):
     assert [line["step"] for line in read_metrics(run, "train/alignment_loss_vae")] == [1, 2]
 
 
-def test_two_processes_draw_what_one_draws(two_processes, flow_pipeline, tmp_path):
+def test_two_processes_generate_what_one_generates(two_processes, flow_pipeline, tmp_path):
     assert evaluate.main(sampling(flow_pipeline, tmp_path / "samples", batch_size=4)) == 0
     one, two = (
         np.stack([pixels.numpy() for _, pixels in read_pixels(folder, range(10))]).astype(int)

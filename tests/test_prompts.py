@@ -74,13 +74,13 @@ def test_a_damaged_cache_of_embeddings_is_made_again(finetune, tmp_path):
     assert_same_end(whole, again, 4)
 
 
-def test_a_longer_prompt_is_told_further(finetune, tmp_path):
+def test_more_tokens_of_a_prompt_change_the_images(finetune, tmp_path):
     runs = [finetune("sd3", max_sequence_length=n, output_dir=tmp_path / str(n), **PROMPTS) for n in (4, 24)]
     grids = [np.asarray(Image.open(run / "samples/step-0000004.png")) for run in runs]
     assert (grids[0] != grids[1]).any()
 
 
-def test_a_negative_prompt_is_drawn_away_from(finetune, tmp_path):
+def test_a_negative_prompt_changes_the_images(finetune, tmp_path):
     grids = []
     for negative in ("", "tree"):
         run = finetune("sd3", negative_prompt=negative, output_dir=tmp_path / f"run{negative}", **PROMPTS)

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
     ("config", "share", "steps"),
     [("quickstart", 95, (200, 400, 600, 800)), ("quickstart_text", 80, (350, 700))],
 )
-def test_the_quickstart_draws_the_digits_asked_for(tmp_path, config, share, steps):
+def test_the_quickstart_generates_the_digits_asked_for(tmp_path, config, share, steps):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "train_vaerepa.py"]
     command = [*launch, "--config", f"configs/{config}.yaml", "--output_dir", str(tmp_path)]

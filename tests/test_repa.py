@@ -140,7 +140,7 @@ def test_irepa_normalises_over_the_tokens_and_convolves_over_the_grid(encoders):
     assert torch.allclose(head(hidden, (2, 3)), expected.reshape(2, 6, WIDTH) + head.convolution.bias, atol=1e-4)
 
 
-def test_the_convolution_is_told_the_grid_of_the_latents():
+def test_the_convolution_is_given_the_grid_of_the_latents():
     transformer = new_transformer(Size(2, 32, 2), 2, 4, 8, 3)
     head = GridConvolution(32, WIDTH, 0, "head")
     aligned = AlignedTransformer(transformer, transformer.transformer_blocks, {"repa": head}, {"repa": 1})

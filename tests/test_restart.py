@@ -118,7 +118,7 @@ TEXT_CASES = {
 
 
 @pytest.mark.parametrize("case", TEXT_CASES)
-def test_a_text_model_restarts_exactly_and_draws_in_stock_as_in_training(
+def test_a_text_model_restarts_exactly_and_generates_in_stock_as_in_training(
     finetune, stock, pipelines, rectangles, vae, tmp_path, case
 ):
     family, options, pieces, resumed = TEXT_CASES[case]

@@ -275,11 +275,11 @@ def test_prompts_that_are_too_long_are_counted_in_one_line(caches, finetune, cap
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"{i} " + "a very long caption " * (i % 2)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     finetune("sd3", dataset_name=folder, rank=2, cache_text_embeddings=caches, max_train_steps=2, **PROMPTS)
-    told = [
+    messages = [
         record.getMessage() for record in caplog.records if "longer than a text encoder takes" in record.getMessage()
     ]
-    assert len(told) == 1
-    assert told[0].startswith("2 of ")
+    assert len(messages) == 1
+    assert messages[0].startswith("2 of ")
     assert "truncated" not in caplog.text
 
 

@@ -173,7 +173,7 @@ def test_latents_far_from_unit_scale_are_warned_of(train, vae, tmp_path, caplog,
 
 
 @pytest.mark.parametrize(("decay", "level"), [(0.1, "INFO"), (0.9999, "WARNING")])
-def test_what_the_average_holds_of_the_start_is_said(train, caplog, decay, level):
+def test_what_the_ema_holds_of_the_start_is_said(train, caplog, decay, level):
     caplog.set_level("INFO")
     train(ema_decay=decay, max_train_steps=2)
     (record,) = [record for record in caplog.records if "of the initial weights" in record.message]
@@ -184,22 +184,22 @@ def test_what_the_average_holds_of_the_start_is_said(train, caplog, decay, level
 def test_tensorboard_and_metrics_tell_the_same(train):
     run = train(report_to="tensorboard")
     events = EventAccumulator(str(next(path for path in (run / "logs").rglob("events*")).parent)).Reload()
-    told = [event.value for event in events.Scalars("train/loss")]
-    assert told == pytest.approx([line["train/loss"] for line in read_metrics(run, "train/loss")])
+    logged = [event.value for event in events.Scalars("train/loss")]
+    assert logged == pytest.approx([line["train/loss"] for line in read_metrics(run, "train/loss")])
 
 
-def test_sample_grids_are_drawn_before_the_first_step_and_go_to_the_tracker(train, tmp_path):
+def test_sample_grids_are_generated_before_the_first_step_and_go_to_the_tracker(train, tmp_path):
     options = {"num_validation_images": 3, "validation_steps": 2}
-    drawn = train(output_dir=tmp_path / "drawn", report_to="tensorboard", max_train_steps=2, **options)
-    train(output_dir=tmp_path / "drawn", report_to="tensorboard", resume_from_checkpoint="latest", **options)
-    assert [path.stem for path in sorted((drawn / "samples").glob("*.png"))] == [f"step-{n:07d}" for n in (0, 2, 4)]
+    sampled = train(output_dir=tmp_path / "sampled", report_to="tensorboard", max_train_steps=2, **options)
+    train(output_dir=tmp_path / "sampled", report_to="tensorboard", resume_from_checkpoint="latest", **options)
+    assert [path.stem for path in sorted((sampled / "samples").glob("*.png"))] == [f"step-{n:07d}" for n in (0, 2, 4)]
     steps = set()
-    for path in (drawn / "logs").rglob("events*"):
+    for path in (sampled / "logs").rglob("events*"):
         events = EventAccumulator(str(path)).Reload()
         if "samples" in events.Tags()["images"]:
             steps |= {event.step for event in events.Images("samples")}
     assert steps == {0, 2, 4}
     plain = train(output_dir=tmp_path / "plain")
     file = "checkpoint-4/state/optimizer.safetensors"
-    one, other = load_file(drawn / file), load_file(plain / file)
+    one, other = load_file(sampled / file), load_file(plain / file)
     assert all(torch.equal(one[name], other[name]) for name in one)

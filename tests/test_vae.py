@@ -58,9 +58,9 @@ def test_encode_and_decode_are_equal(normalizing, tmp_path):
     before, after = original.encode(pixels).latent_dist, folded.encode(pixels).latent_dist
     assert torch.allclose(after.mean, normalize(before.mean, config), atol=1e-5)
     noise = torch.randn(before.mean.shape, generator=random)
-    drawn = normalize(before.mean + before.std * noise, config)
-    assert torch.allclose(after.mean + after.std * noise, drawn, atol=1e-5)
-    assert torch.allclose(folded.decode(drawn).sample, original.decode(denormalize(drawn, config)).sample, atol=1e-5)
+    sampled = normalize(before.mean + before.std * noise, config)
+    assert torch.allclose(after.mean + after.std * noise, sampled, atol=1e-5)
+    assert torch.allclose(folded.decode(sampled).sample, original.decode(denormalize(sampled, config)).sample, atol=1e-5)
 
 
 def test_what_is_exported_is_a_stock_pipeline(train, normalizing, tmp_path):

@@ -32,8 +32,8 @@ def pipeline(vae, tmp_path_factory):
 
 
 @pytest.fixture
-def draw(pipeline, data, tmp_path):
-    """Draws pictures of a tiny model; returns their folder."""
+def plot(pipeline, data, tmp_path):
+    """Plots pictures of a tiny model; returns their folder."""
 
     def run(code: int = 0, **options):
         options = {
@@ -121,8 +121,8 @@ def test_the_clean_image_is_predicted_from_the_guided_velocity(pipeline):
     torch.testing.assert_close(predictions[-1], x, rtol=1e-4, atol=1e-4)
 
 
-def test_pictures_of_the_right_size_are_written(draw):
-    folder = draw(block=[1, 4], t=[0.2, 0.8], class_labels=[2, 0])
+def test_pictures_of_the_right_size_are_written(plot):
+    folder = plot(block=[1, 4], t=[0.2, 0.8], class_labels=[2, 0])
     with Image.open(folder / "features.png") as features, Image.open(folder / "trajectories.png") as trajectories:
         columns, rows = 2 + 2 * 2, 3
         assert features.width == columns * WIDTH
@@ -138,15 +138,15 @@ def test_pictures_of_the_right_size_are_written(draw):
     assert np.array_equal(cells[3], cells[4])  # the last step goes to its prediction
     assert not np.array_equal(cells[0], cells[4])
 
-    again = draw(block=[1, 4], t=[0.2, 0.8], class_labels=[2, 0], output_dir=folder.parent / "again")
+    again = plot(block=[1, 4], t=[0.2, 0.8], class_labels=[2, 0], output_dir=folder.parent / "again")
     assert (again / "features.png").read_bytes() == (folder / "features.png").read_bytes()
 
 
-def test_a_model_that_predicts_noise_has_features_alone(draw, vae, tmp_path, caplog):
+def test_a_model_that_predicts_noise_has_features_alone(plot, vae, tmp_path, caplog):
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(2, 8, in_channels=4, out_channels=8, num_layers=5, sample_size=8, patch_size=2)
     DiTPipeline(transformer, AutoencoderKL.from_pretrained(vae), DDIMScheduler()).save_pretrained(tmp_path / "dit")
-    folder = draw(pretrained_model_name_or_path=tmp_path / "dit", t=[0.5])
+    folder = plot(pretrained_model_name_or_path=tmp_path / "dit", t=[0.5])
     with Image.open(folder / "features.png") as features:
         assert features.width == (2 + 3) * WIDTH  # blocks 1, 2 and 3
     assert not (folder / "trajectories.png").exists()
@@ -165,16 +165,16 @@ def test_a_model_that_predicts_noise_has_features_alone(draw, vae, tmp_path, cap
         ({"pretrained_model_name_or_path": "nowhere"}, "HF_HUB_OFFLINE is set"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(draw, capsys, options, message):
-    folder = draw(code=2, **options)
+def test_what_cannot_be_plotted_is_refused(plot, capsys, options, message):
+    folder = plot(code=2, **options)
     error = capsys.readouterr().err
     assert message in error.strip().splitlines()[-1]
     assert "Traceback" not in error
     assert not folder.exists()
 
 
-def test_text_to_image_pipelines_are_refused(draw, capsys, pipelines):
-    draw(code=2, pretrained_model_name_or_path=pipelines("sd3"))
+def test_text_to_image_pipelines_are_refused(plot, capsys, pipelines):
+    plot(code=2, pretrained_model_name_or_path=pipelines("sd3"))
     error = capsys.readouterr().err
     assert "expected one of DiTPipeline" in error
     assert "--text_conditioning" not in error  # which visualize does not have

@@ -55,7 +55,7 @@ def save(kind: str, folder: Path) -> Path:
             SiglipVisionModel(SiglipVisionConfig(**SIZES)),
             SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}),
         ),
-        # as classifiers are saved: AutoModel draws the weights of the pooler that is not there
+        # as classifiers are saved: AutoModel initialises the weights of the pooler that is not there
         "vit": lambda: (
             ViTModel(ViTConfig(**SIZES), add_pooling_layer=False),
             ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}),

@@ -61,7 +61,7 @@ _INSTEAD = {  # what to do in the place of several flags
         "prediction_type rescale_betas_zero_snr ddpm_beta_schedule ddpm_num_steps validation_scheduler"
     ),
     "--latents_cache FOLDER keeps the latents, for later runs too.": "cache_latents cache_latents_to_disk",
-    "latents are drawn anew from the posterior in every step.": "vae_encode_mode",
+    "latents are sampled anew from the posterior in every step.": "vae_encode_mode",
     "latents are encoded in the batches that train; --latents_cache keeps them.": (
         "vae_encode_batch_size encode_batch_size"
     ),
@@ -76,7 +76,7 @@ _INSTEAD = {  # what to do in the place of several flags
         "conditioning_image_column cond_image_column original_image_column edited_image_column edit_prompt_column"
         " controlnet_model_name_or_path conditioning_dropout_prob"
     ),
-    "--validation_prompts are drawn at the end too; --num_validation_images 0 draws no pictures.": (
+    "--validation_prompts are generated at the end too; --num_validation_images 0 generates none.": (
         "final_validation_prompt skip_final_inference"
     ),
     "--num_validation_images is the number of pictures in a sample grid.": "eval_batch_size",
@@ -111,7 +111,7 @@ _INSTEAD = {  # what to do in the place of several flags
     "--dataset_name or --train_data_dir take it, with a column of captions.": (
         "data_df_path jsonl_for_train train_shards_path_or_url load_from_disk instance_data_root"
     ),
-    "trackers are told the project `vaerepa`; metrics lie in --output_dir.": (
+    "the project of trackers is `vaerepa`; metrics lie in --output_dir.": (
         "tracker_project_name tracker_name wandb_entity wandb_project"
     ),
     "--train_batch_size counts images per device, --global_batch_size over all of them.": "batch_size",

@@ -116,7 +116,7 @@ def visualize(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformer, vae = pretrained.transformer.eval().to(device), vae.to(device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    draw_features(args, family, transformer, vae, pretrained.scheduler, source).save(args.output_dir / "features.png")
+    plot_features(args, family, transformer, vae, pretrained.scheduler, source).save(args.output_dir / "features.png")
     logger.info(f"{args.output_dir / 'features.png'}: images, latents, blocks {args.block} at t {args.t}")
     if objectives.name_of(pretrained.scheduler) != "flow_matching":
         logger.warning("no trajectories: this model predicts noise, and they are those of flows.")
@@ -127,7 +127,7 @@ def visualize(args: argparse.Namespace) -> None:
             pipeline.load_heads(args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir)
         except (OSError, ValueError) as error:
             raise OptionError(f"--head_guidance_scale {args.head_guidance_scale}: {error}") from error
-    draw_trajectories(args, pipeline, labels).save(args.output_dir / "trajectories.png")
+    plot_trajectories(args, pipeline, labels).save(args.output_dir / "trajectories.png")
     logger.info(f"{args.output_dir / 'trajectories.png'}: classes {labels}")
 
 
@@ -162,7 +162,7 @@ def choose_blocks(given: list[int] | None, num_blocks: int) -> list[int]:
 # ---- features
 
 
-def draw_features(
+def plot_features(
     args: argparse.Namespace,
     family: Family,
     transformer: nn.Module,
@@ -257,7 +257,7 @@ def principal_components(features: torch.Tensor, count: int = 3) -> torch.Tensor
 # ---- trajectories
 
 
-def draw_trajectories(args: argparse.Namespace, pipeline: VAEREPAPipeline, labels: list[int]) -> Image.Image:
+def plot_trajectories(args: argparse.Namespace, pipeline: VAEREPAPipeline, labels: list[int]) -> Image.Image:
     """A row per class: the predicted clean image at several steps of Euler's method, and the sample."""
     num_steps = args.num_inference_steps
     shown = np.linspace(0, num_steps - 1, args.num_shown_steps).round().astype(int).tolist()
