@@ -33,7 +33,7 @@ class File:
 
     @property
     def oid(self) -> str:
-        """What the client compares with its own file: git's hash, or LFS' one."""
+        """Hash that the client compares with that of its own file: git's, or the one of LFS."""
         if self.is_lfs:
             return self.sha256
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
@@ -115,7 +115,7 @@ class HubServer:
         return f"http://127.0.0.1:{self.port}"
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What a process needs to take this for the Hub, with its caches in `home`."""
+        """Environment in which a process takes this for the Hub, with its caches in `home`."""
         return {"HF_ENDPOINT": self.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
 
     def start(self) -> None:
@@ -162,7 +162,7 @@ class HubServer:
         return self.repos[("model", repo_id)]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """What a model's repository holds at a revision."""
+        """Files of a model's repository at a revision."""
         return {path: file.content for path, file in self.model(repo_id).at(revision).files.items()}
 
     def messages(self, repo_id: str) -> list[str]:

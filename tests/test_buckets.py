@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: images keep about their ratio, and neither workers nor processes change a sample."""
+"""Buckets of aspect ratios: images keep about their ratio, and neither workers nor processes change a sample."""
 
 import pytest
 import torch

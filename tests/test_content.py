@@ -1,4 +1,4 @@
-"""What trains is what the data hold now: labels and captions beside a cache of before; and a restart with others is refused."""
+"""Training takes labels and captions as the data hold them now, beside an older cache; a restart with others is refused."""
 
 import io
 import json

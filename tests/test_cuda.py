@@ -1,4 +1,4 @@
-"""What only a GPU can show: half precision, steps that are skipped on the device, compiled kernels.
+"""Tests that need a GPU: half precision, steps that are skipped on the device, compiled kernels.
 
 CUDA_VISIBLE_DEVICES=0 python -m pytest -m cuda
 """

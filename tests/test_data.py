@@ -130,7 +130,7 @@ def test_every_row_comes_once_per_epoch_whatever_the_streams(source, num_streams
 
 
 def test_each_process_reads_its_own_streams_alone(numbered):
-    """Of four processes and twelve streams each reads a quarter of the rows, and no more than a row of each stream beyond."""
+    """Each of four processes reads a quarter of the rows of twelve streams, and at most one row of each stream beyond."""
     for process in range(4):
         source, read = open_sources(str(numbered)).train, []
         read_storage = source.storage.read
@@ -302,7 +302,7 @@ def test_a_centre_crop_is_the_same_for_every_sample_index_and_seed():
 
 
 def center_crop_arr(image: PIL.Image.Image, image_size: int) -> np.ndarray:
-    """As openai/guided-diffusion has it."""
+    """Reference: the crop of openai/guided-diffusion."""
     while min(*image.size) >= 2 * image_size:
         image = image.resize(tuple(x // 2 for x in image.size), resample=PIL.Image.Resampling.BOX)
     scale = image_size / min(*image.size)

@@ -1,4 +1,4 @@
-"""What cannot be done ends in one sentence and an exit code, before anything is written."""
+"""Errors of the user end in one sentence and an exit code, before anything is written."""
 
 import errno
 import fcntl

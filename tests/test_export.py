@@ -1,4 +1,4 @@
-"""What training leaves behind is a stock pipeline, for anyone."""
+"""The result of training is a stock pipeline, for anyone."""
 
 import json
 

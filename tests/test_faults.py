@@ -1,4 +1,4 @@
-"""What ends a run without asking: kill -9 at any moment, Ctrl-C, a full disk. Nothing may be lost but the last few steps."""
+"""Faults that end a run without asking: kill -9 at any moment, Ctrl-C, a full disk. At most the last few steps are lost."""
 
 import contextlib
 import errno

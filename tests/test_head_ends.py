@@ -130,7 +130,7 @@ def test_the_pipeline_guides_by_the_head_that_was_trained(train):
 
 
 def last_conditioning(family, transformer, noisy, **batch):
-    """What the transformer's own last layer is modulated by, and what the family says it is."""
+    """The embedding that modulates the transformer's own last layer, and the family's conditioning embedding."""
     kept = {}
     if isinstance(family, MMDiT):
         transformer.norm_out.register_forward_pre_hook(lambda module, args: kept.update(own=args[1]))

@@ -484,7 +484,7 @@ def test_a_stock_pipeline_samples_the_guided_predictions(train, objective):
 
 @pytest.mark.parametrize("target", ["latent", "velocity"])
 def test_the_noise_that_a_head_stands_for(target):
-    """Of an exact head the noise itself comes back, normalised or not."""
+    """The prediction of an exact head is the noise itself, with normalised latents or raw ones."""
     objective = NoisePrediction()
     clean, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.1, 0.5, 0.9])
     noisy, _ = objective.corrupt(clean, noise, t)

@@ -530,7 +530,7 @@ def test_a_manifest_cannot_point_outside_of_its_checkpoint(run):
 
 
 class Payload:
-    """What a pickle may do when it is opened: here, it writes a file."""
+    """An object whose pickle writes a file when it is opened."""
 
     def __init__(self, target: Path):
         self.target = target

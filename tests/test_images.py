@@ -33,7 +33,7 @@ def broken_exif() -> bytes:
 
 
 def centre_crop_of_adm(image: Image.Image, size: int) -> Image.Image:
-    """As the paper's preprocessing says, in its own words: halve by boxes, resize the shorter side, cut the centre."""
+    """Reference of the paper's preprocessing: halve by boxes, resize the shorter side, cut the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -1,4 +1,4 @@
-"""What is trained on is what the user pointed at: folders, names, labels, captions and shards as people have them."""
+"""Training data are those that the user pointed at: folders, names, labels, captions and shards as people have them."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def write(folder: Path, *names: str, content: str | bytes | None = None) -> Path
 
 
 def found(source) -> list[tuple]:
-    """Of each row the last part of its image's path, its class and its captions."""
+    """Last part of the image's path, class and captions of each row."""
     names = [
         Path(row.image["path"]).name for block in range(len(source.block_sizes)) for row in source.read_block(block)
     ]

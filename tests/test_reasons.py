@@ -111,7 +111,7 @@ def test_pipelines_of_the_other_kind_say_which_option_takes_them(train, pipeline
 
 
 class ConnectTimeout(Exception):  # noqa: N818
-    """As the network's library calls it, which differs between versions of huggingface_hub."""
+    """The timeout of the library that huggingface_hub connects by, which differs between its versions."""
 
 
 @pytest.mark.parametrize("inner", [LocalEntryNotFoundError("no"), ConnectionError("refused"), ConnectTimeout("x")])

@@ -211,7 +211,7 @@ def test_a_data_set_that_holds_moments(tmp_path, feature, name):
 
 
 def write_npy_layout(folder: Path, count: int) -> Path:
-    """As REPA's preprocessing leaves it: vae-sd/00000/img-mean-std-00000000.npy and vae-sd/dataset.json."""
+    """Layout of REPA's preprocessing: vae-sd/00000/img-mean-std-00000000.npy and vae-sd/dataset.json."""
     labels = []
     for i in range(count):
         name = f"{i // 4:05d}/img-mean-std-{i:08d}.npy"

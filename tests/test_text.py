@@ -42,7 +42,7 @@ class StepReached(Exception):  # noqa: N818
 
 
 def stock_output(pipeline: DiffusionPipeline, noisy: torch.Tensor, timestep: float, caption: str) -> torch.Tensor:
-    """What the stock pipeline hands to its scheduler at a timestep, by its own call."""
+    """Prediction that the stock pipeline's own call hands to its scheduler at a timestep."""
     scheduler = pipeline.scheduler
 
     def set_timesteps(num_inference_steps=None, device=None, sigmas=None, mu=None):

@@ -22,7 +22,7 @@ NORMALIZATIONS = {
 
 
 def normalize(raw: torch.Tensor, config: dict) -> torch.Tensor:
-    """As stock pipelines of such VAEs do: StableDiffusion3Pipeline with a shift, LTXPipeline with statistics."""
+    """Latents as stock pipelines normalise them: StableDiffusion3Pipeline with a shift, LTXPipeline with statistics."""
     if "shift_factor" in config:
         return (raw - config["shift_factor"]) * config["scaling_factor"]
     mean, std = (torch.tensor(config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
@@ -60,7 +60,9 @@ def test_encode_and_decode_are_equal(normalizing, tmp_path):
     noise = torch.randn(before.mean.shape, generator=random)
     sampled = normalize(before.mean + before.std * noise, config)
     assert torch.allclose(after.mean + after.std * noise, sampled, atol=1e-5)
-    assert torch.allclose(folded.decode(sampled).sample, original.decode(denormalize(sampled, config)).sample, atol=1e-5)
+    assert torch.allclose(
+        folded.decode(sampled).sample, original.decode(denormalize(sampled, config)).sample, atol=1e-5
+    )
 
 
 def test_what_is_exported_is_a_stock_pipeline(train, normalizing, tmp_path):

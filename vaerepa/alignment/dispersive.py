@@ -65,7 +65,7 @@ class DispersiveAlignment(AlignmentMethod):
 
     @staticmethod
     def default_weight(distance: str) -> float:
-        """The paper's."""
+        """Weight of the paper, 0.5."""
         return 0.5
 
     @classmethod
@@ -78,7 +78,7 @@ class DispersiveAlignment(AlignmentMethod):
     def from_options(
         cls, options: DispersiveOptions, head_and_loss: dict[str, Any], parts: MethodParts
     ) -> "DispersiveAlignment":
-        """The method with --alignment_group_size and --alignment_temperature.
+        """Builds the method from --alignment_group_size and --alignment_temperature.
 
         Raises:
             OptionError: a head or another distance is asked for; groups do not fit the batch of a device.
@@ -96,11 +96,11 @@ class DispersiveAlignment(AlignmentMethod):
     def build_head(
         self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
     ) -> nn.Identity:
-        """The hidden states as they are."""
+        """An identity: the hidden states themselves are compared."""
         return nn.Identity()
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
-        """No tokens, in the precision of the loss."""
+        """An empty tensor in the precision of the loss, which has no target."""
         return context.latents.new_empty(0)
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,8 @@ class HeadGuidance(nn.Module):
     too; noise predictions likewise. It runs the transformer once, and the head on what one of its blocks puts out.
 
     Args:
-        transformer: of the family, as stock diffusers loads it or in training form.
-        head: that can guide, for example `GuidingHead.from_pretrained(folder)`.
+        transformer: a transformer of the family, as stock diffusers loads it or in training form.
+        head: a head that can guide, for example `GuidingHead.from_pretrained(folder)`.
         scale: w; 0 is no guidance.
         interval: guides only where low <= t <= high, t being the timestep that the pipeline passes, divided by 1000.
         scheduler: scheduler of the pipeline; it decides what is predicted.
@@ -141,7 +141,7 @@ def away_from_head(
     """The model's prediction minus the head's, (B, C, H, W) in float32 (float64 stays); 0 outside the interval of t.
 
     Args:
-        output: of the head, as latents.
+        output: output of the head, as latents.
         timesteps: as the transformer takes them, 0 to 1000.
     """
     dtype = torch.promote_types(noisy.dtype, torch.float32)

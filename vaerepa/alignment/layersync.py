@@ -41,14 +41,14 @@ class LayerSyncAlignment(AlignmentMethod):
 
     @staticmethod
     def default_weight(distance: str) -> float:
-        """The paper's."""
+        """Weight of the paper, 0.2."""
         return 0.2
 
     @classmethod
     def from_options(
         cls, options: OtherOptions, head_and_loss: dict[str, Any], parts: MethodParts
     ) -> "LayerSyncAlignment":
-        """The method with --alignment_teacher_block.
+        """Builds the method from --alignment_teacher_block.
 
         Raises:
             OptionError: a head is asked for.
@@ -60,7 +60,7 @@ class LayerSyncAlignment(AlignmentMethod):
     def build_head(
         self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
     ) -> nn.Identity:
-        """The hidden states as they are."""
+        """An identity: the hidden states themselves are compared."""
         return nn.Identity()
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
@@ -68,6 +68,6 @@ class LayerSyncAlignment(AlignmentMethod):
         return context.tokens[self.target_blocks[0]].to(context.latents.dtype)
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Distance of tokens (B, N, d), mean per sample, shape (B,); of cosine minus the similarity."""
+        """Distance of tokens (B, N, d), mean per sample, shape (B,); cosine is minus the similarity."""
         losses = distance(prediction, target, self.distance, self.beta)
         return losses - 1.0 if self.distance == "cosine" else losses

@@ -21,7 +21,7 @@ class AlignmentContext:
         noise: the noise of the same shape.
         t: times in [0, 1], shape (B,).
         pixel_values: the images that the latents were encoded from, after crop and flip, uint8, shape (B, 3, H, W).
-        vision_features: what the vision encoder makes of these images, shape (B, z, h, w).
+        vision_features: features of these images by the vision encoder, shape (B, z, h, w).
         numbers: the method's own random numbers by name, each (B,), uniform on (0, 1).
         teacher: image tokens (B, N, d) that the EMA weights have after a block, counted from 1, for this batch at times (B,),
             under the same noise and the same condition, dropped where the student's is.
@@ -58,7 +58,7 @@ class MethodParts:
         num_layers: blocks of the transformer.
         patch_size: side p of the transformer's patches, in latent pixels.
         vae: the frozen VAE.
-        encoder: what the method's `open_encoder` returned.
+        encoder: vision encoder that the method's `open_encoder` returned.
         statistics: mean and standard deviation of the latents per channel, each (C,).
     """
 
@@ -183,7 +183,7 @@ class AlignmentMethod(ABC):
 
         Args:
             head_and_loss: this method's distance, beta, num_layers, width and final.
-            parts: what it may be built from.
+            parts: models and sizes that it may be built from.
         """
 
     @classmethod
@@ -210,7 +210,7 @@ class AlignmentMethod(ABC):
         """The head, from hidden states (B, N, d) of width d to tokens of the target's width.
 
         Args:
-            conditioning_width: of the embedding that an adaln end reads, d by default.
+            conditioning_width: width of the embedding that an adaln end reads, d by default.
         """
 
     def describe_target(self) -> dict[str, Any]:
@@ -235,7 +235,7 @@ class AlignmentMethod(ABC):
         """The forward pass of frozen models that one image's target costs, on the meta device; None where it costs none.
 
         Args:
-            blocks: the transformer's.
+            blocks: blocks of the transformer.
             forward: a forward pass of one image through the transformer.
             resolution: side of the image in pixels.
         """

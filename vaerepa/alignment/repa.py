@@ -1,6 +1,6 @@
 """REPA (arXiv 2410.06940): an early block, through an MLP, should point where a vision encoder's patch tokens point.
 
-And iREPA (arXiv 2512.10794), which lets a convolution over the grid take the MLP's place, and normalises the target.
+Its variant iREPA (arXiv 2512.10794) has a convolution over the grid in place of the MLP, and normalises the target.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class REPAAlignment(AlignmentMethod):
 
     Args:
         patch_size: side p of the transformer's patches, in latent pixels.
-        encoder: gave the patch tokens, of width z.
+        encoder: vision encoder of the patch tokens, of width z.
         distance: cosine (the paper's, per token), smooth_l1, l1 or l2.
         beta: where smooth_l1 turns from quadratic to linear.
         num_layers: Linear layers of the head.
@@ -109,12 +109,12 @@ class REPAAlignment(AlignmentMethod):
 
     @staticmethod
     def default_weight(distance: str) -> float:
-        """The paper's."""
+        """Weight of the paper, 0.5."""
         return 0.5
 
     @classmethod
     def image_flag(cls, options: REPAOptions) -> str | None:
-        """--alignment repa: the encoder looks at the images."""
+        """Names --alignment repa, whose vision encoder reads the images."""
         return "--alignment repa"
 
     @classmethod
@@ -124,10 +124,10 @@ class REPAAlignment(AlignmentMethod):
 
     @classmethod
     def from_options(cls, options: REPAOptions, head_and_loss: dict[str, Any], parts: MethodParts) -> "REPAAlignment":
-        """The method, or iREPA where --alignment_irepa says so.
+        """Builds REPA, or iREPA with --alignment_irepa.
 
         Raises:
-            OptionError: another end is asked for of a convolution.
+            OptionError: --alignment_final is given for a convolution.
         """
         if options.alignment_irepa and head_and_loss["final"] != "linear":
             raise OptionError(f"--alignment_final {head_and_loss['final']}: the head of iREPA is one convolution.")
@@ -136,9 +136,9 @@ class REPAAlignment(AlignmentMethod):
     def build_head(
         self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
     ) -> nn.Module:
-        """The MLP d-2048-2048-z with SiLU between, per token; or its first layers and another end.
+        """The MLP d-2048-2048-z with SiLU between, per token; with `final` norm or adaln its first layers and that end.
 
-        Of iREPA the convolution, as PyTorch initialises it.
+        The head of iREPA is one convolution, as PyTorch initialises it.
         """
         if self.is_improved:
             return GridConvolution(hidden_size, self.encoder.width, seed, "head repa")
@@ -153,7 +153,7 @@ class REPAAlignment(AlignmentMethod):
         return tokens
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Distance of the head's output (B, N, z) to the target, mean per sample, shape (B,); of cosine minus the similarity."""
+        """Distance of the head's output (B, N, z) to the target, mean per sample, shape (B,); cosine is minus the similarity."""
         losses = distance(prediction, target, self.distance, self.beta)
         return losses - 1.0 if self.distance == "cosine" else losses
 

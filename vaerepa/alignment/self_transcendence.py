@@ -92,7 +92,7 @@ class SelfAlignment(AlignmentMethod):
 
     @staticmethod
     def default_weight(distance: str) -> float:
-        """As of REPA, whose encoder the teacher stands in for."""
+        """REPA's weight, for want of a published one: the teacher is a frozen model, as the vision encoder of REPA is."""
         return 0.5
 
     @classmethod
@@ -105,19 +105,19 @@ class SelfAlignment(AlignmentMethod):
 
     @classmethod
     def teacher_of(cls, options: SelfOptions) -> str:
-        """--alignment_teacher."""
+        """Pipeline of --alignment_teacher."""
         return options.alignment_teacher
 
     @classmethod
     def from_options(cls, options: SelfOptions, head_and_loss: dict[str, Any], parts: MethodParts) -> "SelfAlignment":
-        """The method with --alignment_teacher_block and --alignment_teacher_guidance."""
+        """Builds the method from --alignment_teacher_block and --alignment_teacher_guidance."""
         block = cls.teacher_block(options, parts.num_layers)
         return cls(block, options.alignment_teacher_guidance, **head_and_loss)
 
     def build_head(
         self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
     ) -> nn.Module:
-        """The MLP d-2d-d with SiLU between, per token; or its first layers and another end."""
+        """The MLP d-2d-d with SiLU between, per token; with `final` norm or adaln its first layers and that end."""
         inner = [self.width or 2 * hidden_size] * (self.num_layers - 1)
         return token_head([hidden_size, *inner, hidden_size], self.final, seed, "head self", conditioning_width)
 

@@ -70,7 +70,7 @@ class SRAAlignment(AlignmentMethod):
 
     @staticmethod
     def default_weight(distance: str) -> float:
-        """0.2 is the paper's, for smooth_l1; 0.5 its authors' for cosine."""
+        """0.5 for cosine, as in its authors' code; else 0.2, as in the paper for smooth_l1."""
         return 0.5 if distance == "cosine" else 0.2
 
     @classmethod
@@ -85,13 +85,13 @@ class SRAAlignment(AlignmentMethod):
 
     @classmethod
     def from_options(cls, options: OtherOptions, head_and_loss: dict[str, Any], parts: MethodParts) -> "SRAAlignment":
-        """The method with --alignment_teacher_block."""
+        """Builds the method from --alignment_teacher_block."""
         return cls(cls.teacher_block(options, parts.num_layers), **head_and_loss)
 
     def build_head(
         self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
     ) -> nn.Module:
-        """The MLP d-2d-d with SiLU between, per token; or its first layers and another end."""
+        """The MLP d-2d-d with SiLU between, per token; with `final` norm or adaln its first layers and that end."""
         inner = [self.width or 2 * hidden_size] * (self.num_layers - 1)
         return token_head([hidden_size, *inner, hidden_size], self.final, seed, "head sra", conditioning_width)
 

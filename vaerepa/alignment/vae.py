@@ -1,6 +1,7 @@
 """VAE-REPA (arXiv 2601.17830): an early block's hidden states, through an MLP, should equal the clean VAE latents.
 
-Or their velocity, as in the first stage of Self-Transcendence (arXiv 2601.07773), or features of the VAE's encoder.
+The target may also be their velocity, as in the first stage of Self-Transcendence (arXiv 2601.07773), or features of the VAE's
+encoder.
 """
 
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class VAEAlignment(AlignmentMethod):
         statistics: mean and standard deviation per channel, each (C,), to normalise the latents with; None keeps the raw
             latents, as the paper does on the SD-VAE.
         target: latent, velocity (noise - latents), or the name of a stage of the VAE's encoder.
-        features: of that stage; each token of theirs is normalised over its channels, for they are far from unit scale.
+        features: features of that stage; each token is normalised over its channels, for they are far from unit scale.
     """
 
     name, title = "vae", "VAE-REPA"
@@ -114,7 +115,7 @@ class VAEAlignment(AlignmentMethod):
 
     @staticmethod
     def default_weight(distance: str) -> float:
-        """The paper's lambda."""
+        """Weight of the paper, lambda 1.0."""
         return 1.0
 
     @classmethod
@@ -138,7 +139,7 @@ class VAEAlignment(AlignmentMethod):
 
     @classmethod
     def image_flag(cls, options: VAEAlignmentOptions) -> str | None:
-        """--alignment_target, where features are aligned to."""
+        """Names --alignment_target where it is a stage of the VAE's encoder, which reads the images."""
         is_latent = options.alignment_target in LATENT_TARGETS
         return None if is_latent else f"--alignment_target {options.alignment_target}"
 
@@ -156,7 +157,7 @@ class VAEAlignment(AlignmentMethod):
     def from_options(
         cls, options: VAEAlignmentOptions, head_and_loss: dict[str, Any], parts: MethodParts
     ) -> "VAEAlignment":
-        """The method with --alignment_target and --alignment_normalize."""
+        """Builds the method from --alignment_target and --alignment_normalize."""
         target = options.alignment_target
         if target not in LATENT_TARGETS:
             return cls(parts.patch_size, features=VAEFeatures(parts.vae, target), **head_and_loss)
@@ -168,7 +169,7 @@ class VAEAlignment(AlignmentMethod):
     ) -> nn.Module:
         """The MLP d-2d-2d-2d-2d-p*p*C with SiLU between, per token; xavier-uniform with zero bias, from its own seed.
 
-        Or its first layers and another end.
+        With `final` norm or adaln its first layers and that end.
         """
         inner = [self.width or 2 * hidden_size] * (self.num_layers - 1)
         target_width = self.features.width if self.features else self.patch_size**2 * latent_channels

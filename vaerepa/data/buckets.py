@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the sizes, beside the square, that images are cut to where a model generates any."""
+"""Buckets of aspect ratios: the sizes, beside the square, that images are cut to where a model generates any."""
 
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
