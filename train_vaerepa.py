@@ -200,17 +200,24 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploade
                     noisy, target = objective.corrupt(clean, noise, t)  # x_t, and eps - z or eps: (B, C, H, W)
                     inputs = family.inputs(setup.transformer, objective.timesteps(t), batch)
                     with nullcontext() if ends_step else accelerator.no_sync(state.model):
-                        prediction, head_outputs = state.model(noisy, **inputs)  # (B, C, H, W), each (B, N, c)
+                        prediction, outputs = state.model(noisy, **inputs)  # (B, C, H, W), each (B, N, c)
                         if guidance and guidance.is_active(state.step):  # v + W (v_full - v_head), without gradient
-                            target = guidance.target(target, prediction, head_outputs, noisy, objective.timesteps(t))
+                            target = guidance.target(target, prediction, outputs, noisy, objective.timesteps(t))
                         loss = objective.loss(prediction, target, t).mean()
                         losses = {"denoising_loss": loss}
-                        teacher = partial(teacher_tokens, setup, state.ema, batch)
-                        frozen_teacher = partial(frozen_teacher_tokens, setup, batch)
-                        seen = (batch.pixel_values, batch.vision_features, batch.numbers)
-                        context = AlignmentContext(clean, noise, t, *seen, teacher, frozen_teacher, head_outputs)
+                        context = AlignmentContext(
+                            latents=clean,
+                            noise=noise,
+                            t=t,
+                            pixel_values=batch.pixel_values,
+                            vision_features=batch.vision_features,
+                            numbers=batch.numbers,
+                            teacher=partial(teacher_tokens, setup, state.ema, batch),
+                            frozen_teacher=partial(frozen_teacher_tokens, setup, batch),
+                            outputs=outputs,
+                        )
                         for alignment in state.alignments:
-                            sample_losses = alignment.sample_losses(head_outputs[alignment.name], context)  # (B,)
+                            sample_losses = alignment.sample_losses(outputs[alignment.name], context)  # (B,)
                             alignment_loss = alignment.loss(sample_losses, t)
                             losses[f"alignment_loss_{alignment.name}"] = alignment_loss
                             losses[f"alignment_by_t_{alignment.name}"] = by_noise_level(sample_losses, t)

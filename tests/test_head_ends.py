@@ -41,7 +41,7 @@ def inputs() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     labels = torch.tensor([1, 2, 1000])  # of the last one the label is dropped
     noisy = torch.randn(3, 4, 8, 8, generator=generator)
-    return {"hidden_states": noisy, "timestep": torch.tensor([900.0, 500.0, 20.0]), "class_labels": labels}
+    return {"noisy": noisy, "timestep": torch.tensor([900.0, 500.0, 20.0]), "class_labels": labels}
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("B", 8.28), ("XL", 18.61)])

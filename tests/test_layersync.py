@@ -42,7 +42,7 @@ def test_the_loss_is_minus_the_cosine_of_both_blocks_and_reaches_the_first_alone
     latents, t = torch.randn(2, 4, 8, 8), torch.rand(2)
     _, outputs = aligned(latents, timestep=1000 * t, class_labels=torch.arange(2))
     assert not outputs[3].requires_grad
-    losses = method.loss(outputs["layersync"], method.target(AlignmentContext(latents, latents, t, tokens=outputs)))
+    losses = method.loss(outputs["layersync"], method.target(AlignmentContext(latents, latents, t, outputs=outputs)))
     first, third = tokens[1].detach(), tokens[3].detach()
     expected = -((first * third).sum(-1) / first.norm(dim=-1) / third.norm(dim=-1)).mean(1)
     assert torch.allclose(losses, expected, atol=1e-6)

@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from vaerepa import throughput
-from vaerepa.alignment import AlignedTransformer, Alignment, AlignmentContext, VAEAlignment
+from vaerepa.alignment import AlignedTransformer, AlignmentContext, ScheduledMethod, VAEAlignment
 from vaerepa.ema import EMA, fraction_of_initial
 from vaerepa.families import Size, parse_preset
 from vaerepa.families.dit import DiT, initialize, model_inputs, new_transformer
@@ -55,6 +55,11 @@ def inputs(batch=6) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def sample_of(transformer, **kwargs) -> torch.Tensor:
     return transformer(**(kwargs or inputs())).sample
+
+
+def both_of(aligned: AlignedTransformer) -> tuple[torch.Tensor, dict[str | int, torch.Tensor]]:
+    told = inputs()
+    return aligned(told.pop("hidden_states"), **told)
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -373,7 +378,7 @@ def align(transformer, blocks: dict[str, int], heads: dict[str, nn.Module] | Non
 
 def losses_of(aligned) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Denoising loss and the loss of each head, against targets of no meaning."""
-    sample, outputs = aligned(**inputs())
+    sample, outputs = both_of(aligned)
     target = draw(*sample.shape, seed=9)
     return (sample - target).square().mean(), {name: (o - 1.0).abs().mean() for name, o in outputs.items()}
 
@@ -385,7 +390,7 @@ def test_the_head_reads_the_output_of_its_block(transformer, block):
     transformer.transformer_blocks[block - 1].register_forward_hook(
         lambda module, arguments, output: seen.append(output)
     )
-    sample, outputs = aligned(**inputs())
+    sample, outputs = both_of(aligned)
     assert torch.equal(outputs["vae"], seen[0])
     assert outputs["vae"].shape == (6, (SIDE // PATCH_SIZE) ** 2, 32)
     assert torch.equal(sample, sample_of(transformer))
@@ -407,7 +412,7 @@ def backward(checkpointing: bool, measure_gradients: bool = False) -> tuple[dict
         transformer.enable_gradient_checkpointing()
     calls = []
     transformer.transformer_blocks[0].register_forward_pre_hook(lambda module, arguments: calls.append(1))
-    sample, outputs = aligned(**inputs())
+    sample, outputs = both_of(aligned)
     hidden = outputs["hidden"]
     hidden.retain_grad()
     target = draw(*sample.shape, seed=9)
@@ -509,7 +514,7 @@ def test_dropped_heads_leave_no_hook_and_no_parameter(transformer):
     assert [name for name, _ in aligned.named_parameters()] == [
         f"transformer.{name}" for name, _ in transformer.named_parameters()
     ]
-    sample, outputs = aligned(**inputs())
+    sample, outputs = both_of(aligned)
     assert torch.equal(sample, expected)
     assert outputs == {}
     assert aligned.gradient_ratios() == {}
@@ -649,11 +654,11 @@ def test_statistics_normalise_each_channel():
 # ---- weight, range of t
 
 
-def alignment(**kwargs) -> Alignment:
-    return Alignment("vae", VAEAlignment(PATCH_SIZE), block=2, **kwargs)
+def alignment(**kwargs) -> ScheduledMethod:
+    return ScheduledMethod("vae", VAEAlignment(PATCH_SIZE), block=2, **kwargs)
 
 
-def loss_of(method: Alignment, prediction: torch.Tensor, context: AlignmentContext) -> torch.Tensor:
+def loss_of(method: ScheduledMethod, prediction: torch.Tensor, context: AlignmentContext) -> torch.Tensor:
     return method.loss(method.sample_losses(prediction, context), context.t)
 
 
@@ -680,7 +685,7 @@ def test_without_a_stop_step_the_weight_stays():
 
 def test_a_batch_outside_the_range_gives_zero_loss_and_zero_gradients(transformer):
     aligned = align(transformer, {"vae": 2})
-    _, outputs = aligned(**inputs())
+    _, outputs = both_of(aligned)
     context = context_of(draw(6, CHANNELS, SIDE, SIDE), t=torch.linspace(0.6, 1.0, 6))
     loss = loss_of(alignment(t_range=(0.0, 0.5)), outputs["vae"], context)
     assert loss == 0

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from tests.conftest import ROOT
 from tests.helpers_runs import PRETRAINED
-from vaerepa.alignment import Alignment, VAEAlignment
+from vaerepa.alignment import ScheduledMethod, VAEAlignment
 from vaerepa.model_card import describe_alignment, write_card
 from vaerepa.options import Options
 
@@ -141,7 +141,7 @@ HOSTILE = ["a: b\n---\nlicense: mit", "'\"}{%- for -%}", "[x](javascript:alert(1
 def test_no_name_breaks_the_card(tmp_path, name):
     options = Options(dataset_name=name, pretrained_model_name_or_path=name, alignment_width=(7,))
     facts = {"num_classes": 2, "classes": [name, name], "validation_loss": 0.5, "works_in_stock": True, "steps": 3}
-    facts["alignments"] = [describe_alignment(Alignment("vae", VAEAlignment(2), block=2))]
+    facts["alignments"] = [describe_alignment(ScheduledMethod("vae", VAEAlignment(2), block=2))]
     write_card(tmp_path / "README.md", ROOT / "model_card_template.md", options, name, facts)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "unknown"

@@ -1,5 +1,6 @@
 """Self-Transcendence: an earlier model, frozen, teaches by its hidden states, with guidance in them."""
 
+import json
 import shutil
 
 import pytest
@@ -112,7 +113,15 @@ def test_the_dry_run_counts_the_teachers_passes(train, first, capsys):
         ({"hidden_size": 64}, "width 32, not 64"),
         ({"alignment_teacher_block": 9}, "--alignment_teacher_block 9"),
         ({"alignment": "vae"}, "--alignment_teacher goes with --alignment self"),
+        ({"objective": "ddpm"}, "flow_matching, not ddpm"),
     ],
 )
 def test_options_that_the_teacher_does_not_fit_are_refused(refused, first, options, said):
     refused(said, **{"alignment": "self", "alignment_teacher": first} | options)
+
+
+def test_a_teacher_of_other_classes_is_refused(refused, first):
+    index = json.loads((first / "model_index.json").read_text())
+    index["id2label"]["1"] = "something else"
+    (first / "model_index.json").write_text(json.dumps(index))
+    refused("learned other classes", alignment="self", alignment_teacher=first)

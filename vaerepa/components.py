@@ -7,14 +7,15 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from vaerepa import lora, objectives
-from vaerepa.alignment import METHODS, Alignment, MethodParts, settings
+from vaerepa.alignment import METHODS, MethodParts, ScheduledMethod, settings
 from vaerepa.alignment.options import AlignmentOptions
 from vaerepa.alignment.stored_heads import StoredHeads, load_heads
 from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data import Sources, open_data
 from vaerepa.errors import OptionError
 from vaerepa.families import Family, InputSpec
-from vaerepa.families.pretrained import Pretrained, load_transformer
+from vaerepa.families.base import have_same_classes
+from vaerepa.families.pretrained import Pretrained, load_teacher
 from vaerepa.logs import get_logger
 from vaerepa.model import check_capacity, check_geometry, family_of, open_pretrained, transformer_size
 from vaerepa.options import Options
@@ -54,9 +55,8 @@ def open_components(options: Options) -> Components:
     vae, sources = open_vae_and_data(options, family)
     scheduler = given.scheduler if given else None
     objective = build_objective(options, family, scheduler, len(sources.id2label))
-    return Components(
-        family, vae, sources, objective, given, heads, open_encoder(options), open_teacher(options, family)
-    )
+    teacher = open_teacher(options, family, objective, sources.id2label)
+    return Components(family, vae, sources, objective, given, heads, open_encoder(options), teacher)
 
 
 def open_encoder(options: AlignmentOptions) -> VisionEncoder | None:
@@ -69,15 +69,24 @@ def open_encoder(options: AlignmentOptions) -> VisionEncoder | None:
     return next((encoder for encoder in encoders if encoder is not None), None)
 
 
-def open_teacher(options: Options, family: Family) -> nn.Module | None:
+def open_teacher(
+    options: Options, family: Family, objective: objectives.Objective, id2label: dict[int, str]
+) -> nn.Module | None:
     """The frozen transformer whose hidden states are aligned to, where there is one.
 
     Raises:
-        OptionError: it is not there, or of another family.
+        OptionError: it is not there, of another family, or learned another objective or other classes.
     """
-    names = filter(None, (method.teacher_of(options) for method in settings.classes_of(options)))
-    name = next(names, None)
-    return load_transformer("alignment_teacher", name, family, options.cache_dir) if name else None
+    name = next(filter(None, (method.teacher_of(options) for method in settings.classes_of(options))), None)
+    if name is None:
+        return None
+    teacher = load_teacher("alignment_teacher", name, family, options.cache_dir)
+    learned, own = objectives.name_of(teacher.scheduler), objectives.name_of(objective.scheduler)
+    if learned != own:
+        raise OptionError(f"--alignment_teacher {name} learned by another objective: {learned}, not {own}.")
+    if teacher.id2label and not have_same_classes(teacher.id2label, id2label):
+        raise OptionError(f"--alignment_teacher {name} learned other classes than those of the data set.")
+    return teacher.transformer
 
 
 def check_teacher(family: Family, teacher: nn.Module, transformer: nn.Module) -> None:
@@ -197,7 +206,7 @@ def fit_to_data(options: Options, components: Components) -> None:
 
 def build_alignments(
     options: Options, components: Components, transformer: nn.Module, latent_statistics: list[list[float]]
-) -> list[Alignment]:
+) -> list[ScheduledMethod]:
     """Builds the alignment methods with their blocks, weights and ranges of t; defaults in `options` must be filled in."""
     family, ranges = components.family, settings.t_ranges_of(options)
     expects_unit_scale = any(method.expects_unit_scale(options) for method in settings.classes_of(options))
@@ -231,5 +240,5 @@ def build_alignments(
         own = {argument: of_each[place] for argument, of_each in values.items()}
         when = {argument: own.pop(argument) for argument in ("weight", "weight_schedule", "stop_step")}
         method = METHODS[name].from_options(options, own, parts)
-        alignments.append(Alignment(name, method, block, **when, t_range=ranges[place]))
+        alignments.append(ScheduledMethod(name, method, block, **when, t_range=ranges[place]))
     return alignments

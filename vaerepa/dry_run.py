@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vaerepa import checks, components, optimization, throughput
-from vaerepa.alignment import METHODS, AlignedTransformer, Alignment
+from vaerepa.alignment import METHODS, AlignedTransformer, ScheduledMethod
 from vaerepa.data import ClassesInBatch, classes_in_batch
 from vaerepa.data.options import DataOptions
 from vaerepa.families import Family
@@ -76,7 +76,7 @@ def estimate(
     family: Family,
     transformer: nn.Module,
     latent_shape: tuple[int, int, int],
-    alignments: list[Alignment],
+    alignments: list[ScheduledMethod],
     num_images: int,
 ) -> Estimate:
     """Works out a run from its transformer in training form, on the meta device or not.
@@ -131,7 +131,7 @@ def estimate(
     )
 
 
-def frozen_flops(forward: "OneForward", alignments: list[Alignment], resolution: int) -> dict[str, int]:
+def frozen_flops(forward: "OneForward", alignments: list[ScheduledMethod], resolution: int) -> dict[str, int]:
     """FLOPs of one image through the frozen models whose output a method aligns to; they go to the meta device."""
     bare, blocks = forward.through({}, {}), forward.family.blocks(forward.transformer)
     flops = {}
@@ -227,7 +227,7 @@ def report(
     num_images: int,
     num_steps: int,
     learning_rate: Callable[[int], float],
-    alignments: list[Alignment],
+    alignments: list[ScheduledMethod],
     classes: ClassesInBatch | None,
 ) -> str:
     """The table that --dry_run prints, in Markdown."""

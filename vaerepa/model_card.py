@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from vaerepa.alignment import METHODS, Alignment, settings
+from vaerepa.alignment import METHODS, ScheduledMethod, settings
 from vaerepa.data.options import public_dataset
 from vaerepa.evaluation import NAMES, Report
 from vaerepa.files import replacing
@@ -144,7 +144,7 @@ def _load_arguments(options: Options, name: str, facts: dict[str, Any]) -> str:
     return ", ".join([json.dumps(name), *named, f"dtype={facts.get('dtype', 'torch.float32')}"])
 
 
-def describe_alignment(alignment: Alignment) -> dict[str, Any]:
+def describe_alignment(alignment: ScheduledMethod) -> dict[str, Any]:
     """Facts for the template on one alignment."""
     method = alignment.method
     described = {

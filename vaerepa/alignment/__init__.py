@@ -6,7 +6,7 @@ the method's loss to yours; docs/alignment.md shows it in a dozen lines.
 
 from vaerepa.alignment.aligned_transformer import AlignedTransformer
 from vaerepa.alignment.guidance import GuidingHead, HeadGuidance, SelfGuidance
-from vaerepa.alignment.method import Alignment, AlignmentContext, AlignmentMethod, MethodParts
+from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, MethodParts, ScheduledMethod
 from vaerepa.alignment.registry import METHODS
 from vaerepa.alignment.repa import REPAAlignment
 from vaerepa.alignment.sra import SRAAlignment
@@ -15,7 +15,6 @@ from vaerepa.alignment.vae import VAEAlignment
 __all__ = [
     "METHODS",
     "AlignedTransformer",
-    "Alignment",
     "AlignmentContext",
     "AlignmentMethod",
     "GuidingHead",
@@ -23,6 +22,7 @@ __all__ = [
     "MethodParts",
     "REPAAlignment",
     "SRAAlignment",
+    "ScheduledMethod",
     "SelfGuidance",
     "VAEAlignment",
 ]

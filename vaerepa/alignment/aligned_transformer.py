@@ -63,30 +63,28 @@ class AlignedTransformer(nn.Module):
             self._taps[block] = Tap()
             self._hooks[block] = blocks[block - 1].register_forward_hook(self._record(block))
 
-    def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, dict[str | int, torch.Tensor]]:
+    def forward(self, noisy: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, dict[str | int, torch.Tensor]]:
         """Returns the prediction for noisy latents (B, C, H, W), and what comes of the taps.
 
         That is the output of each head by the name of its method, and the tokens of each target block by its number.
         """
         self._recording = True  # off in the backward pass, where gradient checkpointing runs the blocks again
         try:
-            prediction = self.family.predict(self.transformer, hidden_states, **inputs)
+            prediction = self.family.predict(self.transformer, noisy, **inputs)
         finally:
             self._recording = False
-        grid = grid_of(hidden_states, self.family.patch_size(self.transformer))
+        grid = grid_of(noisy, self.family.patch_size(self.transformer))
         outputs = {}
         for name, head in self.heads.items():
-            tokens = self._take(name, hidden_states)
+            tokens = self._take(name, noisy)
             if isinstance(head, GridConvolution):
                 outputs[name] = head(tokens, grid)
             elif isinstance(head, AdaptiveHead):
-                outputs[name] = head(
-                    tokens, self.family.conditioning_embedding(self.transformer, hidden_states, **inputs)
-                )
+                outputs[name] = head(tokens, self.family.conditioning_embedding(self.transformer, noisy, **inputs))
             else:
                 outputs[name] = head(tokens)
         for block in self._taps.keys() - self.heads.keys():
-            outputs[block] = self._take(block, hidden_states).detach()
+            outputs[block] = self._take(block, noisy).detach()
         return prediction, outputs
 
     def drop_heads(self, names: Iterable[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline_vaerepa import HEAD_GUIDANCE_INTERVAL, GuidingHead
 from vaerepa import objectives
+from vaerepa.alignment.grid import grid_of
 from vaerepa.families import DEFAULT, Family
 
 
@@ -70,8 +71,7 @@ class HeadGuidance(nn.Module):
         embedding = None
         if head.is_adaptive:
             embedding = family.conditioning_embedding(self.transformer, noisy, **inputs)
-        grid = noisy.shape[-2] // head.patch_size, noisy.shape[-1] // head.patch_size
-        output = head.to(noisy.device)(hidden_states, grid, embedding)
+        output = head.to(noisy.device)(hidden_states, grid_of(noisy, head.patch_size), embedding)
         prediction = family.prediction_of(result[0], noisy)
         step = away_from_head(prediction, output, noisy, timesteps, head, self.objective, self.interval)
         guided = family.with_prediction(result[0], (prediction + self.scale * step).to(prediction.dtype))
@@ -123,8 +123,7 @@ class SelfGuidance:
         timesteps: torch.Tensor,
     ) -> torch.Tensor:
         """The target (B, C, H, W), from the plain one, and from prediction and heads' outputs (B, N, c) of one forward pass."""
-        grid = noisy.shape[-2] // self.head.patch_size, noisy.shape[-1] // self.head.patch_size
-        output = self.head.unpatchify(head_outputs[self.name], grid)
+        output = self.head.unpatchify(head_outputs[self.name], grid_of(noisy, self.head.patch_size))
         step = away_from_head(prediction, output, noisy, timesteps, self.head, self.objective, self.interval)
         return target + self.scale * step.to(target.dtype)
 

@@ -23,25 +23,35 @@ def mlp(widths: list[int], seed: int, name: str) -> nn.Sequential:
 
 
 def token_head(
-    widths: list[int], final: str, seed: int, name: str, conditioning_width: int | None = None
+    hidden_size: int,
+    target_width: int,
+    num_layers: int,
+    inner_width: int,
+    final: str,
+    seed: int,
+    name: str,
+    conditioning_width: int | None = None,
 ) -> "nn.Sequential | AdaptiveHead":
-    """An MLP with Linear layers of these widths and SiLU between, per token, and the end that `--alignment_final` names.
+    """An MLP of so many Linear layers with SiLU between, per token, and the end that `--alignment_final` names.
 
     linear: the last Linear layer is an end like any other. norm and adaln: the layer before it maps back to the width d of the
     hidden states, where SiT's final layer follows, of norm without its modulation.
 
     Args:
-        widths: d, those of the inner layers, that of the target.
+        hidden_size: width d of the hidden states.
+        target_width: width of the target.
+        inner_width: width between the layers.
         final: linear, norm or adaln.
         conditioning_width: of the embedding of t and class that adaln reads, d by default.
     """
+    widths = [hidden_size, *[inner_width] * (num_layers - 1), target_width]
     if final == "linear":
         return mlp(widths, seed, name)
-    width, *inner, target_width = widths
-    to_width = mlp([width, *inner[:-1], width] if inner else [width], seed, name)
+    to_width = mlp([*widths[:-2], hidden_size] if num_layers > 1 else [hidden_size], seed, name)
     if final == "adaln":
-        return AdaptiveHead(to_width, width, target_width, conditioning_width or width)
-    return nn.Sequential(*to_width, final_norm(width), *mlp([width, target_width], seed, f"{name} final"))
+        return AdaptiveHead(to_width, hidden_size, target_width, conditioning_width or hidden_size)
+    end = mlp([hidden_size, target_width], seed, f"{name} final")
+    return nn.Sequential(*to_width, final_norm(hidden_size), *end)
 
 
 def final_norm(width: int) -> nn.LayerNorm:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vaerepa.alignment.distances import distance
 from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
 
 PUBLISHED_BLOCKS = {28: (8, 16)}  # of XL, as its authors' code is started: the aligned one and the one aligned to
@@ -65,9 +64,9 @@ class LayerSyncAlignment(AlignmentMethod):
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """Tokens of the deeper block, shape (B, N, d)."""
-        return context.tokens[self.target_blocks[0]].to(context.latents.dtype)
+        return context.outputs[self.target_blocks[0]].to(context.latents.dtype)
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Distance of tokens (B, N, d), mean per sample, shape (B,); cosine is minus the similarity."""
-        losses = distance(prediction, target, self.distance, self.beta)
+        losses = super().loss(prediction, target)
         return losses - 1.0 if self.distance == "cosine" else losses

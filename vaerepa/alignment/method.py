@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from vaerepa.alignment.distances import distance
 from vaerepa.errors import OptionError
 
 
@@ -27,7 +28,8 @@ class AlignmentContext:
             under the same noise and the same condition, dropped where the student's is.
         frozen_teacher: image tokens (B, N, d) that the frozen teacher has after a block, counted from 1, for this batch, with
             classifier-free guidance of a scale in them; of a sample whose condition is dropped without.
-        tokens: image tokens (B, N, d) of this forward pass after each block of the method's `target_blocks`, without gradient.
+        outputs: what `AlignedTransformer` returns beside the prediction; by the numbers of the method's `target_blocks` it holds
+            image tokens (B, N, d) of this forward pass, without gradient.
     """
 
     latents: torch.Tensor
@@ -38,7 +40,7 @@ class AlignmentContext:
     numbers: dict[str, torch.Tensor] = field(default_factory=dict)
     teacher: Callable[[torch.Tensor, int], torch.Tensor] | None = None
     frozen_teacher: Callable[[int, float], torch.Tensor] | None = None
-    tokens: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str | int, torch.Tensor] = field(default_factory=dict)
 
 
 class Citation(NamedTuple):
@@ -97,6 +99,7 @@ class AlignmentMethod(ABC):
     Attributes:
         needs: what `target` reads beside the latents: vision_features, pixel_values, teacher, frozen_teacher.
         final: end of the head: linear, norm or adaln.
+        distance, beta: of the loss; see `distances.distance`.
         target_blocks: blocks of the same forward pass whose tokens `target` reads, counted from 1.
     """
 
@@ -109,6 +112,8 @@ class AlignmentMethod(ABC):
     numbers: ClassVar[tuple[str, ...]] = ()
     needs: frozenset[str] = frozenset()
     final: str = "linear"
+    distance: str
+    beta: float = 0.05
     target_blocks: tuple[int, ...] = ()
 
     # ---- before anything is built
@@ -225,9 +230,9 @@ class AlignmentMethod(ABC):
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """Tokens (B, N, c) in float32 (float64 stays), without gradient."""
 
-    @abstractmethod
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Loss of each sample, shape (B,)."""
+        """Distance of the head's output (B, N, c) to the target, mean per sample, shape (B,), in the target's dtype."""
+        return distance(prediction, target, self.distance, self.beta)
 
     def frozen_forward(
         self, blocks: nn.ModuleList, forward: Callable[[], object], resolution: int
@@ -243,7 +248,7 @@ class AlignmentMethod(ABC):
 
 
 @dataclass
-class Alignment:
+class ScheduledMethod:
     """One method at work: where it taps, when and how much it counts."""
 
     name: str

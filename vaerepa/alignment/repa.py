@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vaerepa.alignment.distances import distance
 from vaerepa.alignment.grid import grid_of, resample
 from vaerepa.alignment.heads import GridConvolution, token_head
 from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
@@ -142,8 +141,8 @@ class REPAAlignment(AlignmentMethod):
         """
         if self.is_improved:
             return GridConvolution(hidden_size, self.encoder.width, seed, "head repa")
-        widths = [hidden_size, *[self.width] * (self.num_layers - 1), self.encoder.width]
-        return token_head(widths, self.final, seed, "head repa", conditioning_width)
+        widths = hidden_size, self.encoder.width, self.num_layers, self.width
+        return token_head(*widths, self.final, seed, "head repa", conditioning_width)
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """Patch tokens of the images as cropped and flipped, shape (B, N, z)."""
@@ -154,7 +153,7 @@ class REPAAlignment(AlignmentMethod):
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Distance of the head's output (B, N, z) to the target, mean per sample, shape (B,); cosine is minus the similarity."""
-        losses = distance(prediction, target, self.distance, self.beta)
+        losses = super().loss(prediction, target)
         return losses - 1.0 if self.distance == "cosine" else losses
 
     def frozen_forward(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vaerepa.alignment.distances import distance
 from vaerepa.alignment.heads import token_head
 from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
 from vaerepa.alignment.taps import output_of
+from vaerepa.alignment.vae import VAEAlignment
 from vaerepa.cli import option
 from vaerepa.errors import OptionError
 
@@ -88,7 +88,7 @@ class SelfAlignment(AlignmentMethod):
     @staticmethod
     def default_blocks(num_layers: int) -> tuple[int, int]:
         """Aligned block, that of the first stage, and the teacher's after two thirds of the depth, counted from 1."""
-        return 2 if num_layers <= 12 else 8, max(1, round(2 * num_layers / 3))
+        return VAEAlignment.default_blocks(num_layers)[0], max(1, round(2 * num_layers / 3))
 
     @staticmethod
     def default_weight(distance: str) -> float:
@@ -118,16 +118,12 @@ class SelfAlignment(AlignmentMethod):
         self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
     ) -> nn.Module:
         """The MLP d-2d-d with SiLU between, per token; with `final` norm or adaln its first layers and that end."""
-        inner = [self.width or 2 * hidden_size] * (self.num_layers - 1)
-        return token_head([hidden_size, *inner, hidden_size], self.final, seed, "head self", conditioning_width)
+        widths = hidden_size, hidden_size, self.num_layers, self.width or 2 * hidden_size
+        return token_head(*widths, self.final, seed, "head self", conditioning_width)
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """The teacher's guided tokens, shape (B, N, d)."""
         return context.frozen_teacher(self.teacher_block, self.guidance).to(context.latents.dtype)
-
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Distance of the head's output (B, N, d) to the target, mean per sample, shape (B,)."""
-        return distance(prediction, target, self.distance, self.beta)
 
     def frozen_forward(
         self, blocks: nn.ModuleList, forward: Callable[[], object], resolution: int

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vaerepa.alignment.distances import distance
 from vaerepa.alignment.heads import token_head
 from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
 from vaerepa.alignment.taps import output_of
@@ -92,18 +91,14 @@ class SRAAlignment(AlignmentMethod):
         self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
     ) -> nn.Module:
         """The MLP d-2d-d with SiLU between, per token; with `final` norm or adaln its first layers and that end."""
-        inner = [self.width or 2 * hidden_size] * (self.num_layers - 1)
-        return token_head([hidden_size, *inner, hidden_size], self.final, seed, "head sra", conditioning_width)
+        widths = hidden_size, hidden_size, self.num_layers, self.width or 2 * hidden_size
+        return token_head(*widths, self.final, seed, "head sra", conditioning_width)
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """The teacher's tokens, shape (B, N, d), at a time earlier by at most 0.2, never below 0."""
         offset = MAX_TIME_OFFSET * context.numbers[TIME_OFFSET].to(context.t)
         tokens = context.teacher((context.t - offset).clamp(min=0.0), self.teacher_block)
         return tokens.to(context.latents.dtype)
-
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Distance of the head's output (B, N, d) to the target, mean per sample, shape (B,)."""
-        return distance(prediction, target, self.distance, self.beta)
 
     def frozen_forward(
         self, blocks: nn.ModuleList, forward: Callable[[], object], resolution: int

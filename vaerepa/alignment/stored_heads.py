@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vaerepa.alignment.heads import describe
-from vaerepa.alignment.method import Alignment
+from vaerepa.alignment.method import ScheduledMethod
 from vaerepa.errors import OptionError
 from vaerepa.hub.reasons import UNREADABLE, why_unreadable
 
@@ -39,7 +39,7 @@ class StoredHeads:
 
 
 def save_heads(
-    folder: Path, heads: nn.ModuleDict, alignments: list[Alignment], latent_channels: int, objective: str
+    folder: Path, heads: nn.ModuleDict, alignments: list[ScheduledMethod], latent_channels: int, objective: str
 ) -> None:
     """Writes heads/ into a checkpoint's folder, unless all heads are gone.
 
@@ -90,7 +90,7 @@ def load_heads(
     return StoredHeads(load_file(weights), block_of, target_name_of, final_of)
 
 
-def fits(stored: StoredHeads, heads: nn.ModuleDict, alignments: list[Alignment]) -> bool:
+def fits(stored: StoredHeads, heads: nn.ModuleDict, alignments: list[ScheduledMethod]) -> bool:
     """Whether stored heads can stand in the place of new ones: same methods, blocks, targets, ends and sizes."""
     shapes = {name: parameter.shape for name, parameter in heads.named_parameters()}
     return (

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vaerepa.alignment.distances import distance
+from pipeline_vaerepa import GUIDING_TARGETS
 from vaerepa.alignment.grid import grid_of, patchify, resample
 from vaerepa.alignment.heads import token_head
 from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
@@ -22,7 +22,7 @@ from vaerepa.alignment.vae_features import VAEFeatures
 from vaerepa.cli import option
 from vaerepa.errors import OptionError
 
-LATENT_TARGETS = ("latent", "velocity")  # the others are stages of the VAE's encoder
+LATENT_TARGETS = GUIDING_TARGETS  # the others are stages of the VAE's encoder
 
 
 @dataclass
@@ -171,9 +171,9 @@ class VAEAlignment(AlignmentMethod):
 
         With `final` norm or adaln its first layers and that end.
         """
-        inner = [self.width or 2 * hidden_size] * (self.num_layers - 1)
         target_width = self.features.width if self.features else self.patch_size**2 * latent_channels
-        return token_head([hidden_size, *inner, target_width], self.final, seed, "head", conditioning_width)
+        widths = hidden_size, target_width, self.num_layers, self.width or 2 * hidden_size
+        return token_head(*widths, self.final, seed, "head", conditioning_width)
 
     def describe_target(self) -> dict[str, Any]:
         """Latent or velocity with the side of a patch, in whose order the output lies, and the statistics; or features."""
@@ -193,10 +193,6 @@ class VAEAlignment(AlignmentMethod):
             mean, std = (s.to(latents).view(1, -1, 1, 1) for s in self.statistics)
             latents = (latents - mean) / std
         return patchify(context.noise - latents if self.targets_velocity else latents, self.patch_size)
-
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Distance of the head's output (B, N, p*p*C) to the target, mean per sample, shape (B,), in the target's dtype."""
-        return distance(prediction, target, self.distance, self.beta)
 
     def frozen_forward(
         self, blocks: nn.ModuleList, forward: Callable[[], object], resolution: int

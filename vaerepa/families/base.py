@@ -246,6 +246,14 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name} takes captions")
 
 
+def have_same_classes(one: dict[int, str] | None, other: dict[int, str]) -> bool:
+    """Whether class numbers have the same meaning; only the first of several names counts, because synonyms differ."""
+    first_names = [
+        {label: name.split(",")[0].strip().casefold() for label, name in (n or {}).items()} for n in (one, other)
+    ]
+    return first_names[0] == first_names[1]
+
+
 def keep_residual_stream_float32(transformer: nn.Module) -> None:
     """PatchEmbed casts to its convolution's dtype: in half precision the residual stream of all blocks would follow."""
     patch_embed = transformer.pos_embed

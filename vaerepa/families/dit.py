@@ -9,7 +9,15 @@ from torch import nn
 
 from pipeline_vaerepa import VAEREPAPipeline
 from vaerepa.errors import OptionError
-from vaerepa.families.base import Conditions, Family, InputSpec, Size, initialize_linear, initialize_patches
+from vaerepa.families.base import (
+    Conditions,
+    Family,
+    InputSpec,
+    Size,
+    have_same_classes,
+    initialize_linear,
+    initialize_patches,
+)
 from vaerepa.logs import get_logger
 from vaerepa.objectives import flow_scheduler
 from vaerepa.randomness import generator, seeded_weights
@@ -248,14 +256,6 @@ def initialize_labels(transformer: DiTTransformer2DModel, num_classes: int, seed
     for block in transformer.transformer_blocks:
         table = block.norm1.emb.class_embedder.embedding_table.weight
         table[:num_classes] = rows.to(table)
-
-
-def have_same_classes(one: dict[int, str] | None, other: dict[int, str]) -> bool:
-    """Whether class numbers have the same meaning; only the first of several names counts, because synonyms differ."""
-    first_names = [
-        {label: name.split(",")[0].strip().casefold() for label, name in (n or {}).items()} for n in (one, other)
-    ]
-    return first_names[0] == first_names[1]
 
 
 def _share_embedder(transformer: DiTTransformer2DModel) -> None:

@@ -54,14 +54,13 @@ def load_pretrained(name: str, conditioning: ConditionKind, remedy: str = "", **
     """
     family, index = find_family(name, (conditioning,), remedy, **where)
     pipeline = _load_whole(FLAG, name, family, index, ("vae", "id2label"), **where)
-    id2label = index.get("id2label")
     return Pretrained(
         family,
         type(pipeline),
         _text_components(family, pipeline, name, **where),
         family.to_training_form(pipeline.transformer),
         pipeline.scheduler,
-        {int(label): name for label, name in id2label.items()} if id2label else None,
+        _class_names(index),
     )
 
 
@@ -99,8 +98,8 @@ def load_stock_pipeline(name: str, **where: str | None) -> tuple[DiffusionPipeli
         raise OptionError(f"{name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
 
 
-def load_transformer(flag: str, name: str, family: Family, cache_dir: str | None) -> nn.Module:
-    """The transformer of a stock pipeline of a family, frozen, in training form.
+def load_teacher(flag: str, name: str, family: Family, cache_dir: str | None) -> Pretrained:
+    """A stock pipeline of a family without text encoders, its transformer frozen.
 
     Raises:
         OptionError: nothing there, or a pipeline of another family.
@@ -109,13 +108,16 @@ def load_transformer(flag: str, name: str, family: Family, cache_dir: str | None
     kind = index.get("_class_name")
     if kind not in family.pipelines:
         raise OptionError(f"--{flag} {name} holds a {kind}; expected one of {', '.join(family.pipelines)}.")
+    where, dtype = {"cache_dir": cache_dir}, torch.get_default_dtype()
     try:
-        transformer = getattr(diffusers, index["transformer"][1]).from_pretrained(
-            name, subfolder="transformer", cache_dir=cache_dir, dtype=torch.get_default_dtype()
+        transformer, scheduler = (
+            getattr(diffusers, index[part][1]).from_pretrained(name, subfolder=part, **where, **more)
+            for part, more in (("transformer", {"dtype": dtype}), ("scheduler", {}))
         )
     except UNREADABLE as error:
         raise OptionError(f"--{flag} {name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
-    return family.to_training_form(transformer).eval().requires_grad_(False)
+    transformer = family.to_training_form(transformer).eval().requires_grad_(False)
+    return Pretrained(family, family.pipeline_class(kind), {}, transformer, scheduler, _class_names(index))
 
 
 def find_family(
@@ -210,6 +212,11 @@ def _text_components(
             part.eval().requires_grad_(False)
             frozen.remember_dtypes(part, name_or_path, name, **where)
     return parts
+
+
+def _class_names(index: dict[str, Any]) -> dict[int, str] | None:
+    id2label = index.get("id2label")
+    return {int(label): name for label, name in id2label.items()} if id2label else None
 
 
 def _is_missing(index: dict[str, Any], part: str) -> bool:

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from vaerepa import checks, model_card, objectives, past
-from vaerepa.alignment import Alignment, settings
+from vaerepa.alignment import ScheduledMethod, settings
 from vaerepa.alignment.stored_heads import StoredHeads
 from vaerepa.components import Components, build_alignments, build_transformer, open_components
 from vaerepa.conditioning import Captions, ClassLabels, Conditioning
@@ -57,7 +57,7 @@ class Setup:
     max_train_steps: int
     latent_statistics: list[list[float]]
     content: past.Digests
-    alignments: list[Alignment]
+    alignments: list[ScheduledMethod]
     teacher: nn.Module | None
     base_heads: StoredHeads | None
     base_weights: dict[str, torch.Tensor]

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from pipeline_vaerepa import GUIDING_TARGETS, GuidingHead
+from pipeline_vaerepa import GuidingHead
 from vaerepa import acceleration, checkpoints, objectives, optimization, past
-from vaerepa.alignment import AlignedTransformer, Alignment, SelfGuidance, stored_heads
+from vaerepa.alignment import AlignedTransformer, ScheduledMethod, SelfGuidance, stored_heads
 from vaerepa.cli import as_plain
 from vaerepa.data.order import ORDER
 from vaerepa.ema import EMA
@@ -88,10 +88,9 @@ class TrainingState:
         return self.ema.exported_heads if self.ema else self.aligned_transformer.heads
 
     @property
-    def guiding_alignment(self) -> Alignment | None:
+    def guiding_alignment(self) -> ScheduledMethod | None:
         """The first method whose head can guide; None where none can."""
-        targets = {alignment.name: alignment.method.describe_target()["target"] for alignment in self.alignments}
-        return next((a for a in self.alignments if targets[a.name] in GUIDING_TARGETS), None)
+        return next((a for a in self.alignments if a.method.can_guide(self.setup.options)), None)
 
     def guiding_head(self, heads: torch.nn.ModuleDict) -> GuidingHead | None:
         """The one of these heads that guides; None where none can."""
@@ -235,7 +234,7 @@ class TrainingState:
         return {parameter: name for name, parameter in self.aligned_transformer.named_parameters()}
 
 
-def _build_heads(setup: Setup, alignments: list[Alignment]) -> torch.nn.ModuleDict:
+def _build_heads(setup: Setup, alignments: list[ScheduledMethod]) -> torch.nn.ModuleDict:
     """A new head for each alignment."""
     family, transformer, seed = setup.family, setup.transformer, setup.options.seed
     sizes = family.inner_width(transformer), setup.feed.latent_shape[0]
@@ -245,7 +244,7 @@ def _build_heads(setup: Setup, alignments: list[Alignment]) -> torch.nn.ModuleDi
 
 
 def _keep_base_heads(
-    heads: torch.nn.ModuleDict, base_heads: stored_heads.StoredHeads, alignments: list[Alignment]
+    heads: torch.nn.ModuleDict, base_heads: stored_heads.StoredHeads, alignments: list[ScheduledMethod]
 ) -> None:
     """Goes on with the heads that lie beside the pipeline which is fine-tuned, where they fit."""
     if stored_heads.fits(base_heads, heads, alignments):
@@ -255,7 +254,7 @@ def _keep_base_heads(
         logger.info("its alignment heads are for another alignment: new ones are initialised")
 
 
-def _align(setup: Setup, heads: torch.nn.ModuleDict, alignments: list[Alignment]) -> AlignedTransformer:
+def _align(setup: Setup, heads: torch.nn.ModuleDict, alignments: list[ScheduledMethod]) -> AlignedTransformer:
     """The transformer with the heads of these alignments."""
     family, transformer = setup.family, setup.transformer
     return AlignedTransformer(

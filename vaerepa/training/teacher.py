@@ -46,7 +46,7 @@ def frozen_teacher_tokens(setup: Setup, batch: Batch, block: int, guidance: floa
 def _tokens(setup: Setup, transformer: nn.Module, batch: Batch, t: torch.Tensor, block: int) -> torch.Tensor:
     family = setup.family
     noisy, _ = setup.objective.corrupt(batch.latents, batch.noise, t)
-    inputs = family.inputs(setup.transformer, setup.objective.timesteps(t), batch)
+    inputs = family.inputs(transformer, setup.objective.timesteps(t), batch)
     with setup.accelerator.autocast():
         tapped = family.blocks(transformer)[block - 1]
         output = output_of(tapped, lambda: family.predict(transformer, noisy, **inputs))
