@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vaerepa import acceleration, checkpoints, checks, dry_run, past
+from vaerepa import acceleration, checkpoints, checks, defaults, dry_run, past
 from vaerepa.alignment import AlignmentContext
 from vaerepa.cli import write_config
 from vaerepa.command import command_to_go_on
@@ -44,7 +44,7 @@ from vaerepa.stopping import StopRequest, is_lost_process
 from vaerepa.system import is_out_of_space, unbroken_output
 from vaerepa.training.monitor import Monitor, announce
 from vaerepa.training.publishing import copy_to_root, publish
-from vaerepa.training.setup import Setup, build_setup
+from vaerepa.training.setup import Setup, build_setup, prepare_prompts
 from vaerepa.training.state import TrainingState
 from vaerepa.training.teacher import frozen_teacher_tokens, teacher_tokens
 from vaerepa.training.validation import evaluate, plot_grid, validate
@@ -96,9 +96,9 @@ def train(options: Options) -> None:
     set_up_logging()
     quiet_pillow()
     checks.check_options(options)
-    options = take_token(checks.fill_in_defaults(options))
+    options = take_token(defaults.fill_in_defaults(options))
     accelerator = acceleration.build_accelerator(options)
-    options = checks.resolve_batch_sizes(options, accelerator.num_processes)
+    options = defaults.resolve_batch_sizes(options, accelerator.num_processes)
     if options.dry_run:
         on_main_process(accelerator, lambda: print(dry_run.describe(options)))
         return
@@ -133,6 +133,9 @@ def run(
     """Trains in an output folder that belongs to this run, from the checkpoint on if there is one."""
     # ---- build ---------------------------------------------------------------------------------------------------
     setup = build_setup(options, accelerator, trainer_state)
+    if accelerator.is_main_process:
+        setup.export.write_frozen_parts()
+    prepare_prompts(setup)
     state = TrainingState(setup, trainer_state.get("step", 0))
     if checkpoint:
         state.load(checkpoint, trainer_state)
@@ -141,7 +144,6 @@ def run(
     if accelerator.is_main_process:
         checkpoints.remove_leftovers(setup.output_dir)
         write_config(setup.options, setup.output_dir / "run_config.yaml")
-        setup.export.write_frozen_parts()
 
     # ---- loop ----------------------------------------------------------------------------------------------------
     try:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import yaml
 
-from vaerepa import checks, components, dry_run
+from vaerepa import checks, components, defaults, dry_run
 from vaerepa.cli import as_plain, read_rows
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import newest_report
@@ -164,7 +164,7 @@ def check_rows(options: dict[str, Options]) -> None:
     budgets = {}
     for name, one in options.items():
         checks.check_options(one)
-        one = checks.resolve_batch_sizes(one, 1)
+        one = defaults.resolve_batch_sizes(one, 1)
         if one.max_train_steps is None:
             raise OptionError(f"row `{name}`: --max_train_steps is missing; rows are compared at equal steps.")
         for flag in ("max_train_steps", "validation_steps", "eval_steps", "checkpointing_steps"):
@@ -186,7 +186,7 @@ def check_rows(options: dict[str, Options]) -> None:
 
 def estimate(options: Options) -> Cost:
     """Cost of a run, from models on the meta device."""
-    options = checks.resolve_batch_sizes(checks.fill_in_defaults(options), 1)
+    options = defaults.resolve_batch_sizes(defaults.fill_in_defaults(options), 1)
     parts = components.open_components(options)
     with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
@@ -266,7 +266,7 @@ def read_run(options: Options) -> Run:
     )
     metrics: dict[str, dict[int, float]] = {}
     intervals: dict[int, float] = {}
-    images = options.logging_steps * checks.resolve_batch_sizes(options, 1).global_batch_size
+    images = options.logging_steps * defaults.resolve_batch_sizes(options, 1).global_batch_size
     for line in MetricsFile(Path(options.output_dir, "metrics.jsonl")).read():
         for name, value in line.items():
             name = VALIDATION_LOSS if name == ema else name

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 
 from tests import vision_models
 from tests.conftest import ROOT
-from vaerepa import checks, components, dry_run
+from vaerepa import checks, components, defaults, dry_run
 from vaerepa.alignment import AlignedTransformer
 from vaerepa.cli import read_rows
 from vaerepa.families.dit import DiT
@@ -126,7 +126,7 @@ def test_every_ablation_changes_one_option_of_a_row(row):
 
 
 def estimate_of(arguments: list[str]):
-    options = checks.fill_in_defaults(parse_options(arguments))
+    options = defaults.fill_in_defaults(parse_options(arguments))
     parts = components.open_components(options)
     transformer = components.build_transformer(options, parts)
     alignments = components.build_alignments(options, parts, transformer, [[0.0], [1.0]])

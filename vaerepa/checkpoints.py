@@ -19,6 +19,7 @@ from vaerepa import objectives
 from vaerepa.errors import CheckpointError
 from vaerepa.files import crc_of_file
 from vaerepa.layout import MANIFEST, STATE, TRAINER_STATE, all_checkpoints, find_trainer_state, folder_of
+from vaerepa.optimization import SHARED_NUMBERS
 
 RENAMED_KEYS = {"window": "running_means"}  # of the trainer state, since earlier versions
 
@@ -142,9 +143,6 @@ def copy_parameters(parameters: dict[str, nn.Parameter], tensors: dict[str, torc
         parameter.copy_(tensors[name])
 
 
-ESTIMATES = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")  # of Prodigy, which all its groups have in common
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:
     """The optimizer's moments, and what else it keeps, by the name of their parameter."""
     tensors: dict[str, torch.Tensor] = {}
@@ -156,7 +154,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter
                 value = value.clone()
             pointers.add(value.data_ptr())
             tensors[f"{names[parameter]}/{key}"] = value
-    for key in optimizer.param_groups[0].keys() & set(ESTIMATES):
+    for key in optimizer.param_groups[0].keys() & set(SHARED_NUMBERS):
         tensors[f"/{key}"] = torch.tensor(optimizer.param_groups[0][key], dtype=torch.float64)
     return tensors
 
@@ -176,7 +174,7 @@ def load_optimizer(
         state.setdefault(index_of[name], {})[moment] = value.item() if is_count else value
     groups = optimizer.state_dict()["param_groups"]
     for group in groups:
-        group.update({key: tensors[f"/{key}"].item() for key in ESTIMATES if f"/{key}" in tensors})
+        group.update({key: tensors[f"/{key}"].item() for key in SHARED_NUMBERS if f"/{key}" in tensors})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -164,7 +164,9 @@ class ClassLabels(Conditioning):
 
     def _pipeline(self, transformer: nn.Module, head: GuidingHead | None, head_scale: float) -> DiffusionPipeline:
         pipeline = sampling.build_pipeline(self.family, transformer, self.vae, self.scheduler, self.id2label)
-        if head_scale:
+        if (
+            head_scale
+        ):  # one guidance for flows and noise predictions; VAEREPAPipeline has its own where that file is alone
             interval = self.options.head_guidance_interval
             guided = HeadGuidance(
                 pipeline.transformer, head, head_scale, interval, scheduler=self.scheduler, family=self.family

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vaerepa import checks, components, optimization, throughput
+from vaerepa import components, defaults, optimization, throughput
 from vaerepa.alignment import METHODS, AlignedTransformer, ScheduledMethod
 from vaerepa.data import ClassesInBatch, classes_in_batch
 from vaerepa.data.options import DataOptions
@@ -18,7 +18,6 @@ from vaerepa.vae import shape_of_latents
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 GIB = 2.0**30
-MOMENTS = {"adamw": 2, "muon": 2, "prodigy": 4}  # of a parameter, by --optimizer
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ def describe(options: Options) -> str:
     """
     parts = components.open_components(options)
     num_images = len(parts.sources.train)
-    num_steps = checks.steps_in(options, num_images)
-    options = checks.fit_to_run(options, num_steps)
+    num_steps = defaults.steps_in(options, num_images)
+    options = defaults.fit_to_run(options, num_steps)
     with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
@@ -102,11 +101,9 @@ def estimate(
     own = count(transformer, trained=True)  # all of it, or its LoRA
     trained = own + sum(head_sizes.values())
     frozen_memory = (size - own) * (FLOAT16 if options.mixed_precision in ("bf16", "fp16") else FLOAT32)
-    exported = own if own < size else stock_size
+    exported = own if options.rank else stock_size
     num_emas = len(options.ema_decay) if options.use_ema else 0
-    moments = MOMENTS[options.optimizer] * (1 if options.use_8bit_adam else FLOAT32) * trained
-    if options.optimizer == "muon":  # one of each matrix
-        moments -= FLOAT32 * sum(matrix.numel() for matrix in family.matrices(transformer))
+    moments = optimization.state_bytes(options, trained, sum(m.numel() for m in family.matrices(transformer)))
     encoders = [a.method.encoder for a in alignments if "vision_features" in a.method.needs]
     kept = 2 * math.prod(latent_shape) + sum(encoder.width * encoder.grid**2 for encoder in encoders)
     return Estimate(
@@ -232,7 +229,7 @@ def report(
 ) -> str:
     """The table that --dry_run prints, in Markdown."""
     frozen = "VAE and text encoders" if family.text_components else "the VAE"
-    is_lora = sizes.trained_parameters < sizes.parameters
+    is_lora = options.rank is not None
     points = (0, num_steps // 2, num_steps - 1)
     rows = [
         ("parameters of the transformer", f"{sizes.parameters / 1e6:.1f} M"),

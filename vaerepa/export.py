@@ -12,9 +12,8 @@ from torch import nn
 from vaerepa import frozen, lora
 from vaerepa.families import Family
 from vaerepa.files import link_tree
+from vaerepa.layout import PIPELINE_INDEX
 from vaerepa.model_card import LORA_TEMPLATE
-
-PIPELINE_INDEX = "model_index.json"
 
 
 class Export(ABC):

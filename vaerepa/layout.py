@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+PIPELINE_INDEX = "model_index.json"  # of a stock pipeline; a LoRA has none
+HEADS = "heads"
 STATE = "state"
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"

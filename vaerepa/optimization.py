@@ -14,6 +14,8 @@ from vaerepa.cli import option
 from vaerepa.errors import OptionError
 
 LOWEST_PRODIGY_RATE = 0.1  # of what it multiplies its own estimate by
+MOMENTS = {"adamw": 2, "muon": 2, "prodigy": 4}  # of a parameter; Muon's own matrices have one
+SHARED_NUMBERS = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")  # that all groups of Prodigy have in common
 
 
 @dataclass
@@ -159,6 +161,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.muon.step()
         for matrix, kept in zip(matrices, before, strict=True):
             matrix.copy_(torch.where(skips, kept, matrix))
+
+
+def state_bytes(options: OptimizerOptions, num_parameters: int, num_in_matrices: int) -> int:
+    """Bytes of the optimizer's state.
+
+    Args:
+        num_in_matrices: of the parameters those in matrices, which Muon takes.
+    """
+    per_value = 1 if options.use_8bit_adam else 4
+    num_values = MOMENTS[options.optimizer] * num_parameters
+    return per_value * (num_values - (num_in_matrices if options.optimizer == "muon" else 0))
 
 
 def skip_step_if(nonfinite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:

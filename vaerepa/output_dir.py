@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from vaerepa import checkpoints
 from vaerepa.errors import OptionError
 from vaerepa.hub import download
-from vaerepa.layout import all_checkpoints, step_of
+from vaerepa.layout import PIPELINE_INDEX, all_checkpoints, step_of
 from vaerepa.system import lock_exclusively
 from vaerepa.training.options import OutputOptions
 
@@ -81,7 +81,7 @@ def find_checkpoint(options: OutputOptions, cache_dir: str | None, warn: Callabl
     output_dir, wanted = Path(options.output_dir), options.resume_from_checkpoint
     existing = all_checkpoints(output_dir)
     if wanted is None:
-        if existing or (output_dir / "model_index.json").exists():
+        if existing or (output_dir / PIPELINE_INDEX).exists():
             raise OptionError(
                 f"--output_dir {output_dir} holds another run. Continue it with --resume_from_checkpoint latest, or choose "
                 "another folder."

@@ -90,6 +90,11 @@ def check_t_ranges(options: AlignmentOptions, named: str) -> None:
         raise OptionError(f"--alignment_t_range {given}: expected two rising numbers within 0 and 1.")
 
 
+def fine_tunes_text(options: AlignmentOptions) -> bool:
+    """Whether a text-to-image model is fine-tuned, for which the methods have weaker defaults."""
+    return options.text_conditioning and options.pretrained_model_name_or_path is not None
+
+
 def fill_in_defaults(options: AlignmentOptions) -> AlignmentOptions:
     """Gives each method one value of every option whose default does not depend on the model."""
     methods = methods_of(options)
@@ -100,7 +105,7 @@ def fill_in_defaults(options: AlignmentOptions) -> AlignmentOptions:
         method = METHODS[name]
         own = {"loss": values["loss"][place] or method.default_loss, "layers": method.default_layers}
         own["weight"] = method.default_weight(own["loss"])
-        if options.text_conditioning and options.pretrained_model_name_or_path and values["weight"][place] is None:
+        if fine_tunes_text(options) and values["weight"][place] is None:
             own["weight"] = TEXT_FINE_TUNING["weight"]
             if values["stop_step"][place] is None:  # else the weight falls as is asked for
                 values["weight_schedule"][place] = TEXT_FINE_TUNING["weight_schedule"]

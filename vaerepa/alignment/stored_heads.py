@@ -15,8 +15,8 @@ from vaerepa.alignment.heads import describe
 from vaerepa.alignment.method import ScheduledMethod
 from vaerepa.errors import OptionError
 from vaerepa.hub.reasons import UNREADABLE, why_unreadable
+from vaerepa.layout import HEADS
 
-FOLDER = "heads"
 WEIGHTS = "heads.safetensors"
 CONFIG = "config.json"
 TARGET_NAME = "aim"  # key of the target in words; `target` is that of heads that can guide, or `features`
@@ -48,9 +48,9 @@ def save_heads(
     """
     if not alignments:
         return
-    (folder / FOLDER).mkdir()
+    (folder / HEADS).mkdir()
     tensors = {name: parameter.detach().contiguous() for name, parameter in heads.named_parameters()}
-    save_file(tensors, folder / FOLDER / WEIGHTS)
+    save_file(tensors, folder / HEADS / WEIGHTS)
     config = {
         a.name: {
             "block": a.block,
@@ -63,7 +63,7 @@ def save_heads(
         }
         for a in alignments
     }
-    (folder / FOLDER / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / HEADS / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def load_heads(
@@ -71,17 +71,17 @@ def load_heads(
 ) -> StoredHeads | None:
     """The heads beside a pipeline in a folder or on the Hub; None where there are none."""
     if Path(name_or_path).is_dir():
-        weights, config = (Path(name_or_path, FOLDER, name) for name in (WEIGHTS, CONFIG))
+        weights, config = (Path(name_or_path, HEADS, name) for name in (WEIGHTS, CONFIG))
         if not config.is_file():
             return None
     else:
-        where = {"repo_id": str(name_or_path), "subfolder": FOLDER, "revision": revision, "cache_dir": cache_dir}
+        where = {"repo_id": str(name_or_path), "subfolder": HEADS, "revision": revision, "cache_dir": cache_dir}
         try:
             config, weights = (hf_hub_download(filename=name, **where) for name in (CONFIG, WEIGHTS))
         except EntryNotFoundError:  # not on the Hub, or not in the cache
             return None
         except UNREADABLE as error:
-            reason = why_unreadable(str(name_or_path), error, f"{FOLDER}/{CONFIG}")
+            reason = why_unreadable(str(name_or_path), error, f"{HEADS}/{CONFIG}")
             raise OptionError(f"the alignment heads of {name_or_path} cannot be loaded: {reason}") from error
     values = json.loads(Path(config).read_text(encoding="utf-8"))
     block_of = {name: of["block"] for name, of in values.items()}

@@ -5,6 +5,7 @@ is conditioned on captions, `prompts`.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -195,6 +196,11 @@ class Feed:
         )
         pin_memory = accelerator.device.type == "cuda"
         return read_micro_batches(reader, options.dataloader_num_workers, pin_memory)
+
+    def without_condition(self, batch: Batch) -> Batch:
+        """The batch with every label dropped, or with empty captions."""
+        text = self.prompts.condition([""] * len(batch.t)) if self.prompts else None
+        return replace(batch, drop=torch.ones_like(batch.drop), text=text)
 
     def _batches(self, micro_batch: list[Samples], trains: bool) -> list[Batch]:
         """Batches of a micro-batch; validation images are neither counted as skipped nor cached."""

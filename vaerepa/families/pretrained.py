@@ -14,7 +14,8 @@ from torch import nn
 from vaerepa import frozen
 from vaerepa.errors import OptionError
 from vaerepa.families import ConditionKind, Family, family_of_pipeline, pipelines_of
-from vaerepa.hub.reasons import PIPELINE_INDEX, UNREADABLE, lacks_file, why_unreadable
+from vaerepa.hub.reasons import UNREADABLE, lacks_file, why_unreadable
+from vaerepa.layout import PIPELINE_INDEX
 from vaerepa.logs import get_logger
 
 logger = get_logger(__name__)

@@ -18,15 +18,22 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 
-from vaerepa.layout import STATE, all_checkpoints, find_trainer_state, folder_of, read_lines, step_of
+from vaerepa.layout import (
+    HEADS,
+    PIPELINE_INDEX,
+    STATE,
+    all_checkpoints,
+    find_trainer_state,
+    folder_of,
+    read_lines,
+    step_of,
+)
 from vaerepa.privacy import redact
 
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 NO_SUCH_ROUTE = (404, 405, 501)  # answers of a self-hosted Hub without this part of the API
 METRICS, EVENTS = "metrics.jsonl", "runs/events.out.tfevents.0.vaerepa"
 LAST_CHECKPOINT = "last-checkpoint"
-# a push deletes files in these folders that it does not have itself
-PIPELINE_FOLDERS = ("transformer/", "vae/", "scheduler/", "heads/")
 
 
 def push(output_dir: Path, checkpoint: Path, repo_id: str, revision: str | None, strategy: str) -> str:
@@ -40,9 +47,13 @@ def push(output_dir: Path, checkpoint: Path, repo_id: str, revision: str | None,
     """
     api, step = HfApi(), step_of(checkpoint)
     files = published_files(output_dir, checkpoint, strategy)
+    # files in these folders that it does not have itself are deleted; all heads may be gone
     own_folders = (
-        tuple({f"{path.split('/')[0]}/" for path in files if path.startswith(LAST_CHECKPOINT)}) + PIPELINE_FOLDERS
+        f"{HEADS}/",
+        *(f"{path.name}/" for path in checkpoint.iterdir() if path.is_dir() and path.name != STATE),
     )
+    if strategy == "checkpoint":
+        own_folders += (f"{LAST_CHECKPOINT}/",)
     # of all that list the files, the call that fails at once in an outage: the pauses are the caller's
     there = [sibling.rfilename for sibling in api.model_info(repo_id, revision=revision).siblings]
     stale = [path for path in there if path.startswith(own_folders) and path not in files]
@@ -66,8 +77,8 @@ def tag_of(step: int, revision: str | None) -> str:
 def published_files(output_dir: Path, checkpoint: Path, strategy: str) -> dict[str, bytes | Path]:
     """Published files, by their path in the repository."""
     in_checkpoint = {str(p.relative_to(checkpoint)): p for p in sorted(checkpoint.rglob("*")) if p.is_file()}
-    is_lora = "model_index.json" not in in_checkpoint
-    kept_back = (f"{STATE}/", "heads/") if is_lora else (f"{STATE}/",)  # heads would be several times a LoRA
+    is_lora = PIPELINE_INDEX not in in_checkpoint
+    kept_back = (f"{STATE}/", f"{HEADS}/") if is_lora else (f"{STATE}/",)  # heads would be several times a LoRA
     files = {place: path for place, path in in_checkpoint.items() if not place.startswith(kept_back)}
     # read at once: the run goes on and will write them anew
     pictures = [*sorted((output_dir / "samples").rglob("*.png")), output_dir / "training_curves.png"]

@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from vaerepa.layout import PIPELINE_INDEX
 from vaerepa.privacy import is_local, redact
 
-PIPELINE_INDEX = "model_index.json"
 REFUSALS = {
     401: "the Hub does not know your token. Log in with `hf auth login`, or set HF_TOKEN.",
     403: "your token has no right to read the repository.",

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from vaerepa import lora, model_card, objectives, throughput
-from vaerepa.alignment import stored_heads
 from vaerepa.ema import relative_distance
 from vaerepa.evaluation import newest_report
 from vaerepa.files import link_tree
 from vaerepa.hub.push import tag_of
 from vaerepa.hub.uploader import Uploader
-from vaerepa.layout import STATE, folder_of, step_of
+from vaerepa.layout import HEADS, STATE, folder_of, step_of
 from vaerepa.logs import get_logger, plot_curves
 from vaerepa.system import unless_out_of_space
 from vaerepa.training.monitor import Monitor
@@ -29,8 +28,8 @@ PACKAGES = ("torch", "diffusers", "accelerate", "datasets")
 def copy_to_root(setup: Setup, state: TrainingState) -> None:
     """Copies the last checkpoint's pipeline to the root of the output folder; call it on the main process."""
     root, last = setup.output_dir, folder_of(setup.output_dir, state.step)
-    shutil.rmtree(root / stored_heads.FOLDER, ignore_errors=True)  # they may have been dropped since
-    training_only = {STATE} if setup.export.ships_heads else {STATE, stored_heads.FOLDER}
+    shutil.rmtree(root / HEADS, ignore_errors=True)  # they may have been dropped since
+    training_only = {STATE} if setup.export.ships_heads else {STATE, HEADS}
     for part in last.iterdir():
         if part.is_file():
             shutil.copyfile(part, root / part.name)

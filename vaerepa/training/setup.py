@@ -1,4 +1,4 @@
-"""Setup of a run: everything that training steps use and do not change, built before the first step."""
+"""Setup of a run: what it is made of, built before the first step."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from vaerepa import checks, model_card, objectives, past
+from vaerepa import defaults, model_card, objectives, past
 from vaerepa.alignment import ScheduledMethod, settings
 from vaerepa.alignment.stored_heads import StoredHeads
 from vaerepa.components import Components, build_alignments, build_transformer, open_components
@@ -31,10 +31,10 @@ PIPELINE_FILE = Path(__file__).parents[2] / "pipeline_vaerepa.py"
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that the steps of a run use and do not change.
+    """What a run is made of; counters and optimizer are TrainingState's.
 
     Attributes:
-        transformer: trained transformer, in training form.
+        transformer: the transformer that trains, in training form.
         latent_statistics: mean and standard deviation of the latents per channel.
         content: digests of data and frozen models; a restart compares them.
         alignments: all alignments of the run, ended ones too.
@@ -87,8 +87,8 @@ def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[
         components = open_components(options)
         content = past.content_of(components)
     past.check_content(trainer_state, content, len(components.sources.train))
-    max_train_steps = checks.steps_in(options, len(components.sources.train))
-    options = checks.fit_to_run(options, max_train_steps)
+    max_train_steps = defaults.steps_in(options, len(components.sources.train))
+    options = defaults.fit_to_run(options, max_train_steps)
 
     family, sources, objective = components.family, components.sources, components.objective
     vae = components.vae.to(accelerator.device)
@@ -158,9 +158,8 @@ def build_conditioning(
     export = StockExport(output_dir, family, pipeline, frozen_parts)
     if options.rank:
         export = LoRAExport(type(pipeline), options.rank)
-    if accelerator.is_main_process:
-        export.write_frozen_parts()  # now: text encoders may leave memory, or move to half precision
-    prompts = open_prompts(options, accelerator, components, pipeline)
+    length = options.max_sequence_length or family.max_sequence_length
+    prompts = Prompts(family, pipeline, length, accelerator.device)
     factor = downsampling_factor(vae)
     image_size = (factor * latent_shape[1], factor * latent_shape[2])
     left_out = tuple(sorted(name for name, part in components.given.text_components.items() if part is None))
@@ -182,20 +181,21 @@ def build_text_pipeline(
     return pipeline
 
 
-def open_prompts(
-    options: Options, accelerator: Accelerator, components: Components, pipeline: DiffusionPipeline
-) -> Prompts:
-    """Encoder of prompts: by the text encoders, or from the cache of --cache_text_embeddings."""
-    length = options.max_sequence_length or components.family.max_sequence_length
-    prompts = Prompts(components.family, pipeline, length, accelerator.device)
+def prepare_prompts(setup: Setup) -> None:
+    """Moves text encoders to the device, in the run's half precision; with --cache_text_embeddings they encode all and go.
+
+    Every process must call it, when the encoders are written: they are no longer what was loaded then.
+    """
+    options, accelerator, prompts = setup.options, setup.accelerator, setup.feed.prompts
+    if prompts is None:
+        return
     for encoder in prompts.encoders.values():
         encoder.to(accelerator.device, _half_precision(accelerator))
     if options.cache_text_embeddings:
-        sources = (components.sources.train, components.sources.validation)
+        sources = (setup.sources.train, setup.sources.validation)
         captions = {caption for source in sources if source for several in source.captions() for caption in several}
         own = {"", options.negative_prompt, *options.validation_prompts}
         prompts.replace_encoders(Path(options.latents_cache or options.output_dir), captions | own, accelerator)
-    return prompts
 
 
 def measure_latents(options: Options, accelerator: Accelerator, feed: Feed, family: Family) -> list[list[float]]:

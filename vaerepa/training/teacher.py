@@ -1,7 +1,5 @@
 """Teachers of self-alignment: hidden states of the EMA weights at other times, and of a frozen earlier model."""
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
@@ -35,10 +33,7 @@ def frozen_teacher_tokens(setup: Setup, batch: Batch, block: int, guidance: floa
     conditional = _tokens(setup, setup.teacher, batch, batch.t, block).to(batch.latents.dtype)
     if guidance == 1:
         return conditional
-    if batch.text is None:
-        null = replace(batch, drop=torch.ones_like(batch.drop))
-    else:
-        null = replace(batch, text=setup.feed.prompts.condition([""] * len(batch.t)))
+    null = setup.feed.without_condition(batch)
     unconditional = _tokens(setup, setup.teacher, null, batch.t, block).to(batch.latents.dtype)
     return unconditional + guidance * (conditional - unconditional)
 
