@@ -19,8 +19,9 @@ for folder, lora, target in {jobs!r}:
         from peft import PeftModel
         pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, lora)
     options = {{"use_resolution_binning": False}} if "PixArt" in type(pipeline).__name__ else {{}}
+    options |= {{}} if "Flux2" in type(pipeline).__name__ else {{"negative_prompt": ""}}  # which Flux2 always takes
     pipeline(
-        "a red cat", negative_prompt="", height=16, width=16, guidance_scale=2.0, num_inference_steps=2,
+        prompt="a red cat", height=16, width=16, guidance_scale=2.0, num_inference_steps=2,
         max_sequence_length=24, generator=torch.Generator().manual_seed(0), **options,
     ).images[0].save(target)
 """

@@ -13,7 +13,7 @@ from tests.helpers_runs import PRETRAINED
 from tests.helpers_stock import picture_in_grid
 
 FROZEN = {"sd3_5": ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")}
-FROZEN |= dict.fromkeys(("pixart_alpha", "z_image"), ("vae", "text_encoder"))
+FROZEN |= dict.fromkeys(("pixart_alpha", "z_image", "flux2"), ("vae", "text_encoder"))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -36,6 +36,7 @@ def assert_same_files(base: Path, run: Path, parts: tuple[str, ...]) -> None:
         ("sd3_5", torch.bfloat16, {}),
         ("pixart_alpha", torch.float16, {"max_shard_size": "8KB"}),
         ("z_image", torch.bfloat16, {"variant": "bf16", "max_shard_size": "8KB"}),
+        ("flux2", torch.bfloat16, {}),
         ("pixart_alpha", torch.float32, {}),
     ],
 )

@@ -109,9 +109,11 @@ TEXT_CASES = {
     "sd3-5": ("sd3_5", {}, {}, {}),
     "z-image": ("z_image", {}, CACHED, {}),
     "z-image-buckets": ("z_image", BUCKETS, {}, WORKERS),
+    "flux2": ("flux2", {}, CACHED, WORKERS),
     "pixart-alpha-lora": ("pixart_alpha", LORA, {}, {}),
     "sd3-5-lora": ("sd3_5", LORA, {}, {}),
     "z-image-lora": ("z_image", LORA, {}, {}),
+    "flux2-lora": ("flux2", LORA, {}, {}),
     "mmdit-from-scratch": ("sd3", SCRATCH | {"model": "custom-MMDiT"}, {}, {}),
     "pixart-from-scratch": ("pixart_alpha", SCRATCH | {"model": "custom-PixArt"}, {}, {}),
 }

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import shutil
 from functools import partial
@@ -10,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -55,7 +57,7 @@ def stock_output(pipeline: DiffusionPipeline, noisy: torch.Tensor, timestep: flo
     options = {"use_resolution_binning": False} if "PixArt" in type(pipeline).__name__ else {}
     try:
         pipeline(
-            caption,
+            prompt=caption,
             latents=noisy[None],
             height=16,
             width=16,
@@ -65,12 +67,21 @@ def stock_output(pipeline: DiffusionPipeline, noisy: torch.Tensor, timestep: flo
             **options,
         )
     except StepReached as found:
-        return found.args[0][0]
+        output = found.args[0][0]
+        return output if output.ndim == 3 else output.T.unflatten(1, noisy.shape[1:])  # of tokens
     raise AssertionError("the stock pipeline made no step")
 
 
 @pytest.mark.parametrize(
-    ("family", "shift"), [("pixart_alpha", 1.0), ("pixart_sigma", 1.0), ("sd3", 3.0), ("sd3_5", 3.0), ("z_image", 6.0)]
+    ("family", "shift"),
+    [
+        ("pixart_alpha", 1.0),
+        ("pixart_sigma", 1.0),
+        ("sd3", 3.0),
+        ("sd3_5", 3.0),
+        ("z_image", 6.0),
+        ("flux2", math.exp(compute_empirical_mu(image_seq_len=16, num_steps=50))),
+    ],
 )
 def test_the_loss_is_that_of_the_stock_pipelines_convention(family, shift, finetune, captioned, pipelines):
     run = finetune(family, max_train_steps=1, seed=3, alignment="none")
@@ -78,13 +89,20 @@ def test_the_loss_is_that_of_the_stock_pipelines_convention(family, shift, finet
     pipeline.set_progress_bar_config(disable=True)
     vae, scheduler = pipeline.vae, pipeline.scheduler
     source = open_sources(str(captioned), by_caption=True).train
-    shape = (vae.config.latent_channels, 8, 8)
+    is_flux2 = family == "flux2"
+    shape = (16, 4, 4) if is_flux2 else (vae.config.latent_channels, 8, 8)
     samples = read_samples(source, TrainingNumbers(3, 0.1), seed=3, latent_shape=shape)
     numbers = samples.numbers
     with torch.no_grad():
         posterior = vae.encode(samples.pixel_values / 127.5 - 1).latent_dist
-    sampled = posterior.mean + posterior.std * numbers["posterior"]
-    clean = (sampled - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    if is_flux2:  # as its pipeline encodes the images that are edited
+        mean, std = (pipeline._patchify_latents(part) for part in (posterior.mean, posterior.std))
+        sampled = mean + std * numbers["posterior"]
+        mean, variance = (part.view(1, 16, 1, 1) for part in (vae.bn.running_mean, vae.bn.running_var))
+        clean = (sampled - mean) / (variance + vae.config.batch_norm_eps).sqrt()
+    else:
+        sampled = posterior.mean + posterior.std * numbers["posterior"]
+        clean = (sampled - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
     losses = []
     for i, sample_index in enumerate(samples.sample_indices):
         caption = "" if numbers["drop"][i] else choose_caption(samples.captions[i], 3, sample_index)
@@ -106,7 +124,7 @@ def test_the_loss_is_that_of_the_stock_pipelines_convention(family, shift, finet
 
 
 @pytest.mark.parametrize("final", ["linear", "adaln"])
-@pytest.mark.parametrize("name", ["pixart_alpha", "sd3", "sd3_5", "z_image"])
+@pytest.mark.parametrize("name", ["pixart_alpha", "sd3", "sd3_5", "z_image", "flux2"])
 def test_a_head_guides_the_stock_pipeline_of_each_family(name, final, pipelines):
     """By what AlignedTransformer, as in training, gives the head of the same latents, timestep and caption."""
     pipeline = DiffusionPipeline.from_pretrained(pipelines(name))
@@ -120,14 +138,15 @@ def test_a_head_guides_the_stock_pipeline_of_each_family(name, final, pipelines)
     for parameter in layers.parameters():
         parameter.normal_(std=0.1, generator=generator)
     head = GuidingHead.from_config({"block": 2, "final": final, **method.describe_target()}, layers)
-    noisy, condition = torch.randn(channels, 8, 8, generator=generator), None
+    side = 4 if name == "flux2" else 8
+    noisy, condition = torch.randn(channels, side, side, generator=generator), None
     with torch.no_grad():
         condition = family.collate(family.encode_prompts(pipeline, ["a red cat"], 24))
         aligned = AlignedTransformer(transformer, family.blocks(transformer), {"vae": layers}, {"vae": 2}, family)
         inputs = {"timesteps": torch.tensor([400.0]), "condition": condition}
         prediction, outputs = aligned(noisy[None], **inputs)
     p = family.patch_size(transformer)
-    tokens = outputs["vae"][0].view(8 // p, 8 // p, p, p, channels)
+    tokens = outputs["vae"][0].view(side // p, side // p, p, p, channels)
     clean = torch.einsum("hwpqc->chpwq", tokens).reshape(noisy.shape)
     of_head = (noisy - clean) / 0.4
     if name.startswith("pixart"):
@@ -145,7 +164,7 @@ def test_a_head_guides_the_stock_pipeline_of_each_family(name, final, pipelines)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("family", ["pixart_alpha", "sd3_5", "z_image"])
+@pytest.mark.parametrize("family", ["pixart_alpha", "sd3_5", "z_image", "flux2"])
 def test_alignment_reaches_the_blocks_up_to_the_tap_and_what_trains_alone(family, rank, finetune, monkeypatch):
     seen = {}
 

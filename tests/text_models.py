@@ -6,9 +6,12 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -26,6 +29,7 @@ from transformers import (
     CLIPTokenizer,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -33,7 +37,7 @@ from transformers import (
 )
 
 LETTERS = string.ascii_lowercase + string.digits + " "
-FAMILIES = ("pixart_alpha", "pixart_sigma", "sd3", "sd3_5", "z_image")
+FAMILIES = ("pixart_alpha", "pixart_sigma", "sd3", "sd3_5", "z_image", "flux2")
 
 
 def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
@@ -62,7 +66,7 @@ def clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
     return tokenizer, CLIPTextModelWithProjection(config)
 
 
-def qwen() -> tuple[Qwen2Tokenizer, Qwen3Model]:
+def qwen(kind: type[Qwen3Model | Qwen3ForCausalLM] = Qwen3Model, **config) -> tuple[Qwen2Tokenizer, torch.nn.Module]:
     letters = [*(letter.replace(" ", "Ġ") for letter in LETTERS), "Ċ"]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Qwen2Tokenizer(
@@ -71,16 +75,9 @@ def qwen() -> tuple[Qwen2Tokenizer, Qwen3Model]:
         additional_special_tokens=special[1:],
     )
     tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
-    config = Qwen3Config(
-        vocab_size=len(letters) + len(special),
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=12,
-    )
-    return tokenizer, Qwen3Model(config)
+    config = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 12} | config
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return tokenizer, kind(Qwen3Config(vocab_size=len(letters) + len(special), **heads, **config))
 
 
 def vae(channels: int, **config) -> AutoencoderKL:
@@ -172,6 +169,35 @@ def z_image() -> ZImagePipeline:
     )
 
 
+def flux2() -> Flux2KleinPipeline:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 28, "head_dim": 4}  # it reads layer 27
+    tokenizer, text_encoder = qwen(Qwen3ForCausalLM, **sizes)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    autoencoder = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        mid_block_add_attention=False,
+    )
+    autoencoder.bn.running_mean.normal_(std=0.2)
+    autoencoder.bn.running_var.uniform_(0.5, 1.5)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return Flux2KleinPipeline(scheduler, autoencoder, text_encoder, tokenizer, transformer)
+
+
 def build(family: str) -> DiffusionPipeline:
     """The tiny pipeline of a family."""
     torch.manual_seed(0)
@@ -181,6 +207,7 @@ def build(family: str) -> DiffusionPipeline:
         "sd3": lambda: sd3(is_3_5=False),
         "sd3_5": lambda: sd3(is_3_5=True),
         "z_image": z_image,
+        "flux2": flux2,
     }
     return builders[family]()
 

@@ -4,6 +4,7 @@ import re
 
 from vaerepa.families.base import ConditionKind, Family, InputSpec, Size
 from vaerepa.families.dit import DiT
+from vaerepa.families.flux2 import Flux2
 from vaerepa.families.mmdit import MMDiT
 from vaerepa.families.pixart import PixArt
 from vaerepa.families.text_family import TextFamily
@@ -16,6 +17,7 @@ __all__ = [
     "ConditionKind",
     "DiT",
     "Family",
+    "Flux2",
     "InputSpec",
     "MMDiT",
     "PixArt",
@@ -36,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     MMDiT(),
     PixArt(),
     ZImage(),
+    Flux2(),
 )
 CUSTOM = "custom"
 

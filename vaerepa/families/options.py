@@ -32,8 +32,8 @@ class ModelOptions:
     )
     pretrained_vae_model_name_or_path: str | None = option(
         None,
-        "Hub id or folder of the frozen VAE (AutoencoderKL or AutoencoderTiny); a pipeline's `vae` subfolder is found. "
-        "Default: the fine-tuned pipeline's own, or stabilityai/sd-vae-ft-mse.",
+        "Hub id or folder of the frozen VAE (AutoencoderKL or AutoencoderTiny; AutoencoderKLFlux2 for FLUX.2); a pipeline's "
+        "`vae` subfolder is found. Default: the fine-tuned pipeline's own, or stabilityai/sd-vae-ft-mse.",
         resume="content",
         path="hub",
     )

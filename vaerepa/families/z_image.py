@@ -1,7 +1,6 @@
 """Z-Image: ZImageTransformer2DModel (arXiv 2511.22699), a flow that counts time from noise to data and predicts z - eps.
 
-Of the newer flow families of diffusers this is the one: its pipeline has a LoRA loader and a plain AutoencoderKL, and in its
-joint sequence the image's tokens come first, in the order of the patches.
+Its VAE is a plain AutoencoderKL, and in its joint sequence the image's tokens come first, in the order of the patches.
 """
 
 from typing import Any
