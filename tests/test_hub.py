@@ -352,13 +352,19 @@ def test_metrics_go_up_as_tensorboards_and_name_nothing_of_this_machine(run, tmp
 
 def test_what_a_newer_state_lacks_goes_and_a_tag_moves(hub, run, uploader):
     newest = all_checkpoints(run)[-1]
+    (newest / "text_encoder").mkdir()
+    for name in ("a", "b"):
+        (newest / f"text_encoder/{name}.json").write_text("{}")
     uploader.push(newest)
     uploader.finish()
+    assert "text_encoder/b.json" in hub.files("ann/model")
     shutil.rmtree(newest / "heads")
+    (newest / "text_encoder/b.json").unlink()
     uploader.push(newest)
     uploader.finish()
-    assert "heads/config.json" not in hub.files("ann/model")
-    assert "heads/config.json" not in hub.files("ann/model", "step-3")
+    for files in (hub.files("ann/model"), hub.files("ann/model", "step-3")):
+        assert "text_encoder/a.json" in files
+        assert not {"heads/config.json", "text_encoder/b.json"} & set(files)
     assert hub.messages("ann/model") == ["Step 3", "Step 3"]
 
 
