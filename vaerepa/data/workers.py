@@ -108,7 +108,10 @@ def _next_part(parts: Iterator[list[Samples]], workers: Sequence[multiprocessing
         except Exception as error:
             if not str(error).startswith("DataLoader timed out"):
                 if isinstance(error, EOFError | ConnectionError):  # it breaks off a little before the worker is gone
-                    wait([worker.sentinel for worker in workers], timeout=WORKER_POLL)
+                    ended = wait([worker.sentinel for worker in workers], timeout=WORKER_POLL)
+                    for worker in workers:
+                        if worker.sentinel in ended:  # which closes a little before there is an exit code
+                            worker.join(WORKER_POLL)
                 if any(worker.exitcode for worker in workers):
                     raise DataError(_cause_of_death([worker.exitcode for worker in workers])) from error
                 raise
