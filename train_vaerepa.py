@@ -133,12 +133,12 @@ def run(
     """Trains in an output folder that belongs to this run, from the checkpoint on if there is one."""
     # ---- build ---------------------------------------------------------------------------------------------------
     setup = build_setup(options, accelerator, trainer_state)
-    if accelerator.is_main_process:
-        setup.export.write_frozen_parts()
-    prepare_prompts(setup)
     state = TrainingState(setup, trainer_state.get("step", 0))
     if checkpoint:
         state.load(checkpoint, trainer_state)
+    if accelerator.is_main_process:  # what is refused was refused, and left the folder as it was
+        setup.export.write_frozen_parts()
+    prepare_prompts(setup)
     announce(setup, state, checkpoint, trainer_state)
     monitor = Monitor(setup, state)
     if accelerator.is_main_process:
