@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vaerepa.alignment.heads import token_head
-from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
+from vaerepa.alignment.block_target import BlockTargetAlignment
+from vaerepa.alignment.method import AlignmentContext, Citation, MethodParts, OtherOptions
 from vaerepa.alignment.taps import output_of
 from vaerepa.alignment.vae import VAEAlignment
 from vaerepa.cli import option
@@ -39,17 +39,13 @@ class SelfOptions(OtherOptions):
     )
 
 
-class SelfAlignment(AlignmentMethod):
+class SelfAlignment(BlockTargetAlignment):
     """Aligns to hidden states of a frozen model of an earlier training, on the same noisy latents, with guidance.
 
     Args:
         teacher_block: block of the teacher that is aligned to, counted from 1.
         guidance: scale w of the target, null + w (conditional - null).
-        distance: cosine over the values of a token, smooth_l1, l1 or l2.
-        beta: where smooth_l1 turns from quadratic to linear.
-        num_layers: Linear layers of the head.
-        width: width of the head's inner layers, twice the transformer's by default.
-        final: end of the head: linear, norm or adaln.
+        head_and_loss: arguments of `BlockTargetAlignment`.
     """
 
     name, title = "self", "Self-Transcendence"
@@ -59,27 +55,12 @@ class SelfAlignment(AlignmentMethod):
         2026,
         "2601.07773",
     )
-    default_loss, default_layers = "cosine", 2
     options = SelfOptions
     needs = frozenset({"frozen_teacher"})
 
-    def __init__(
-        self,
-        teacher_block: int,
-        guidance: float = 1.5,
-        distance: str = default_loss,
-        beta: float = 0.05,
-        num_layers: int = default_layers,
-        width: int | None = None,
-        final: str = "linear",
-    ):
-        self.teacher_block = teacher_block
+    def __init__(self, teacher_block: int, guidance: float = 1.5, **head_and_loss: Any):
+        super().__init__(teacher_block, **head_and_loss)
         self.guidance = guidance
-        self.distance = distance
-        self.beta = beta
-        self.num_layers = num_layers
-        self.width = width
-        self.final = final
 
     @property
     def target_name(self) -> str:
@@ -113,13 +94,6 @@ class SelfAlignment(AlignmentMethod):
         """Builds the method from --alignment_teacher_block and --alignment_teacher_guidance."""
         block = cls.teacher_block(options, parts.num_layers)
         return cls(block, options.alignment_teacher_guidance, **head_and_loss)
-
-    def build_head(
-        self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
-    ) -> nn.Module:
-        """The MLP d-2d-d with SiLU between, per token; with `final` norm or adaln its first layers and that end."""
-        widths = hidden_size, hidden_size, self.num_layers, self.width or 2 * hidden_size
-        return token_head(*widths, self.final, seed, "head self", conditioning_width)
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """The teacher's guided tokens, shape (B, N, d)."""

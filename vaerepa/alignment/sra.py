@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vaerepa.alignment.heads import token_head
-from vaerepa.alignment.method import AlignmentContext, AlignmentMethod, Citation, MethodParts, OtherOptions
+from vaerepa.alignment.block_target import BlockTargetAlignment
+from vaerepa.alignment.method import AlignmentContext, Citation, MethodParts, OtherOptions
 from vaerepa.alignment.taps import output_of
 from vaerepa.errors import OptionError
 
@@ -17,17 +17,11 @@ TIME_OFFSET = "teacher lead"  # name of the random number, which seeds it
 PUBLISHED_BLOCKS = {12: (3, 8), 24: (6, 16), 28: (8, 20)}  # of B, L and XL: the student's and the teacher's
 
 
-class SRAAlignment(AlignmentMethod):
+class SRAAlignment(BlockTargetAlignment):
     """Aligns to hidden states of the EMA weights at t - U(0, 0.2), under the same noise and condition.
 
-    Args:
-        teacher_block: block of the EMA weights that is aligned to, counted from 1.
-        distance: cosine over the values of a token (which its authors' code takes, for smooth_l1 lets the norm of the hidden
-            states grow), smooth_l1 (the paper's), l1 or l2.
-        beta: where smooth_l1 turns from quadratic to linear.
-        num_layers: Linear layers of the head.
-        width: width of the head's inner layers, twice the transformer's by default.
-        final: end of the head: linear, norm or adaln.
+    Its head and arguments are those of `BlockTargetAlignment`; by default cosine, which its authors' code takes, for smooth_l1
+    (the paper's) lets the norm of the hidden states grow.
     """
 
     name, title = "sra", "SRA"
@@ -37,25 +31,8 @@ class SRAAlignment(AlignmentMethod):
         2025,
         "2505.02831",
     )
-    default_loss, default_layers = "cosine", 2
     numbers = (TIME_OFFSET,)
     needs = frozenset({"teacher"})
-
-    def __init__(
-        self,
-        teacher_block: int,
-        distance: str = default_loss,
-        beta: float = 0.05,
-        num_layers: int = default_layers,
-        width: int | None = None,
-        final: str = "linear",
-    ):
-        self.teacher_block = teacher_block
-        self.distance = distance
-        self.beta = beta
-        self.num_layers = num_layers
-        self.width = width
-        self.final = final
 
     @property
     def target_name(self) -> str:
@@ -86,13 +63,6 @@ class SRAAlignment(AlignmentMethod):
     def from_options(cls, options: OtherOptions, head_and_loss: dict[str, Any], parts: MethodParts) -> "SRAAlignment":
         """Builds the method from --alignment_teacher_block."""
         return cls(cls.teacher_block(options, parts.num_layers), **head_and_loss)
-
-    def build_head(
-        self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None
-    ) -> nn.Module:
-        """The MLP d-2d-d with SiLU between, per token; with `final` norm or adaln its first layers and that end."""
-        widths = hidden_size, hidden_size, self.num_layers, self.width or 2 * hidden_size
-        return token_head(*widths, self.final, seed, "head sra", conditioning_width)
 
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """The teacher's tokens, shape (B, N, d), at a time earlier by at most 0.2, never below 0."""

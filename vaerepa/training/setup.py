@@ -153,7 +153,7 @@ def build_conditioning(
         pipeline = family.build_pipeline(family.pipeline_class(), transformer, vae, scheduler, id2label=id2label)
         export = StockExport(output_dir, family, pipeline, {"vae": vae}, PIPELINE_FILE)
         return ClassLabels(options, family, vae, scheduler, id2label), export, None
-    pipeline = build_text_pipeline(options, accelerator, components, transformer)
+    pipeline = build_text_pipeline(accelerator, components, transformer)
     frozen_parts = {"vae": vae, **components.given.text_components}
     export = StockExport(output_dir, family, pipeline, frozen_parts)
     if options.rank:
@@ -166,9 +166,7 @@ def build_conditioning(
     return Captions(options, pipeline, prompts, image_size, left_out), export, prompts
 
 
-def build_text_pipeline(
-    options: Options, accelerator: Accelerator, components: Components, transformer: nn.Module
-) -> DiffusionPipeline:
+def build_text_pipeline(accelerator: Accelerator, components: Components, transformer: nn.Module) -> DiffusionPipeline:
     """Stock pipeline around a text-to-image transformer; frozen weights (of a LoRA's base) are cast to half precision."""
     half, given = _half_precision(accelerator), components.given
     for parameter in transformer.parameters():
