@@ -22,6 +22,7 @@ from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
 from tests.helpers_runs import PROMPTS, SCRATCH
 from tests.helpers_stock import picture_in_grid
+from vaerepa import throughput
 from vaerepa.alignment import AlignedTransformer, AlignmentContext, GuidingHead, HeadGuidance, VAEAlignment
 from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.data.prompts import choose_caption
@@ -37,6 +38,14 @@ def test_each_family_teaches_itself(family, finetune):
     lines = read_metrics(run, *names)
     assert len(lines) == 2
     assert all(line[name] > 0 for line in lines for name in names)
+
+
+@pytest.mark.parametrize("family", ["pixart_alpha", "sd3_5", "z_image", "flux2"])
+def test_utilisation_of_each_family_is_counted_without_compiled_blocks(family, finetune, monkeypatch):
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 1e12)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    run = finetune(family, max_train_steps=2, rank=2, compile=True)
+    assert all(line["train/mfu"] > 0 for line in read_metrics(run, "train/mfu"))
 
 
 class StepReached(Exception):  # noqa: N818

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vaerepa import components, defaults, optimization, throughput
-from vaerepa.alignment import METHODS, AlignedTransformer, ScheduledMethod
+from vaerepa.alignment import METHODS, ScheduledMethod
 from vaerepa.data import ClassesInBatch, classes_in_batch
 from vaerepa.data.options import DataOptions
 from vaerepa.families import Family
@@ -84,7 +84,7 @@ def estimate(
         num_images: of the training split, for the latents cache: mean and deviation of each posterior in half precision, the
             vision encoder's features, and both of the flipped images.
     """
-    forward = OneForward(family, transformer.to("meta"), latent_shape)
+    forward = throughput.OneForward(family, transformer.to("meta"), latent_shape)
     with torch.device("meta"):
         stock = type(transformer).from_config(transformer.config)
         width, conditioning_width = family.inner_width(transformer), family.conditioning_width(transformer)
@@ -92,11 +92,8 @@ def estimate(
             a.name: a.method.build_head(width, latent_shape[0], conditioning_width=conditioning_width)
             for a in alignments
         }
-    plain = throughput.forward_flops(forward.through({}, {}))
     block_of = {alignment.name: alignment.block for alignment in alignments}
-    head_flops = {
-        name: throughput.forward_flops(forward.through({name: heads[name]}, block_of)) - plain for name in heads
-    }
+    plain, head_flops = throughput.count_flops(forward, heads, block_of)
     size, stock_size, head_sizes = count(transformer), count(stock), {name: count(head) for name, head in heads.items()}
     own = count(transformer, trained=True)  # all of it, or its LoRA
     trained = own + sum(head_sizes.values())
@@ -128,7 +125,7 @@ def estimate(
     )
 
 
-def frozen_flops(forward: "OneForward", alignments: list[ScheduledMethod], resolution: int) -> dict[str, int]:
+def frozen_flops(forward: throughput.OneForward, alignments: list[ScheduledMethod], resolution: int) -> dict[str, int]:
     """FLOPs of one image through the frozen models whose output a method aligns to; they go to the meta device."""
     bare, blocks = forward.through({}, {}), forward.family.blocks(forward.transformer)
     flops = {}
@@ -167,7 +164,7 @@ def size_of(num_bytes: int) -> str:
 
 def saved_bytes(
     options: Options,
-    forward: "OneForward",
+    forward: throughput.OneForward,
     heads: dict[str, nn.Module],
     block_of: dict[str, int],
 ) -> int:
@@ -187,34 +184,6 @@ def saved_bytes(
     del outputs
     half = options.mixed_precision in ("bf16", "fp16")
     return sum(storage.nbytes() for storage in saved.values()) // (2 if half else 1)
-
-
-@dataclass(frozen=True)
-class OneForward:
-    """Forward passes of one image on the meta device."""
-
-    family: Family
-    transformer: nn.Module
-    latent_shape: tuple[int, int, int]
-
-    def through(self, heads: dict[str, nn.Module], block_of: dict[str, int]) -> Callable[[], object]:
-        """One through transformer and heads."""
-
-        def forward() -> object:
-            aligned = AlignedTransformer(
-                self.transformer,
-                self.family.blocks(self.transformer),
-                heads,
-                {name: block_of[name] for name in heads},
-                self.family,
-            )
-            with torch.device("meta"):
-                inputs = self.family.example_inputs(self.transformer, torch.device("meta"))
-                outputs = aligned(torch.zeros(1, *self.latent_shape), **inputs)
-            aligned.drop_heads()
-            return outputs
-
-        return forward
 
 
 def report(

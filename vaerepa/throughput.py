@@ -1,13 +1,18 @@
 """Throughput of a run: images per second, time spent waiting for data, model FLOPs utilisation."""
 
+import copy
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from vaerepa.alignment import AlignedTransformer
+from vaerepa.families import Family
 
 # dense bf16 peak without sparsity, FLOP/s, from NVIDIA's and AMD's data sheets; the first name found in the device's counts
 PEAK_FLOPS = {
@@ -73,6 +78,48 @@ def forward_flops(forward: Callable[[], object]) -> int:
     with counter, torch.no_grad():
         forward()
     return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class OneForward:
+    """Forward passes of one image on the meta device."""
+
+    family: Family
+    transformer: nn.Module
+    latent_shape: tuple[int, int, int]
+
+    def through(self, heads: dict[str, nn.Module], block_of: dict[str, int]) -> Callable[[], object]:
+        """One through transformer and heads."""
+
+        def forward() -> object:
+            aligned = AlignedTransformer(
+                self.transformer,
+                self.family.blocks(self.transformer),
+                heads,
+                {name: block_of[name] for name in heads},
+                self.family,
+            )
+            with torch.device("meta"):
+                inputs = self.family.example_inputs(self.transformer, torch.device("meta"))
+                outputs = aligned(torch.zeros(1, *self.latent_shape), **inputs)
+            aligned.drop_heads()
+            return outputs
+
+        return forward
+
+
+def count_flops(
+    forward: OneForward, heads: dict[str, nn.Module], block_of: dict[str, int]
+) -> tuple[int, dict[str, int]]:
+    """FLOPs of one image's forward pass through the transformer alone, and those that each head adds; all on the meta device."""
+    alone = forward_flops(forward.through({}, {}))
+    return alone, {name: forward_flops(forward.through({name: head}, block_of)) - alone for name, head in heads.items()}
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """Copy of a module on the meta device, which takes no memory."""
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
 
 
 def describe_machine(accelerator: Accelerator) -> str:

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from vaerepa import checks, past, throughput
@@ -120,7 +119,8 @@ class Monitor:
         peak = throughput.peak_flops(accelerator.device, accelerator.mixed_precision)
         if peak:
             passes = throughput.training_passes(setup.transformer)
-            flops_per_second = passes * self._flops_per_image() * values["images_per_second"]
+            flops = state.flops + sum(state.head_flops[alignment.name] for alignment in state.alignments)
+            flops_per_second = passes * flops * values["images_per_second"]
             values |= {"mfu": flops_per_second / (peak * accelerator.num_processes)}
         values |= {"skipped_images": state.count_skipped_images()}
         self.write({f"train/{name}": value for name, value in values.items()})
@@ -174,10 +174,3 @@ class Monitor:
                 f"{count} of {seen} images could not be read, more than --max_bad_fraction {options.max_bad_fraction}; the "
                 f"first: {self.setup.feed.first_skipped or 'named by another process'}. Mend the data, or raise it."
             )
-
-    def _flops_per_image(self) -> int:
-        """FLOPs of one image's forward pass through the transformer and its heads."""
-        setup, device = self.setup, self.setup.accelerator.device
-        inputs = setup.family.example_inputs(setup.transformer, device)
-        noise = torch.zeros(1, *setup.feed.latent_shape, device=device)
-        return throughput.forward_flops(lambda: self.state.aligned_transformer(noise, **inputs))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipeline_vaerepa import GuidingHead
-from vaerepa import acceleration, checkpoints, objectives, optimization, past
+from vaerepa import acceleration, checkpoints, objectives, optimization, past, throughput
 from vaerepa.alignment import AlignedTransformer, ScheduledMethod, SelfGuidance, stored_heads
 from vaerepa.cli import as_plain
 from vaerepa.data.order import ORDER
@@ -38,6 +38,8 @@ class TrainingState:
         running_means: running means of losses since the last log line.
         skipped_in_a_row: number of consecutive steps whose gradients were not finite, a tensor on the device.
         skipped_images_before: number of images that no process could read before the restart.
+        flops, head_flops: FLOPs of one image's forward pass through the transformer, and those that each head adds; 0 and {}
+            where the device's peak is not known.
     """
 
     def __init__(self, setup: Setup, step: int):
@@ -55,6 +57,12 @@ class TrainingState:
         self.running_means = RunningMeans()
         self.skipped_in_a_row = torch.zeros((), device=accelerator.device)
         self.skipped_images_before = 0
+        self.flops, self.head_flops = 0, {}
+        if throughput.peak_flops(accelerator.device, accelerator.mixed_precision):  # before blocks are compiled
+            on_meta = throughput.on_meta(transformer)
+            forward = throughput.OneForward(setup.family, on_meta, setup.feed.latent_shape)
+            block_of = {alignment.name: alignment.block for alignment in self.alignments}
+            self.flops, self.head_flops = throughput.count_flops(forward, throughput.on_meta(heads), block_of)
         aligned = _align(setup, heads, self.alignments)
         acceleration.apply_switches(options, transformer, setup.family.blocks(transformer), accelerator.device)
         trained = [setup.trained_weights.values(), *(head.parameters() for head in heads.values())]
