@@ -41,6 +41,7 @@ CASES = {
     "sra-accumulation": ({"alignment": "sra", "logging_steps": 2, "gradient_accumulation_steps": 2}, (3,), 6),
     "vae-sra": ({"alignment": ["vae", "sra"], "logging_steps": 2, "checkpointing_steps": 2}, (3,), 6),
     "heads-end-one-after-the-other": (ENDING, (2, 3, 5), 6),  # before, at and after each end
+    "head-ends-in-half-precision": ({"alignment_stop_step": 2, "mixed_precision": "bf16"}, (3,), 4),
     "dispersive": ({"alignment": ["vae", "dispersive"], "alignment_group_size": 4}, (2,), 4),
     "head-norm": ({"alignment_final": "norm", "label_dropout": 0.5}, (2,), 5),
     "head-adaln": ({"alignment_final": "adaln", "label_dropout": 0.5, "gradient_checkpointing": True}, (2,), 5),

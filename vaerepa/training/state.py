@@ -138,6 +138,7 @@ class TrainingState:
         self._narrow_feed()
         self.model = self.optimizer = None
         accelerator.free_memory()  # the old DDP wrapper must be gone before its parameters are wrapped again
+        aligned._is_accelerate_prepared = False  # or a process alone would go on without autocast
         self.model, self.optimizer = accelerator.prepare(aligned, optimizer)
         logger.info(f"step {self.step}: alignment `{'`, `'.join(ended)}` is over, its head is dropped")
 
