@@ -44,6 +44,7 @@ from vaerepa.stopping import StopRequest, is_lost_process
 from vaerepa.system import is_out_of_space, unbroken_output
 from vaerepa.training.monitor import Monitor, announce
 from vaerepa.training.publishing import copy_to_root, publish
+from vaerepa.training.saver import Saver
 from vaerepa.training.setup import Setup, build_setup, prepare_prompts
 from vaerepa.training.state import TrainingState
 from vaerepa.training.teacher import frozen_teacher_tokens, teacher_tokens
@@ -146,10 +147,16 @@ def run(
         write_config(setup.options, setup.output_dir / "run_config.yaml")
 
     # ---- loop ----------------------------------------------------------------------------------------------------
-    try:
-        validated_step = loop(setup, state, monitor, uploader)
-    except DataError as error:
-        save_before_end(state, uploader, error)
+    def publish_between(step: int) -> None:
+        # the last state goes up with the last pictures
+        if step < setup.max_train_steps and options.hub_strategy != "end":
+            publish(setup, state, step, monitor, uploader)
+
+    with Saver(state, uploader, publish_between) as saver:
+        try:
+            validated_step = loop(setup, state, monitor, saver, uploader)
+        except DataError as error:
+            save_before_end(state, saver, error)
     if state.step < setup.max_train_steps:
         monitor.close()
         return
@@ -163,12 +170,12 @@ def run(
         evaluate(setup, state, monitor)
     if accelerator.is_main_process:
         copy_to_root(setup, state)
-        publish(setup, state, monitor, uploader)
+        publish(setup, state, state.step, monitor, uploader)
         logger.info(f"done: {setup.output_dir} {setup.export.how_to_load}{setup.conditioning.load_with}")
     monitor.close()
 
 
-def loop(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploader | None) -> int | None:
+def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, uploader: Uploader | None) -> int | None:
     """Trains to the last step or until it is asked to stop; returns the step of the last validation."""
     options, accelerator, objective, family = setup.options, setup.accelerator, setup.objective, setup.family
     accumulation, batch_size = options.gradient_accumulation_steps, options.global_batch_size
@@ -242,18 +249,19 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploade
             state.end_alignments()
             if logs_now:
                 monitor.log()
+                saver.settle(wait=False)
                 monitor.check()
             stops = stop.is_agreed() and not is_last
             saves = state.step % options.checkpointing_steps == 0 or is_last or stops
             if saves:
-                save(state, uploader, must_succeed=is_last or stops)
+                saver.begin()
             if options.validation_steps and state.step % options.validation_steps == 0 and not stops:
                 validate(setup, state, monitor)
                 validated_step = state.step
             if options.eval_steps and state.step % options.eval_steps == 0 and not stops and not is_last:
                 evaluate(setup, state, monitor)
-            if saves and not is_last and options.hub_strategy != "end" and accelerator.is_main_process:
-                publish(setup, state, monitor, uploader)  # the last state goes up with the last pictures
+            if saves and (is_last or stops or not options.async_save):
+                saver.settle(must_succeed=is_last or stops)
             if uploader:
                 uploader.poll()
             if stops:
@@ -265,31 +273,18 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploade
     return validated_step
 
 
-def save(state: TrainingState, uploader: Uploader | None, must_succeed: bool) -> None:
-    """Saves a checkpoint; without `must_succeed`, --checkpoint_failure says whether training goes on without it.
-
-    Raises:
-        CheckpointError: it cannot be saved, and must be.
-    """
-    try:
-        state.save(keep=lambda: tuple(uploader.folders) if uploader else ())
-    except CheckpointError as error:
-        options = state.setup.options
-        if must_succeed or options.checkpoint_failure == "stop":
-            raise
-        logger.error(f"{error} Training goes on and tries again in {options.checkpointing_steps} steps.")
-
-
-def save_before_end(state: TrainingState, uploader: Uploader | None, error: DataError) -> NoReturn:
+def save_before_end(state: TrainingState, saver: Saver, error: DataError) -> NoReturn:
     """Saves what was trained until the data failed, on all processes, and ends.
 
     Raises:
         DataError: with the step that is saved.
     """
     accelerator, output_dir = state.setup.accelerator, state.setup.output_dir
+    saver.settle()
     is_saved = on_main_process(accelerator, lambda: folder_of(output_dir, state.step).is_dir())
     if state.step and not is_saved:
-        save(state, uploader, must_succeed=True)
+        saver.begin()
+        saver.settle(must_succeed=True)
     saved = "Nothing was trained."
     if state.step:
         saved = f"Step {state.step} is saved; go on with {command_to_go_on(output_dir)}"

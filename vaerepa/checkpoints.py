@@ -7,6 +7,7 @@ checkpoint-N is whole, or was damaged later, which its manifest shows.
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,18 @@ def save(
     write_pipeline: Callable[[Path], None],
     tensors: dict[str, dict[str, torch.Tensor]],
     trainer_state: dict[str, Any],
+    given_up: threading.Event | None = None,
 ) -> Path:
     """Writes checkpoint-`step` and returns its folder.
 
     Args:
         write_pipeline: writes the stock pipeline into the folder that it is given.
-        tensors: named tensors per file of state/.
+        tensors: named tensors per file of state/, contiguous, on the CPU.
         trainer_state: step, options, counters and running means, in values of JSON.
+        given_up: set from another thread, ends it after the present file.
 
     Raises:
-        CheckpointError: it cannot be written (a full disk, say). No earlier checkpoint was touched.
+        CheckpointError: it cannot be written (a full disk, say), or was given up. No earlier checkpoint was touched.
     """
     final, unfinished = folder_of(output_dir, step), output_dir / f".checkpoint-{step}.unfinished"
     try:
@@ -47,11 +50,14 @@ def save(
         (unfinished / STATE).mkdir(parents=True)
         write_pipeline(unfinished)
         for name, named_tensors in tensors.items():
-            contiguous = {key: tensor.detach().contiguous() for key, tensor in named_tensors.items()}
-            save_file(contiguous, unfinished / STATE / f"{name}.safetensors")
+            _check_that_it_goes_on(given_up)
+            save_file(named_tensors, unfinished / STATE / f"{name}.safetensors")
         _write_json(unfinished / STATE / TRAINER_STATE, {"step": step, **trainer_state})
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        manifest = {path.relative_to(unfinished).as_posix(): [path.stat().st_size, crc_of_file(path)] for path in files}
+        manifest: dict[str, list[int]] = {}
+        for path in files:
+            _check_that_it_goes_on(given_up)
+            manifest[path.relative_to(unfinished).as_posix()] = [path.stat().st_size, crc_of_file(path)]
         _write_json(unfinished / STATE / MANIFEST, manifest)
         _replace(unfinished, final)
     except Exception as error:  # safetensors and diffusers raise their own kinds for a full disk
@@ -144,16 +150,10 @@ def copy_parameters(parameters: dict[str, nn.Parameter], tensors: dict[str, torc
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:
-    """The optimizer's moments, and what else it keeps, by the name of their parameter."""
+    """The optimizer's moments, and what else it keeps, by the name of their parameter; 8-bit AdamW's maps share memory."""
     tensors: dict[str, torch.Tensor] = {}
-    pointers: set[int] = set()
     for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            value = torch.as_tensor(value)
-            if value.data_ptr() in pointers:  # 8-bit AdamW shares its maps; a file of safetensors shares nothing
-                value = value.clone()
-            pointers.add(value.data_ptr())
-            tensors[f"{names[parameter]}/{key}"] = value
+        tensors |= {f"{names[parameter]}/{key}": torch.as_tensor(value) for key, value in state.items()}
     for key in optimizer.param_groups[0].keys() & set(SHARED_NUMBERS):
         tensors[f"/{key}"] = torch.tensor(optimizer.param_groups[0][key], dtype=torch.float64)
     return tensors
@@ -176,6 +176,11 @@ def load_optimizer(
     for group in groups:
         group.update({key: tensors[f"/{key}"].item() for key in SHARED_NUMBERS if f"/{key}" in tensors})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_that_it_goes_on(given_up: threading.Event | None) -> None:
+    if given_up is not None and given_up.is_set():
+        raise InterruptedError("it was given up")
 
 
 def _replace(unfinished: Path, final: Path) -> None:

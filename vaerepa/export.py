@@ -14,6 +14,7 @@ from vaerepa.families import Family
 from vaerepa.files import link_tree
 from vaerepa.layout import PIPELINE_INDEX
 from vaerepa.model_card import LORA_TEMPLATE
+from vaerepa.weights import Tensors, with_weights, without_weights
 
 
 class Export(ABC):
@@ -29,8 +30,12 @@ class Export(ABC):
         """Writes what does not train, once, into the output folder; each checkpoint links it."""
 
     @abstractmethod
-    def write(self, folder: Path, transformer: nn.Module) -> None:
-        """Writes a checkpoint's files of the pipeline, with the weights of this transformer."""
+    def write(self, folder: Path, weights: Tensors) -> None:
+        """Writes a checkpoint's files of the pipeline; a thread beside the training may call it.
+
+        Args:
+            weights: the trained ones on the CPU, by their names in training form.
+        """
 
     def parameters(self, transformer: nn.Module) -> Iterable[nn.Parameter]:
         """Those of the transformer's parameters that `write` exports."""
@@ -58,6 +63,8 @@ class StockExport(Export):
     ):
         self.output_dir = output_dir
         self.family = family
+        self.transformer = without_weights(pipeline.transformer)
+        self.stock_transformer = family.stock_skeleton(pipeline.transformer)
         self.scheduler = pipeline.scheduler
         self.index = pipeline.to_json_string()
         self.frozen_parts = {name: part for name, part in frozen_parts.items() if part is not None}
@@ -69,9 +76,10 @@ class StockExport(Export):
             shutil.copyfile(self.pipeline_file, self.output_dir / self.pipeline_file.name)
         self.frozen_parts = dict.fromkeys(self.frozen_parts)  # text encoders may leave memory
 
-    def write(self, folder: Path, transformer: nn.Module) -> None:
+    def write(self, folder: Path, weights: Tensors) -> None:
         (folder / PIPELINE_INDEX).write_text(self.index, encoding="utf-8")
-        self.family.to_stock_form(transformer).save_pretrained(folder / "transformer")
+        stock_weights = self.family.stock_weights(with_weights(self.transformer, weights))
+        with_weights(self.stock_transformer, stock_weights).save_pretrained(folder / "transformer")
         self.scheduler.save_pretrained(folder / "scheduler")
         for name in self.frozen_parts:
             link_tree(self.output_dir / name, folder / name)
@@ -84,6 +92,7 @@ class LoRAExport(Export):
 
     Args:
         pipeline_class: the stock pipeline that loads them.
+        transformer: the transformer with the layers.
         rank: of the layers.
     """
 
@@ -91,15 +100,16 @@ class LoRAExport(Export):
 
     tags = ("lora", LORA_TEMPLATE)
 
-    def __init__(self, pipeline_class: type[DiffusionPipeline], rank: int):
+    def __init__(self, pipeline_class: type[DiffusionPipeline], transformer: nn.Module, rank: int):
         self.pipeline_class = pipeline_class
+        self.transformer = transformer
         self.rank = rank
 
     def write_frozen_parts(self) -> None:
         """Writes nothing: the base model is not ours."""
 
-    def write(self, folder: Path, transformer: nn.Module) -> None:
-        lora.save_lora(folder, transformer, self.pipeline_class)
+    def write(self, folder: Path, weights: Tensors) -> None:
+        lora.save_lora(folder, self.transformer, weights, self.pipeline_class)
 
     def parameters(self, transformer: nn.Module) -> Iterable[nn.Parameter]:
         return (parameter for parameter in transformer.parameters() if parameter.requires_grad)

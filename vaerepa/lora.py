@@ -18,6 +18,7 @@ from vaerepa.cli import option
 from vaerepa.errors import OptionError
 from vaerepa.families import Family
 from vaerepa.randomness import seeded_weights
+from vaerepa.weights import Tensors
 
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that peft supports
 PEFT_PREFIX = "base_model.model."
@@ -101,9 +102,14 @@ def has_loader(pipeline_class: type[DiffusionPipeline]) -> bool:
     return hasattr(pipeline_class, "save_lora_weights")
 
 
-def save_lora(folder: Path, transformer: nn.Module, pipeline_class: type[DiffusionPipeline]) -> None:
-    """Writes the LoRA layers alone: for load_lora_weights, or as a peft adapter where the stock pipeline has no loader."""
-    layers = {name: tensor.contiguous().cpu() for name, tensor in get_peft_model_state_dict(transformer).items()}
+def save_lora(folder: Path, transformer: nn.Module, weights: Tensors, pipeline_class: type[DiffusionPipeline]) -> None:
+    """Writes LoRA layers alone: for load_lora_weights, or as a peft adapter where the stock pipeline has no loader.
+
+    Args:
+        transformer: the transformer over which they lie; its own weights are not read.
+        weights: those of the layers on the CPU, by their names in the transformer.
+    """
+    layers = get_peft_model_state_dict(transformer, state_dict=weights)
     config = replace(transformer.peft_config["default"], lora_dropout=0.0)  # load_lora_weights would leave it at work
     config.target_modules = sorted(config.target_modules)  # a set's order is the process' own
     if has_loader(pipeline_class):

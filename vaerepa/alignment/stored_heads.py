@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -16,6 +17,7 @@ from vaerepa.alignment.method import ScheduledMethod
 from vaerepa.errors import OptionError
 from vaerepa.hub.reasons import UNREADABLE, why_unreadable
 from vaerepa.layout import HEADS
+from vaerepa.weights import Tensors
 
 WEIGHTS = "heads.safetensors"
 CONFIG = "config.json"
@@ -38,20 +40,14 @@ class StoredHeads:
         return {key: tensor for key, tensor in self.tensors.items() if key.startswith(prefixes)}
 
 
-def save_heads(
-    folder: Path, heads: nn.ModuleDict, alignments: list[ScheduledMethod], latent_channels: int, objective: str
-) -> None:
-    """Writes heads/ into a checkpoint's folder, unless all heads are gone.
+def describe_heads(
+    heads: nn.ModuleDict, alignments: list[ScheduledMethod], latent_channels: int, objective: str
+) -> dict[str, dict[str, Any]]:
+    """By method, all that is needed to build a head again and to read its output; docs/alignment.md lists its keys.
 
-    Its config.json holds, by method, all that is needed to build a head again and to read its output; docs/alignment.md
-    lists its keys. `channels` and `objective` are for readers without the transformer's config.
+    `channels` and `objective` are for readers without the transformer's config.
     """
-    if not alignments:
-        return
-    (folder / HEADS).mkdir()
-    tensors = {name: parameter.detach().contiguous() for name, parameter in heads.named_parameters()}
-    save_file(tensors, folder / HEADS / WEIGHTS)
-    config = {
+    return {
         a.name: {
             "block": a.block,
             TARGET_NAME: a.method.target_name,
@@ -63,6 +59,17 @@ def save_heads(
         }
         for a in alignments
     }
+
+
+def save_heads(folder: Path, tensors: Tensors, config: dict[str, dict[str, Any]]) -> None:
+    """Writes heads/ into a checkpoint's folder.
+
+    Args:
+        tensors: parameters of the heads, by their names.
+        config: as `describe_heads` makes it.
+    """
+    (folder / HEADS).mkdir()
+    save_file(tensors, folder / HEADS / WEIGHTS)
     (folder / HEADS / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from vaerepa import objectives
 from vaerepa.families.latents import KLLatents, LatentSpace, TinyLatents
+from vaerepa.weights import without_weights
 
 ConditionKind = Literal["labels", "captions"]
 MODULATION = ("norm", "adaLN")  # parts of the names of modulation layers, which Muon leaves to AdamW
@@ -107,6 +108,14 @@ class Family(ABC):
     def to_stock_form(self, transformer: nn.Module) -> nn.Module:
         """A transformer in training form as stock diffusers saves and loads it: itself, or a copy on the CPU."""
         return transformer
+
+    def stock_skeleton(self, transformer: nn.Module) -> nn.Module:
+        """The stock form of a transformer in training form without its weights, which lie on the meta device."""
+        return without_weights(transformer)
+
+    def stock_weights(self, transformer: nn.Module) -> dict[str, torch.Tensor]:
+        """Weights of a transformer in training form, by their names in stock form; no two share memory."""
+        return transformer.state_dict()
 
     def fit_to_classes(
         self, transformer: nn.Module, known: dict[int, str] | None, id2label: dict[int, str], seed: int

@@ -69,14 +69,22 @@ class DiT(Family):
 
     def to_stock_form(self, transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
         """A stock model on the CPU with the same outputs: every block owns a copy of the embedder again."""
+        stock = self.stock_skeleton(transformer)
+        stock.load_state_dict(self.stock_weights(transformer), assign=True)
+        return stock
+
+    def stock_skeleton(self, transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
+        """Not for a thread beside others that build modules: none that is built meanwhile gets weights."""
         with init_empty_weights(include_buffers=False):  # a fresh XL takes seconds to initialise
-            stock = DiTTransformer2DModel.from_config(transformer.config)
+            return DiTTransformer2DModel.from_config(transformer.config).eval()
+
+    def stock_weights(self, transformer: DiTTransformer2DModel) -> dict[str, torch.Tensor]:
+        """Copies on the CPU, one of the embedder for each block."""
         weights = {name: weight.detach().to("cpu", copy=True) for name, weight in transformer.state_dict().items()}
         if isinstance(transformer.proj_out_2, MeanProjection):
             weights["proj_out_2.weight"], weights["proj_out_2.bias"] = transformer.proj_out_2.whole()
             del weights["proj_out_2.variance_weight"], weights["proj_out_2.variance_bias"]
-        stock.load_state_dict(weights, assign=True)
-        return stock.eval()
+        return weights
 
     def fit_to_classes(
         self, transformer: DiTTransformer2DModel, known: dict[int, str] | None, id2label: dict[int, str], seed: int

@@ -59,6 +59,9 @@ class OutputOptions:
         "continue",
         "What to do when a checkpoint cannot be saved (a full disk, say): go on and try again at the next, or stop.",
     )
+    async_save: bool = option(
+        True, "Write checkpoints beside the training, from a copy of the training state in host memory."
+    )
     checkpoints_total_limit: int | None = option(
         None, "Keep at most this many checkpoints; the oldest go first.", above=0
     )

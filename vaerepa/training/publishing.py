@@ -44,37 +44,34 @@ def copy_to_root(setup: Setup, state: TrainingState) -> None:
         logger.info(f"the exported weights have moved by {exported:.2%} of the base's norm{way}")
 
 
-def publish(setup: Setup, state: TrainingState, monitor: Monitor, uploader: Uploader | None) -> None:
-    """Writes curves and model card of the newest checkpoint and gives it to the uploader; call it on the main process."""
-    checkpoint = folder_of(setup.output_dir, state.step)
-    if not checkpoint.is_dir():  # it could not be saved
-        return
+def publish(setup: Setup, state: TrainingState, step: int, monitor: Monitor, uploader: Uploader | None) -> None:
+    """Writes curves and model card of the checkpoint of a step and gives it to the uploader; call it on the main process."""
     name = uploader.repo_id if uploader else setup.output_dir.resolve().name
     with unless_out_of_space("curves and model card"):
         plot_curves(monitor.metrics.read(), setup.output_dir / "training_curves.png")
-        facts = card_facts(setup, state, monitor)
-        facts["tag"] = tag_of(state.step, setup.options.hub_revision) if uploader else None
+        facts = card_facts(setup, state, step, monitor)
+        facts["tag"] = tag_of(step, setup.options.hub_revision) if uploader else None
         model_card.write_card(setup.output_dir / "README.md", CARD_TEMPLATE, setup.options, name, facts)
     if uploader:
-        uploader.push(checkpoint)
+        uploader.push(folder_of(setup.output_dir, step))
 
 
-def card_facts(setup: Setup, state: TrainingState, monitor: Monitor) -> dict[str, Any]:
-    """Facts for the model card beside the options."""
+def card_facts(setup: Setup, state: TrainingState, step: int, monitor: Monitor) -> dict[str, Any]:
+    """Facts for the model card of a step's checkpoint, beside the options."""
     root, transformer = setup.output_dir, state.exported_transformer
     grids = sorted((root / "samples").glob("*.png"))
     published = setup.export.parameters(transformer)
-    of_condition = setup.conditioning.card_facts(transformer, root, state.step)
+    of_condition = setup.conditioning.card_facts(transformer, root, step)
     return {
         "dtype": DTYPES.get(setup.accelerator.mixed_precision, "torch.float32"),
         "parameters": f"{sum(parameter.numel() for parameter in published) / 1e6:.1f}",
-        "steps": state.step,
+        "steps": step,
         "alignments": setup.alignment_facts,
         "grid": f"samples/{grids[-1].name}" if grids else None,
         "grid_step": step_of(Path(grids[-1].stem)) if grids else None,
         "curves": "training_curves.png" if (root / "training_curves.png").exists() else None,
         "validation_loss": _last_validation_loss(setup, monitor),
-        "report": newest_report(root, state.step),
+        "report": newest_report(root, step),
         "is_flow": objectives.name_of(setup.objective.scheduler) == "flow_matching",
         "pipeline_class": setup.conditioning.pipeline_class.__name__,
         "has_lora_loader": lora.has_loader(setup.conditioning.pipeline_class),

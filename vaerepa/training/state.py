@@ -1,7 +1,9 @@
 """Training state: everything that steps change, and how checkpoints save and load it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from vaerepa.errors import OptionError
 from vaerepa.logs import RunningMeans, get_logger
 from vaerepa.options import FIELDS
 from vaerepa.privacy import public_values
-from vaerepa.processes import on_main_process
 from vaerepa.training.setup import Setup
+from vaerepa.weights import HostCopies
 
 logger = get_logger(__name__)
 
@@ -57,6 +59,7 @@ class TrainingState:
         self.running_means = RunningMeans()
         self.skipped_in_a_row = torch.zeros((), device=accelerator.device)
         self.skipped_images_before = 0
+        self._host_copies = HostCopies()
         self.flops, self.head_flops = 0, {}
         if throughput.peak_flops(accelerator.device, accelerator.mixed_precision):  # before blocks are compiled
             on_meta = throughput.on_meta(transformer)
@@ -156,14 +159,14 @@ class TrainingState:
 
     # ---- checkpoints
 
-    def save(self, keep: Callable[[], tuple[Path, ...]]) -> None:
-        """Writes checkpoint-N, then removes what --checkpoints_total_limit does not allow; every process must call it.
+    def snapshot(self) -> Callable[[], Path] | None:
+        """Copies all that checkpoint-N holds to host memory; every process must call it.
 
-        Args:
-            keep: checkpoints that must not be removed, asked for on the main process.
+        The copies of the snapshot before are overwritten: whatever wrote it must have ended.
 
-        Raises:
-            CheckpointError: it cannot be written; no earlier checkpoint was touched.
+        Returns:
+            On the main process the function that writes the checkpoint and returns its folder, in any thread, while training
+            goes on; it raises CheckpointError if it cannot. None elsewhere.
         """
         setup, options, accelerator = self.setup, self.setup.options, self.setup.accelerator
         # collectives first, on all processes
@@ -183,28 +186,37 @@ class TrainingState:
             "skipped_images": self.count_skipped_images(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         }
+        if not accelerator.is_main_process:
+            return None
+        trainer_state = copy.deepcopy(trainer_state)  # the running means go on
         tensors = {
             "transformer": setup.trained_weights,
             "optimizer": checkpoints.optimizer_tensors(self.optimizer.optimizer, self._names()),
         }
         for decay, ema_weights in self.ema.transformers.items() if self.ema else ():
             tensors[f"ema_{decay}"] = dict(ema_weights.named_parameters())
-        if self.alignments and self.ema:  # without, the trained heads are those in heads/
+        if self.alignments:
             tensors |= {name: dict(heads.named_parameters()) for name, heads in self._heads_by_file().items()}
+        tensors = self._host_copies.take(tensors)
+        if self.ema:
+            exported = next(iter(self.ema.transformers))
+            weights, heads = tensors[f"ema_{exported}"], tensors.get(f"ema_heads_{exported}")
+        else:  # the trained heads are then those in heads/
+            weights, heads = tensors["transformer"], tensors.pop("heads", None)
         objective = objectives.name_of(setup.objective.scheduler)
+        heads_config = stored_heads.describe_heads(
+            self.exported_heads, self.alignments, setup.feed.latent_shape[0], objective
+        )
 
         def write_pipeline(folder: Path) -> None:
-            setup.export.write(folder, self.exported_transformer)
-            stored_heads.save_heads(folder, self.exported_heads, self.alignments, setup.feed.latent_shape[0], objective)
+            setup.export.write(folder, weights)
+            if heads is not None:
+                stored_heads.save_heads(folder, heads, heads_config)
 
-        def write() -> None:
-            checkpoints.save(setup.output_dir, self.step, write_pipeline, tensors, trainer_state)
-            checkpoints.purge(setup.output_dir, options.checkpoints_total_limit, spared=keep())
-
-        on_main_process(accelerator, write)
+        return partial(checkpoints.save, setup.output_dir, self.step, write_pipeline, tensors, trainer_state)
 
     def load(self, checkpoint: Path, trainer_state: dict[str, Any]) -> None:
-        """Loads what `save` wrote; every process must call it.
+        """Loads a checkpoint that a snapshot was written as; every process must call it.
 
         Raises:
             OptionError: an alignment is to go on whose head was dropped.
