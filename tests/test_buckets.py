@@ -58,7 +58,7 @@ def test_workers_and_processes_change_no_sample(rectangles, num_processes, num_w
         assert found[sample_index][2] == caption
 
 
-@pytest.mark.parametrize("family", ["pixart_sigma", "sd3", "z_image", "flux2"])
+@pytest.mark.parametrize("family", ["pixart_sigma", "sd3", "z_image", "flux2", "flux", "chroma"])
 def test_the_loss_of_a_step_is_the_mean_over_samples_of_all_shapes(family, finetune, rectangles, monkeypatch):
     update, sample_losses, steps = RunningMeans.add, [], []
 

@@ -13,7 +13,8 @@ from tests.helpers_runs import PRETRAINED
 from tests.helpers_stock import picture_in_grid
 
 FROZEN = {"sd3_5": ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")}
-FROZEN |= dict.fromkeys(("pixart_alpha", "z_image", "flux2"), ("vae", "text_encoder"))
+FROZEN |= dict.fromkeys(("pixart_alpha", "z_image", "flux2", "chroma"), ("vae", "text_encoder"))
+FROZEN["flux"] = ("vae", "text_encoder", "text_encoder_2")
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -37,6 +38,7 @@ def assert_same_files(base: Path, run: Path, parts: tuple[str, ...]) -> None:
         ("pixart_alpha", torch.float16, {"max_shard_size": "8KB"}),
         ("z_image", torch.bfloat16, {"variant": "bf16", "max_shard_size": "8KB"}),
         ("flux2", torch.bfloat16, {}),
+        ("flux", torch.bfloat16, {}),
         ("pixart_alpha", torch.float32, {}),
     ],
 )

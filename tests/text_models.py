@@ -7,11 +7,15 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -25,6 +29,7 @@ from transformers import (
     BertModel,
     BertTokenizer,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     Qwen2Tokenizer,
@@ -37,7 +42,7 @@ from transformers import (
 )
 
 LETTERS = string.ascii_lowercase + string.digits + " "
-FAMILIES = ("pixart_alpha", "pixart_sigma", "sd3", "sd3_5", "z_image", "flux2")
+FAMILIES = ("pixart_alpha", "pixart_sigma", "sd3", "sd3_5", "z_image", "flux2", "flux", "chroma")
 
 
 def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
@@ -47,7 +52,9 @@ def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
     return tokenizer, T5EncoderModel(config)
 
 
-def clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
+def clip(
+    width: int, kind: type[CLIPTextModel | CLIPTextModelWithProjection] = CLIPTextModelWithProjection
+) -> tuple[CLIPTokenizer, torch.nn.Module]:
     letters = [letter for letter in LETTERS if letter != " "]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
@@ -63,7 +70,7 @@ def clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
         eos_token_id=len(tokens) - 1,
         pad_token_id=len(tokens) - 1,
     )
-    return tokenizer, CLIPTextModelWithProjection(config)
+    return tokenizer, kind(config)
 
 
 def qwen(kind: type[Qwen3Model | Qwen3ForCausalLM] = Qwen3Model, **config) -> tuple[Qwen2Tokenizer, torch.nn.Module]:
@@ -198,6 +205,41 @@ def flux2() -> Flux2KleinPipeline:
     return Flux2KleinPipeline(scheduler, autoencoder, text_encoder, tokenizer, transformer)
 
 
+# FLUX.1's and Chroma's
+BLOCKS = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+def flux() -> FluxPipeline:
+    parts = dict(zip(("tokenizer", "text_encoder"), clip(8, CLIPTextModel), strict=True))
+    parts |= dict(zip(("tokenizer_2", "text_encoder_2"), t5(), strict=True))
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(**BLOCKS, pooled_projection_dim=8, guidance_embeds=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae(4, scaling_factor=0.4, shift_factor=0.1),
+        **parts,
+    )
+
+
+def chroma() -> ChromaPipeline:
+    tokenizer, text_encoder = t5()
+    approximator = {"approximator_num_channels": 16, "approximator_hidden_dim": 24, "approximator_layers": 2}
+    return ChromaPipeline(
+        transformer=ChromaTransformer2DModel(**BLOCKS, **approximator),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(4, scaling_factor=0.4, shift_factor=0.1),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+
+
 def build(family: str) -> DiffusionPipeline:
     """The tiny pipeline of a family."""
     torch.manual_seed(0)
@@ -208,6 +250,8 @@ def build(family: str) -> DiffusionPipeline:
         "sd3_5": lambda: sd3(is_3_5=True),
         "z_image": z_image,
         "flux2": flux2,
+        "flux": flux,
+        "chroma": chroma,
     }
     return builders[family]()
 

@@ -4,6 +4,7 @@ import re
 
 from vaerepa.families.base import ConditionKind, Family, InputSpec, Size
 from vaerepa.families.dit import DiT
+from vaerepa.families.flux import Chroma, Flux
 from vaerepa.families.flux2 import Flux2
 from vaerepa.families.mmdit import MMDiT
 from vaerepa.families.pixart import PixArt
@@ -14,9 +15,11 @@ __all__ = [
     "CUSTOM",
     "DEFAULT",
     "FAMILIES",
+    "Chroma",
     "ConditionKind",
     "DiT",
     "Family",
+    "Flux",
     "Flux2",
     "InputSpec",
     "MMDiT",
@@ -39,6 +42,8 @@ FAMILIES: tuple[Family, ...] = (
     PixArt(),
     ZImage(),
     Flux2(),
+    Flux(),
+    Chroma(),
 )
 CUSTOM = "custom"
 
