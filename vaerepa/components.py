@@ -154,7 +154,10 @@ def build_objective(
     if name == "flow_matching":
         if options.snr_gamma is not None:
             raise OptionError("--snr_gamma weights the ddpm objective; for flow matching see --timestep_sampling.")
-        return objectives.FlowMatching(scheduler if own == "flow_matching" and family.keeps_scheduler else None)
+        scheduler = scheduler if own == "flow_matching" and family.keeps_scheduler else None
+        return objectives.FlowMatching(scheduler, options.precondition_outputs)
+    if options.precondition_outputs:
+        raise OptionError("--precondition_outputs weights the flow_matching objective; for ddpm see --snr_gamma.")
     if not family.works_in_stock_pipeline(num_classes):
         raise OptionError(
             f"--objective ddpm is sampled by {family.pipelines[0]}, up to 1000 classes; the data set has {num_classes}."

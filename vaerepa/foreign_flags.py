@@ -49,8 +49,8 @@ _INSTEAD = {  # what to do in the place of several flags
         "placeholder_token initializer_token learnable_property num_vectors modifier_token"
     ),
     "--timestep_sampling chooses the density of the timesteps (uniform, logit_normal, mode); losses have no "
-    "other weight, but for --snr_gamma of --objective ddpm.": (
-        "weighting_scheme precondition_outputs do_edm_style_training timestep_bias_strategy "
+    "other weight, but for --precondition_outputs, and --snr_gamma of --objective ddpm.": (
+        "weighting_scheme do_edm_style_training timestep_bias_strategy "
         "timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion"
     ),
     "the loss is the squared error of the prediction.": (

@@ -49,6 +49,12 @@ class ObjectiveOptions:
     snr_gamma: float | None = option(
         None, "Min-SNR weighting of the ddpm objective, 5.0 is its paper's value. Default: none.", resume="schedule"
     )
+    precondition_outputs: bool = option(
+        False,
+        "Weight the loss of flow matching by t^2, which makes it that of the clean latents, as diffusers' scripts for Stable "
+        "Diffusion 3 do by default.",
+        resume="schedule",
+    )
     label_dropout: float = option(
         0.1,
         "Fraction of labels dropped for classifier-free guidance.",
@@ -110,10 +116,12 @@ class FlowMatching:
 
     Args:
         scheduler: the one that is exported; by default `flow_scheduler()`.
+        precondition_outputs: whether the loss is that of the latents z = x_t - t v, which weights it by t^2.
     """
 
-    def __init__(self, scheduler: SchedulerMixin | None = None):
+    def __init__(self, scheduler: SchedulerMixin | None = None, precondition_outputs: bool = False):
         self.scheduler = scheduler or flow_scheduler()
+        self.precondition_outputs = precondition_outputs
 
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
         return NUM_TIMESTEPS * t
@@ -123,7 +131,8 @@ class FlowMatching:
         return (1.0 - t) * latents + t * noise, noise - latents
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return squared_error(prediction, target)
+        loss = squared_error(prediction, target)
+        return loss * t.to(loss.dtype).square() if self.precondition_outputs else loss
 
     def head_prediction(self, noisy, output, timesteps, target, mean=0.0, std=1.0) -> torch.Tensor:
         return head_velocity(noisy, output, timesteps / NUM_TIMESTEPS, target, mean, std)
