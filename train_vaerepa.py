@@ -202,7 +202,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, upl
                     ends_step = index == accumulation - 1 and place == len(micro_batch)
                     weight = batch.weight / accumulation
                     state.aligned_transformer.measure_gradients = logs_now and ends_step
-                    if options.lora_dropout:  # the one number that torch generates itself
+                    if options.rank:  # its layers' dropout is the one number that torch generates itself
                         torch.manual_seed(draw_seed(options.seed, "dropout", batch.sample_indices[0]))
                     # z from the posterior of the VAE, noise alike: (B, C, H, W); t: (B,)
                     clean, noise, t = batch.latents, batch.noise, batch.t

@@ -8,12 +8,13 @@ from PIL import Image
 from tests.helpers_python import PythonProcess
 
 DRAW = """
+from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 for folder, lora, target in {jobs!r}:
     pipeline = DiffusionPipeline.from_pretrained(folder, **{given!r})
     assert type(pipeline).__module__.startswith("diffusers.")
-    if lora and hasattr(pipeline, "load_lora_weights"):
+    if lora and not Path(lora, "adapter_config.json").exists():
         pipeline.load_lora_weights(lora)
     elif lora:
         from peft import PeftModel

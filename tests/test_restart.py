@@ -119,6 +119,9 @@ TEXT_CASES = {
     "flux2-lora": ("flux2", LORA, {}, {}),
     "flux-lora": ("flux", LORA, {}, {}),
     "chroma-lora": ("chroma", LORA, {}, {}),
+    "sd3-5-dora": ("sd3_5", LORA | {"adapter": "dora"}, {}, {}),
+    "flux-lokr": ("flux", LORA | {"adapter": "lokr", "lora_dropout": None}, {}, {}),
+    "pixart-sigma-loha": ("pixart_sigma", LORA | {"adapter": "loha", "lora_dropout": None}, {}, {}),
     "mmdit-from-scratch": ("sd3", SCRATCH | {"model": "custom-MMDiT"}, {}, {}),
     "pixart-from-scratch": ("pixart_alpha", SCRATCH | {"model": "custom-PixArt"}, {}, {}),
 }
@@ -149,7 +152,7 @@ def test_a_text_model_restarts_exactly_and_generates_in_stock_as_in_training(
         (file,) = whole.glob("*.safetensors")
         layers = load_file(file)
         assert file.read_bytes() == (tmp_path / "pieces" / file.name).read_bytes()
-        assert all("lora" in name for name in layers)
+        assert all({"lokr": "lokr_", "loha": "hada_"}.get(options.get("adapter"), "lora_") in name for name in layers)
         assert all(tensor.dtype == torch.float32 for tensor in layers.values())
         trained = [tensor for name, tensor in tensors.items() if name.startswith("state/transformer/")]
         assert sum(tensor.numel() for tensor in layers.values()) == sum(tensor.numel() for tensor in trained)

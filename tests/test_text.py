@@ -44,7 +44,8 @@ def test_each_family_teaches_itself(family, finetune):
 def test_utilisation_of_each_family_is_counted_without_compiled_blocks(family, finetune, monkeypatch):
     monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 1e12)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    run = finetune(family, max_train_steps=2, rank=2, compile=True)
+    options = {"adapter": "lokr"} if family == "sd3_5" else {"compile": True}  # which LoKr does not
+    run = finetune(family, max_train_steps=2, rank=2, **options)
     assert all(line["train/mfu"] > 0 for line in read_metrics(run, "train/mfu"))
 
 
@@ -353,27 +354,36 @@ def test_a_layer_that_a_lora_would_pass_over_is_refused(layers, words, finetune,
     refused(*words, start=partial(finetune, "sd3"), rank=2, lora_layers=layers)
 
 
-def test_a_dry_run_of_a_lora_counts_the_lora(finetune, capsys):
-    finetune("sd3", rank=2, dry_run=True)
-    lora = capsys.readouterr().out
-    run = finetune("sd3", rank=2, max_train_steps=1)
-    size = sum(tensor.numel() for tensor in load_file(run / "pytorch_lora_weights.safetensors").values())
-    assert f"| of them the LoRA of rank 2, which trains | {size / 1e6:.3g} M |" in lora
-    assert f"| exported LoRA | {4 * size / 2**20:.2f} MiB |" in lora
+@pytest.mark.parametrize("adapter", ["LoRA", "DoRA", "LoKr", "LoHa"])
+def test_a_dry_run_of_an_adapter_counts_what_trains_in_half_precision(adapter, finetune, capsys):
+    options = {"rank": 2, "adapter": adapter.lower(), "mixed_precision": "bf16"}
+    finetune("sd3", **options, dry_run=True)
+    dry_run = capsys.readouterr().out
+    run = finetune("sd3", **options, max_train_steps=1)
+    (file,) = run.glob("*.safetensors")
+    tensors = load_file(file).values()
+    assert all(tensor.dtype == torch.float32 for tensor in tensors)
+    size = sum(tensor.numel() for tensor in tensors)
+    assert f"| of them the {adapter} of rank 2, which trains | {size / 1e6:.3g} M |" in dry_run
+    assert f"| exported {adapter} | {4 * size / 2**20:.2f} MiB |" in dry_run
 
 
 # ---- the card
 
 
-@pytest.mark.parametrize("family", ["pixart_alpha", "sd3"])
-def test_the_cards_code_runs_as_printed(family, finetune, stock, pipelines):
-    run = finetune(family, rank=2, negative_prompt="blur", validation_num_inference_steps=2, **PROMPTS)
+@pytest.mark.parametrize(
+    ("family", "adapter"), [("pixart_alpha", "LoRA"), ("sd3", "LoRA"), ("sd3", "DoRA"), ("sd3", "LoKr")]
+)
+def test_the_cards_code_runs_as_printed(family, adapter, finetune, stock, pipelines):
+    run = finetune(
+        family, rank=2, adapter=adapter.lower(), negative_prompt="blur", validation_num_inference_steps=2, **PROMPTS
+    )
     card = ModelCard.load(run / "README.md")
     assert card.data.pipeline_tag == "text-to-image"
-    assert {"lora", "vae-repa"} <= set(card.data.tags)
+    assert {adapter.lower(), "vae-repa"} <= set(card.data.tags)
     assert "*a red cat*, *tree*" in card.text
     assert "Negative prompt: *blur*" in card.text
-    assert "LoRA layers of rank 2" in card.text
+    assert f"{adapter} layers of rank 2" in card.text
     (code,) = re.findall(r"```python\n(import torch.*?)```", card.text, re.DOTALL)
     base = pipelines(family)
     code = code.replace(json.dumps(base.name), json.dumps(str(base))).replace('"run"', json.dumps(str(run)))
@@ -391,6 +401,9 @@ def test_the_cards_code_runs_as_printed(family, finetune, stock, pipelines):
         ({"pretrained_model_name_or_path": "{without_clip}"}, ["has no text_encoder_2, tokenizer_2"]),
         ({"rank": 2, "lora_layers": ["no_such"]}, ["--lora_layers no_such", "attn.to_k"]),
         ({"lora_layers": ["to_k"]}, ["--lora_layers goes with --rank"]),
+        ({"adapter": "dora"}, ["--adapter goes with --rank"]),
+        ({"rank": 2, "adapter": "lokr", "lora_dropout": 0.1}, ["--lora_dropout", "--adapter lokr"]),
+        ({"rank": 2, "adapter": "dora", "compile": True}, ["--compile", "--adapter dora"]),
         ({"resolution": 18}, ["--resolution 18 must be a multiple of 4"]),
         ({"resolution": 64}, ["images of 64 x 64 are too large", "48 pixels a side"]),
         ({"pretrained_vae_model_name_or_path": "{vae}"}, ["4 latent channels", "transformer 16"]),

@@ -11,6 +11,7 @@ from vaerepa.data import parse_buckets
 from vaerepa.data.options import DataOptions
 from vaerepa.errors import OptionError
 from vaerepa.hub import access
+from vaerepa.lora import LYCORIS
 from vaerepa.model import check_model
 from vaerepa.optimization import check_optimizer
 from vaerepa.options import Options
@@ -31,6 +32,7 @@ def check_options(options: Options) -> None:
         raise OptionError(f"--ema_decay {' '.join(map(str, options.ema_decay))}: expected different numbers.")
     settings.check_alignment(options)
     check_optimizer(options, options.rank)
+    check_adapter(options)
     check_head_guidance(options)
     if options.report_to != "none":
         check_tracker(options.report_to)
@@ -39,6 +41,22 @@ def check_options(options: Options) -> None:
     access.check_names(options)
     check_data(options)
     check_model(options)
+
+
+def check_adapter(options: Options) -> None:
+    """Checks that the adapter can do what the other options ask for.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    if options.lora_dropout and options.adapter in LYCORIS:
+        raise OptionError(
+            f"--lora_dropout does not go with --adapter {options.adapter}: peft has it for LoRA and DoRA."
+        )
+    if options.compile and options.adapter != "lora":
+        raise OptionError(
+            f"--compile does not go with --adapter {options.adapter}: peft's layers of it do not compile."
+        )
 
 
 def check_head_guidance(options: Options) -> None:

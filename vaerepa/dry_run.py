@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vaerepa import components, defaults, optimization, throughput
+from vaerepa import components, defaults, lora, optimization, throughput
 from vaerepa.alignment import METHODS, ScheduledMethod
 from vaerepa.data import ClassesInBatch, classes_in_batch
 from vaerepa.data.options import DataOptions
@@ -198,11 +198,11 @@ def report(
 ) -> str:
     """The table that --dry_run prints, in Markdown."""
     frozen = "VAE and text encoders" if family.text_components else "the VAE"
-    is_lora = options.rank is not None
+    is_lora, adapter = options.rank is not None, lora.NAMES[options.adapter]
     points = (0, num_steps // 2, num_steps - 1)
     rows = [
         ("parameters of the transformer", f"{sizes.parameters / 1e6:.1f} M"),
-        (f"of them the LoRA of rank {options.rank}, which trains", f"{sizes.trained_parameters / 1e6:.3g} M")
+        (f"of them the {adapter} of rank {options.rank}, which trains", f"{sizes.trained_parameters / 1e6:.3g} M")
         if is_lora
         else ("in the stock file, an embedder per block", f"{sizes.stock_parameters / 1e6:.1f} M"),
         ("forward pass, one image", f"{sizes.flops / 1e9:.1f} GFLOP"),
@@ -222,7 +222,7 @@ def report(
     rows += [
         ("activations, one image", f"{sizes.activation_memory / GIB:.3f} GiB"),
         (f"memory per device at batch {options.train_batch_size}, without {frozen}, about", f"{memory:.1f} GiB"),
-        (f"exported {'LoRA' if is_lora else f'pipeline, without {frozen}'}", size_of(sizes.pipeline_bytes)),
+        (f"exported {adapter if is_lora else f'pipeline, without {frozen}'}", size_of(sizes.pipeline_bytes)),
         (f"a checkpoint{'' if is_lora else f', without {frozen}'}", size_of(sizes.checkpoint_bytes)),
         ("a latents cache of all images", f"{sizes.latents_cache_bytes / GIB:.2f} GiB"),
         ("images", f"{num_images}"),

@@ -20,10 +20,10 @@ from vaerepa.weights import Tensors, with_weights, without_weights
 class Export(ABC):
     """Writes what is trained in the form that stock diffusers loads."""
 
-    how_to_load: ClassVar[str]
+    how_to_load: str
     ships_heads: ClassVar[bool]  # whether the alignment heads lie beside the result
     rank: int | None = None  # of a LoRA
-    tags: ClassVar[tuple[str, ...]] = ()  # of the model card
+    tags: tuple[str, ...] = ()  # of the model card
 
     @abstractmethod
     def write_frozen_parts(self) -> None:
@@ -88,28 +88,30 @@ class StockExport(Export):
 
 
 class LoRAExport(Export):
-    """The LoRA layers alone, for load_lora_weights or for peft.
+    """The layers of an adapter alone, for load_lora_weights or for peft.
 
     Args:
         pipeline_class: the stock pipeline that loads them.
         transformer: the transformer with the layers.
         rank: of the layers.
+        adapter: its kind.
     """
 
-    how_to_load, ships_heads = "is a LoRA; its README.md shows how to load it", False  # heads are larger than a LoRA
+    ships_heads = False  # heads are larger than a LoRA
 
-    tags = ("lora", LORA_TEMPLATE)
-
-    def __init__(self, pipeline_class: type[DiffusionPipeline], transformer: nn.Module, rank: int):
+    def __init__(self, pipeline_class: type[DiffusionPipeline], transformer: nn.Module, rank: int, adapter: str):
         self.pipeline_class = pipeline_class
         self.transformer = transformer
         self.rank = rank
+        self.adapter = adapter
+        self.how_to_load = f"is a {lora.NAMES[adapter]}; its README.md shows how to load it"
+        self.tags = (*(("lora",) if adapter == "dora" else ()), adapter, LORA_TEMPLATE)
 
     def write_frozen_parts(self) -> None:
         """Writes nothing: the base model is not ours."""
 
     def write(self, folder: Path, weights: Tensors) -> None:
-        lora.save_lora(folder, self.transformer, weights, self.pipeline_class)
+        lora.save_lora(folder, self.transformer, weights, self.pipeline_class, self.adapter)
 
     def parameters(self, transformer: nn.Module) -> Iterable[nn.Parameter]:
         return (parameter for parameter in transformer.parameters() if parameter.requires_grad)

@@ -103,7 +103,8 @@ _INSTEAD = {  # what to do in the place of several flags
     "--cache_text_embeddings and --latents_cache keep text encoders and VAE out of the step; --offload_ema "
     "the EMA.": "offload enable_model_cpu_offload lowvram",
     "--lora_layers names the layers.": "lora_blocks lora_unet_blocks",
-    "there is plain LoRA only.": "use_dora use_blora use_lora_bias gaussian_init_lora",
+    "--adapter dora trains a DoRA.": "use_dora",
+    "--adapter chooses among lora, dora, lokr and loha.": "use_blora use_lora_bias gaussian_init_lora network_module",
     "a LoRA is written as diffusers loads it.": "output_kohya_format",
     "--rank N trains a LoRA through peft.": "use_peft use_lora network_dim",
     "tokenizers are the pipeline's own.": "tokenizer_name",

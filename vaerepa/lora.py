@@ -1,15 +1,17 @@
-"""LoRA through peft: what trains instead of the whole transformer, and the file that stock pipelines load."""
+"""Adapters through peft, LoRA and its kin: what trains instead of the whole transformer, and the file that others load."""
 
 import difflib
 import json
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import peft
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -20,6 +22,8 @@ from vaerepa.families import Family
 from vaerepa.randomness import seeded_weights
 from vaerepa.weights import Tensors
 
+NAMES = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
+LYCORIS = {"lokr": LoKrConfig, "loha": LoHaConfig}  # which stock pipelines do not load, or not all
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that peft supports
 PEFT_PREFIX = "base_model.model."
 
@@ -34,6 +38,13 @@ class LoRAOptions:
         resume="fixed",
         above=0,
         goes_with="text_conditioning",
+    )
+    adapter: Literal["lora", "dora", "lokr", "loha"] = option(
+        "lora",
+        "What --rank trains: LoRA, DoRA (arXiv 2402.09353), or LoKr or LoHa of LyCORIS (arXiv 2309.14859). load_lora_weights "
+        "loads the first two, peft the others.",
+        resume="fixed",
+        goes_with="rank",
     )
     lora_alpha: int | None = option(
         None, "Alpha of the LoRA. Default: its rank.", resume="fixed", above=0, goes_with="rank"
@@ -51,7 +62,7 @@ class LoRAOptions:
 
 
 def add_lora(transformer: nn.Module, family: Family, options: LoRAOptions, seed: int) -> None:
-    """Freezes the transformer and adds LoRA layers of --rank to it, in place; these stay in float32.
+    """Freezes the transformer and adds an adapter of --rank to it, in place; its weights stay in float32.
 
     Raises:
         OptionError: --lora_layers names something that is no layer of the transformer.
@@ -59,21 +70,31 @@ def add_lora(transformer: nn.Module, family: Family, options: LoRAOptions, seed:
     transformer.requires_grad_(False)
     layers = [layer for names in options.lora_layers for layer in names.replace(",", " ").split()]
     check_layers(transformer, layers, family)
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.lora_alpha or options.rank,
-        lora_dropout=options.lora_dropout,
-        init_lora_weights="gaussian",
-        target_modules=layers or list(family.lora_layers),
-    )
+    config = adapter_config(options, layers or list(family.lora_layers))
     try:
         with seeded_weights(seed, "lora"):
             peft.inject_adapter_in_model(config, transformer)
     except ValueError as error:
         raise OptionError(
-            f"--lora_layers {' '.join(layers)}: no LoRA can be laid over all of these: {' '.join(str(error).split())}"
+            f"--lora_layers {' '.join(layers)}: no {NAMES[options.adapter]} can be laid over all of these: "
+            f"{' '.join(str(error).split())}"
         ) from error
     cast_training_params(transformer, torch.float32)
+
+
+def adapter_config(options: LoRAOptions, layers: list[str]) -> PeftConfig:
+    """peft's config of the adapter."""
+    alpha = options.lora_alpha or options.rank
+    if options.adapter in LYCORIS:
+        return LYCORIS[options.adapter](r=options.rank, alpha=alpha, target_modules=layers)
+    return LoraConfig(
+        r=options.rank,
+        lora_alpha=alpha,
+        lora_dropout=options.lora_dropout,
+        init_lora_weights="gaussian",
+        use_dora=options.adapter == "dora",
+        target_modules=layers,
+    )
 
 
 def check_layers(transformer: nn.Module, layers: list[str], family: Family) -> None:
@@ -97,22 +118,26 @@ def check_layers(transformer: nn.Module, layers: list[str], family: Family) -> N
         )
 
 
-def has_loader(pipeline_class: type[DiffusionPipeline]) -> bool:
-    """Whether the stock pipeline has load_lora_weights."""
-    return hasattr(pipeline_class, "save_lora_weights")
+def has_loader(pipeline_class: type[DiffusionPipeline], adapter: str) -> bool:
+    """Whether the stock pipeline loads such an adapter by load_lora_weights."""
+    return adapter not in LYCORIS and hasattr(pipeline_class, "save_lora_weights")
 
 
-def save_lora(folder: Path, transformer: nn.Module, weights: Tensors, pipeline_class: type[DiffusionPipeline]) -> None:
-    """Writes LoRA layers alone: for load_lora_weights, or as a peft adapter where the stock pipeline has no loader.
+def save_lora(
+    folder: Path, transformer: nn.Module, weights: Tensors, pipeline_class: type[DiffusionPipeline], adapter: str
+) -> None:
+    """Writes the adapter alone: for load_lora_weights, or as a peft adapter where the stock pipeline has no loader.
 
     Args:
-        transformer: the transformer over which they lie; its own weights are not read.
+        transformer: the transformer over which its layers lie; its own weights are not read.
         weights: those of the layers on the CPU, by their names in the transformer.
     """
     layers = get_peft_model_state_dict(transformer, state_dict=weights)
-    config = replace(transformer.peft_config["default"], lora_dropout=0.0)  # load_lora_weights would leave it at work
+    config = copy(transformer.peft_config["default"])
+    if isinstance(config, LoraConfig):
+        config.lora_dropout = 0.0  # load_lora_weights would leave it at work
     config.target_modules = sorted(config.target_modules)  # a set's order is the process' own
-    if has_loader(pipeline_class):
+    if has_loader(pipeline_class, adapter):
         pipeline_class.save_lora_weights(
             folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()
         )

@@ -2,7 +2,7 @@
 
 Never from rank, worker or micro-batch: so a restart needs no generator state to be exact, any number of processes sees
 the same steps, and two methods can be compared under the same noise. NVlabs/edm2 gets its exact resume the same way. The
-one exception is --lora_dropout: torch generates its masks, seeded by the first sample of each micro-batch.
+one exception is the dropout of a LoRA: torch generates its masks, seeded by the first sample of each micro-batch.
 """
 
 import hashlib

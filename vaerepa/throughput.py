@@ -92,6 +92,7 @@ class OneForward:
         """One through transformer and heads."""
 
         def forward() -> object:
+            self.transformer.eval()  # LoKr and LoHa look at random numbers in training, which the meta device has none of
             aligned = AlignedTransformer(
                 self.transformer,
                 self.family.blocks(self.transformer),

@@ -14,6 +14,7 @@ from vaerepa.ema import fraction_of_initial
 from vaerepa.errors import TrainingError
 from vaerepa.layout import all_checkpoints
 from vaerepa.logs import MetricsFile, get_logger
+from vaerepa.lora import NAMES
 from vaerepa.options import changed_options
 from vaerepa.training.setup import Setup
 from vaerepa.training.state import TrainingState
@@ -43,7 +44,11 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
     heads = sum(parameter.numel() for parameter in state.aligned_transformer.heads.parameters()) / 1e6
     logger.info(
         f"{options.pretrained_model_name_or_path or options.model}: {size:.2f} M parameters, "
-        + (f"of which a LoRA of rank {setup.export.rank} trains {trained:.2f} M, " if setup.export.rank else "")
+        + (
+            f"of which a {NAMES[options.adapter]} of rank {setup.export.rank} trains {trained:.2f} M, "
+            if setup.export.rank
+            else ""
+        )
         + f"alignment heads {heads:.2f} M, {setup.conditioning.summary}"
     )
     for alignment in state.alignments:
