@@ -84,7 +84,8 @@ def test_the_metadata_are_the_hubs(train):
     assert entry["results"][0]["metrics"][0]["value"] == result.metric_value
 
 
-def test_a_loras_card_is_found_and_loads_what_was_trained(tmp_path):
+@pytest.mark.parametrize("instance_prompt", [None, "a photo of sks dog"])
+def test_a_loras_card_is_found_and_loads_what_was_trained(instance_prompt, tmp_path):
     """In the Hub's gallery, by its base and family; from the base's revision and variant, in the precision of the run."""
     base = "stabilityai/stable-diffusion-3.5-medium"
     options = Options(
@@ -95,6 +96,7 @@ def test_a_loras_card_is_found_and_loads_what_was_trained(tmp_path):
         pretrained_model_name_or_path=base,
         revision="main-2",
         variant="fp16",
+        instance_prompt=instance_prompt,
         validation_prompts=("a cat", "two: dogs"),
     )
     facts = {
@@ -103,6 +105,7 @@ def test_a_loras_card_is_found_and_loads_what_was_trained(tmp_path):
         "task": "text-to-image",
         "tags": ("text-to-image", "sd3", "lora", "template:sd-lora"),
         "rank": 4,
+        "adapter": "LoRA",
         "pictures": [("a cat", "samples/latest/00.png"), ("two: dogs", "samples/latest/01.png")],
         "left_out": ("text_encoder_3", "tokenizer_3"),
         "dtype": "torch.bfloat16",
@@ -112,7 +115,8 @@ def test_a_loras_card_is_found_and_loads_what_was_trained(tmp_path):
     assert {"diffusers", "lora", "sd3", "template:sd-lora", "text-to-image"} <= set(card.data.tags)
     assert (card.data.base_model, card.data.base_model_relation) == (base, "adapter")
     fields = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
-    assert fields["instance_prompt"] is None
+    assert fields["instance_prompt"] == instance_prompt
+    assert (f"the prompt *{instance_prompt}*" in card.text) == (instance_prompt is not None)
     assert [(entry["text"], entry["output"]["url"]) for entry in fields["widget"]] == facts["pictures"]
     load = re.search(r"from_pretrained\((.*)\)", card.text)[1]
     arguments = {keyword.arg: keyword.value.value for keyword in ast.parse(f"f({load})").body[0].value.keywords[:-1]}

@@ -246,7 +246,7 @@ def test_values_of_several_methods_are_named(config):
         (["--frobnicate", "3", "--learning_rte", "1"], ["`--frobnicate`.", "`--learning_rte`; did you mean"]),
         (["--optimizer", "lion"], ["--optimizer", "one of adamw, muon, prodigy"]),
         (["--use_adafactor"], ["--optimizer is adamw"]),
-        (["--weighting_scheme", "none", "--instance-prompt", "a cat"], ["--timestep_sampling", "captions"]),
+        (["--weighting_scheme", "none", "--concepts-list", "a.json"], ["--timestep_sampling", "captions"]),
         (["--num_processes", "2", "--multi-gpu", "--local-rank=0"], ["num_processes", "multi-gpu", "rank", "launcher"]),
         (["--random_flip", "perhaps"], ["--random_flip: expected true or false", "--no_random_flip"]),
         (["--no_use_ema", "true"], ["`true` after --no_use_ema", "--use_ema turns it on"]),

@@ -37,6 +37,20 @@ def test_another_caption_of_an_image_is_taken_in_each_epoch(finetune, asked):
     assert 0.4 < sum(counts[caption] for caption in CAPTIONS) / counts.total() < 0.6
 
 
+@pytest.mark.parametrize("caches", [True, None])
+@pytest.mark.parametrize("captions", [{}, {"0": "a red cat"}])
+def test_images_without_a_caption_have_the_instance_prompt(captions, caches, finetune, asked, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in "0123":
+        Image.new("RGB", (16, 16), (60 * int(name), 0, 0)).save(folder / f"{name}.png")
+    for name, caption in captions.items():
+        (folder / f"{name}.txt").write_text(caption)
+    data = {"dataset_name": None, "train_data_dir": folder, "instance_prompt": "a photo of sks dog"}
+    finetune("pixart_alpha", **data, max_train_steps=1, proportion_empty_prompts=0.0, cache_text_embeddings=caches)
+    assert Counter(asked[0]) == {"a photo of sks dog": 8 - 2 * len(captions)} | dict.fromkeys(captions.values(), 2)
+
+
 def test_validation_images_have_their_first_caption(finetune, asked):
     finetune("pixart_alpha", max_train_steps=1, num_validation_samples=10)
     validation = [text for batch in asked[-2:] for text in batch]

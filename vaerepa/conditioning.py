@@ -234,7 +234,8 @@ class Captions(Conditioning):
 
     def evaluation_choices(self, options: MeasuringOptions, source: Source) -> list[str]:
         count, seed = options.num_eval_samples, options.seed
-        captions = [choose_caption(several, seed, i) for i, several in enumerate(source.captions())]
+        several = source.captions(options.instance_prompt)
+        captions = [choose_caption(one, seed, i) for i, one in enumerate(several)]
         return [captions[place] for place in balanced(count, len(captions), seed)]
 
     def evaluation_images(

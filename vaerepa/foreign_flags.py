@@ -28,8 +28,8 @@ _INSTEAD = {  # what to do in the place of several flags
     "--optimizer prodigy has what is their default in diffusers' scripts.": (
         "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
     ),
-    "captions come with the data: a column, or a .txt beside each image.": (
-        "instance_prompt instance_prompts concepts_list"
+    "captions come with the data, a column or a .txt beside each image; --instance_prompt is for those without.": (
+        "instance_prompts concepts_list"
     ),
     "the number of passes is --num_train_epochs, or --max_train_steps.": "repeats",
     "there is no prior preservation; images of the class can be put among the data, with captions of their own.": (

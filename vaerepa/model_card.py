@@ -37,10 +37,10 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
     Args:
         name: the repository, user/name, or the name of the run.
         facts: variables of the template beside the options; missing ones leave no empty heading. `classes` are the
-            names of the classes, `task` is CLASS_TASK (the default) or TEXT_TASK, `tags` are further tags, `rank` is that of a
-            LoRA, `validation_loss` is the exported weights' loss, `report` the newest of --eval_steps, `pipeline_class` is
-            the stock pipeline's name where it takes prompts, `pictures` are the captions and paths of samples, `left_out`
-            the parts that the pipeline does without, `dtype` is the one to load it in.
+            names of the classes, `task` is CLASS_TASK (the default) or TEXT_TASK, `tags` are further tags, `rank` and
+            `adapter` are those of a LoRA, `validation_loss` is the exported weights' loss, `report` the newest of
+            --eval_steps, `pipeline_class` is the stock pipeline's name where it takes prompts, `pictures` are the captions and
+            paths of samples, `left_out` the parts that the pipeline does without, `dtype` is the one to load it in.
     """
     metadata = card_metadata(options, name, facts)
     card = ModelCard.from_template(
@@ -55,8 +55,9 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         vae=plain(public_name(options.pretrained_vae_model_name_or_path or "")),
         text=_task(facts) == TEXT_TASK,
         max_sequence_length=options.max_sequence_length,
+        instance_prompt=plain(options.instance_prompt or ""),
         prompts=[plain(prompt) for prompt in options.validation_prompts],
-        prompt=json.dumps((*options.validation_prompts, "a prompt")[0]),
+        prompt=json.dumps((*options.validation_prompts, options.instance_prompt or "a prompt")[0]),
         negative_prompt=plain(options.negative_prompt),
         base_revision=plain(options.revision or "") if options.pretrained_model_name_or_path else "",
         load=_load_arguments(options, name, facts),
@@ -75,11 +76,12 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
 
 
 class CardData(ModelCardData):
-    """The Hub's fields, with an empty `instance_prompt` where its gallery of LoRAs asks for one."""
+    """The Hub's fields, with an `instance_prompt`, empty or not, where its gallery of LoRAs asks for one."""
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        return fields | {"instance_prompt": None} if LORA_TEMPLATE in fields["tags"] else fields
+        prompt = fields.pop("instance_prompt", None)
+        return fields | {"instance_prompt": prompt} if LORA_TEMPLATE in fields["tags"] else fields
 
 
 def card_metadata(options: Options, name: str, facts: dict[str, Any]) -> ModelCardData:
@@ -122,6 +124,7 @@ def card_metadata(options: Options, name: str, facts: dict[str, Any]) -> ModelCa
         datasets=_hub_names(options.dataset_name) or None,
         base_model=next(iter(_hub_names(base)), None) or next(iter(_hub_names(None if base else vae)), None),
         base_model_relation=("adapter" if facts.get("rank") else "finetune") if _hub_names(base) else None,
+        instance_prompt=options.instance_prompt,
         widget=[{"text": text, "output": {"url": url}} for text, url in facts.get("pictures", ())] or None,
         model_name=name,
         eval_results=results or None,

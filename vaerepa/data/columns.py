@@ -26,10 +26,12 @@ def find_columns(
     label_column: str | None,
     caption_column: str | None,
     by_caption: bool = False,
+    instance_prompt: str | None = None,
 ) -> Columns:
     """The columns to read: those given, or else those that features and names point to.
 
-    A column of moments or latents is taken before one of images, unless an image column is given.
+    A column of moments or latents is taken before one of images, unless an image column is given. With an instance prompt
+    there may be none of captions.
 
     Raises:
         OptionError: there is no such column, or none that can be found, or it holds something else.
@@ -40,11 +42,11 @@ def find_columns(
     if label is None and not by_caption:
         label = _find(features, "label_column", LABEL_NAMES, _is_label, lambda feature: isinstance(feature, ClassLabel))
     caption = caption or next(iter(_named(features, CAPTION_NAMES, _is_caption)), None)
-    if by_caption and caption is None:
+    if by_caption and caption is None and instance_prompt is None:
         raise OptionError(
             f"--caption_column is missing: none of the data set's columns ({', '.join(features)}) is clearly it. Name it; images "
             "in folders take their captions from a .txt of the same name beside each, or from a metadata.csv or "
-            "metadata.jsonl with file_name and text."
+            "metadata.jsonl with file_name and text. --instance_prompt gives one caption to all."
         )
     moments = next(iter(_named(features, MOMENTS_NAMES, _is_array)), None)
     if moments is not None and image_column is None:

@@ -232,7 +232,8 @@ class Feed:
 
     def _prompts_of(self, samples: Samples, trains: bool) -> list[str]:
         rows = zip(samples.captions, samples.numbers[DROP].tolist(), samples.sample_indices, strict=True)
-        return [choose_prompt(caption, drop, self.options.seed if trains else None, i) for caption, drop, i in rows]
+        seed, instance_prompt = self.options.seed if trains else None, self.options.instance_prompt
+        return [choose_prompt(caption, drop, seed, i, instance_prompt) for caption, drop, i in rows]
 
     def _to_device(self, samples: Samples) -> Samples:
         return samples.map_tensors(lambda tensor: tensor.to(self.accelerator.device, non_blocking=tensor.is_pinned()))

@@ -65,6 +65,7 @@ def open_data(options: FeedOptions) -> Sources:
         options.max_train_samples,
         options.seed,
         options.text_conditioning,
+        options.instance_prompt,
     )
     if sources.train.holds_latents and options.random_flip:
         raise OptionError("--random_flip: the data set holds latents, which cannot be flipped; leave it off.")
@@ -88,6 +89,7 @@ def open_sources(
     max_train_samples: int | None = None,
     seed: int = 0,
     by_caption: bool = False,
+    instance_prompt: str | None = None,
 ) -> Sources:
     """Opens a data set of the Hub, or a local folder or file, for streaming.
 
@@ -97,6 +99,7 @@ def open_sources(
         image_column, label_column, caption_column: None finds them by their features and usual names.
         max_train_samples: trains on so many rows, taken at random by `seed`.
         by_caption: captions are needed, and labels are not.
+        instance_prompt: caption of images without one; there may then be no column of them.
 
     Raises:
         OptionError: no such data set, split or column; columns of the wrong kind; no rows; labels out of range.
@@ -116,7 +119,7 @@ def open_sources(
         )
 
     features = collection.features[train_split]
-    columns = find_columns(features, image_column, label_column, caption_column, by_caption)
+    columns = find_columns(features, image_column, label_column, caption_column, by_caption, instance_prompt)
     train = _open_split(collection, train_split, columns)
     classes = Classes({})
     if not by_caption:

@@ -72,6 +72,12 @@ class DataOptions:
         "found from the features.",
         resume="content",
     )
+    instance_prompt: str | None = option(
+        None,
+        "Caption of images that have none, so that folders of images alone train too.",
+        resume="fixed",
+        goes_with="text_conditioning",
+    )
     max_train_samples: int | None = option(
         None, "Train on so many images, sampled by --seed. Default: on all.", resume="fixed", above=0
     )

@@ -136,11 +136,11 @@ class Source:
         """These rows without their images, for use with moments from the cache."""
         return Source(ConditionRows(self.storage), self.members)
 
-    def captions(self) -> Iterator[list[str]]:
-        """Yields the captions of each member, in the order of the rows."""
-        captions = self.storage.conditions.captions
+    def captions(self, instance_prompt: str | None = None) -> Iterator[list[str]]:
+        """Yields the captions of each member, in the order of the rows; of one without any the instance prompt."""
+        conditions = self.storage.conditions
         for index in np.flatnonzero(self.members).tolist():
-            yield all_captions(captions[index].as_py())
+            yield all_captions(conditions.row(index).caption, instance_prompt)
 
     def row(self, place: int) -> Row:
         """The member at a place among all; where the storage has random access."""
@@ -430,10 +430,10 @@ def stored_image(image: bytes | dict | None) -> dict | None:
     return image and {"bytes": image.get("bytes"), "path": image.get("path")}
 
 
-def all_captions(caption: str | list[str] | None) -> list[str]:
-    """The captions of a row, at least one; what is missing counts as an empty one."""
+def all_captions(caption: str | list[str] | None, instance_prompt: str | None = None) -> list[str]:
+    """The captions of a row, at least one; where one is missing or empty, the instance prompt, else an empty one."""
     several = caption if isinstance(caption, list) else [caption]
-    return [text or "" for text in several] or [""]
+    return [text or instance_prompt or "" for text in several or [""]]
 
 
 def arrays_of(column: pa.ChunkedArray) -> list[np.ndarray | None]:

@@ -1,6 +1,7 @@
 """Setup of a run: what it is made of, built before the first step."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,8 @@ def prepare_prompts(setup: Setup) -> None:
         encoder.to(accelerator.device, _half_precision(accelerator))
     if options.cache_text_embeddings:
         sources = (setup.sources.train, setup.sources.validation)
-        captions = {caption for source in sources if source for several in source.captions() for caption in several}
+        each = chain.from_iterable(source.captions(options.instance_prompt) for source in sources if source)
+        captions = set(chain.from_iterable(each))
         own = {"", options.negative_prompt, *options.validation_prompts}
         prompts.replace_encoders(Path(options.latents_cache or options.output_dir), captions | own, accelerator)
 
