@@ -368,6 +368,31 @@ def test_a_dry_run_of_an_adapter_counts_what_trains_in_half_precision(adapter, f
     assert f"| exported {adapter} | {4 * size / 2**20:.2f} MiB |" in dry_run
 
 
+@pytest.mark.parametrize(
+    ("family", "adapter"), [("sd3", "lora"), ("flux", "dora"), ("pixart_alpha", "lora"), ("z_image", "lokr")]
+)
+def test_a_lora_goes_on_from_another(family, adapter, finetune, refused, tmp_path):
+    """From the very weights, as a step of learning rate almost 0 shows."""
+    options = {"rank": 2, "adapter": adapter, "lora_alpha": 4, "max_train_steps": 1}
+    first = finetune(family, **options, learning_rate=1e-2, output_dir=tmp_path / "first")
+    options |= {"learning_rate": 1e-30, "pretrained_lora_model_name_or_path": first}
+    second = finetune(family, **options, output_dir=tmp_path / "second")
+    (file,) = first.glob("*.safetensors")
+    before, after = load_file(file), load_file(second / file.name)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    start = partial(finetune, family)
+    refused("--pretrained_lora_model_name_or_path", "--rank", start=start, **options | {"rank": 3})
+    refused("alpha 4, not 2", "--lora_alpha", start=start, **options | {"lora_alpha": None})
+
+
+def test_a_lora_of_other_layers_or_none_is_no_start(finetune, refused, tmp_path):
+    first = finetune("sd3", rank=2, lora_layers=["to_q"], max_train_steps=1, output_dir=tmp_path / "first")
+    for name, word in ((first, "--lora_layers"), (tmp_path / "nothing", "Expected a Hub id, a folder or a file")):
+        options = {"rank": 2, "pretrained_lora_model_name_or_path": name}
+        refused("--pretrained_lora_model_name_or_path", word, start=partial(finetune, "sd3"), **options)
+
+
 # ---- the card
 
 

@@ -185,7 +185,8 @@ def build_transformer(options: Options, components: Components) -> nn.Module:
         transformer = family.build_transformer(size, patch_size, spec, options.seed)
     check_capacity(options, family, transformer, downsampling_factor(vae))
     if options.rank:
-        lora.add_lora(transformer, family, options, options.seed)
+        kind = components.given.pipeline_class
+        lora.add_lora(transformer, family, kind, options, options.seed, options.cache_dir)
     return transformer
 
 

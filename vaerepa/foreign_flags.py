@@ -11,6 +11,7 @@ ALIASES = {  # the same meaning under another name
     "lora_target_modules": "lora_layers",
     "lr": "learning_rate",
     "max_train_epochs": "num_train_epochs",
+    "network_weights": "pretrained_lora_model_name_or_path",
     "non_ema_revision": "revision",
     "num_epochs": "num_train_epochs",
     "num_workers": "dataloader_num_workers",

@@ -12,20 +12,22 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
 from vaerepa.cli import option
 from vaerepa.errors import OptionError
 from vaerepa.families import Family
+from vaerepa.hub.reasons import UNREADABLE, why_unreadable
 from vaerepa.randomness import seeded_weights
 from vaerepa.weights import Tensors
 
 NAMES = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
 LYCORIS = {"lokr": LoKrConfig, "loha": LoHaConfig}  # which stock pipelines do not load, or not all
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that peft supports
-PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX, STOCK_PREFIX = "base_model.model.", "transformer."
+EXPECTED = "a Hub id, a folder or a file of a LoRA for this pipeline"
 
 
 @dataclass
@@ -59,13 +61,32 @@ class LoRAOptions:
         resume="fixed",
         goes_with="rank",
     )
+    pretrained_lora_model_name_or_path: str | None = option(
+        None,
+        "Hub id, folder or file of a LoRA to go on from, of the same --adapter, --rank, --lora_alpha and --lora_layers, in "
+        "any form that the stock pipeline's load_lora_weights reads.",
+        resume="fixed",
+        path="hub",
+        goes_with="rank",
+    )
 
 
-def add_lora(transformer: nn.Module, family: Family, options: LoRAOptions, seed: int) -> None:
+def add_lora(
+    transformer: nn.Module,
+    family: Family,
+    pipeline_class: type[DiffusionPipeline],
+    options: LoRAOptions,
+    seed: int,
+    cache_dir: str | None = None,
+) -> None:
     """Freezes the transformer and adds an adapter of --rank to it, in place; its weights stay in float32.
 
+    Args:
+        pipeline_class: stock pipeline that loads the adapter, also the one to go on from.
+
     Raises:
-        OptionError: --lora_layers names something that is no layer of the transformer.
+        OptionError: --lora_layers names something that is no layer of the transformer; there is no adapter to go on from, or
+            it does not fit.
     """
     transformer.requires_grad_(False)
     layers = [layer for names in options.lora_layers for layer in names.replace(",", " ").split()]
@@ -80,6 +101,8 @@ def add_lora(transformer: nn.Module, family: Family, options: LoRAOptions, seed:
             f"{' '.join(str(error).split())}"
         ) from error
     cast_training_params(transformer, torch.float32)
+    if options.pretrained_lora_model_name_or_path:
+        _load(transformer, pipeline_class, options, cache_dir)
 
 
 def adapter_config(options: LoRAOptions, layers: list[str]) -> PeftConfig:
@@ -116,6 +139,55 @@ def check_layers(transformer: nn.Module, layers: list[str], family: Family) -> N
         raise OptionError(
             f"--lora_layers {layer} {what}. {proposal}By default {' '.join(family.lora_layers)} are taken."
         )
+
+
+def _load(
+    transformer: nn.Module, pipeline_class: type[DiffusionPipeline], options: LoRAOptions, cache_dir: str | None
+) -> None:
+    """Gives the adapter the weights of --pretrained_lora_model_name_or_path.
+
+    Raises:
+        OptionError: it is not there, or of other layers, rank or alpha.
+    """
+    name, alpha = options.pretrained_lora_model_name_or_path, options.lora_alpha or options.rank
+    where = f"--pretrained_lora_model_name_or_path {name}"
+    try:
+        layers, alphas = _read(name, pipeline_class, options.adapter, cache_dir)
+    except UNREADABLE as error:
+        raise OptionError(f"{where} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
+    own = get_peft_model_state_dict(transformer)
+    there, here = ({key: tuple(tensor.shape) for key, tensor in part.items()} for part in (layers, own))
+    different = sorted(key for key, _ in there.items() ^ here.items())
+    if different:
+        key = different[0]
+        raise OptionError(
+            f"{where} has other weights: {key} is {there.get(key, 'missing')} there and {here.get(key, 'missing')} here. Give "
+            "the --adapter, --rank and --lora_layers that it was trained with."
+        )
+    if alphas - {alpha}:
+        trained = " and ".join(f"{one:g}" for one in sorted(alphas))
+        raise OptionError(f"{where} was trained with alpha {trained}, not {alpha}: give it as --lora_alpha.")
+    set_peft_model_state_dict(transformer, layers)
+
+
+def _read(
+    name: str, pipeline_class: type[DiffusionPipeline], adapter: str, cache_dir: str | None
+) -> tuple[dict[str, torch.Tensor], set[float]]:
+    """Weights of an adapter by peft's names, and the alphas of its layers; no alpha means the rank."""
+    if not has_loader(pipeline_class, adapter):
+        layers = load_peft_weights(name, device="cpu", cache_dir=cache_dir)
+        config = PeftConfig.from_pretrained(name, cache_dir=cache_dir)
+        alpha = config.lora_alpha if isinstance(config, LoraConfig) else config.alpha
+        return {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in layers.items()}, {alpha}
+    # alphas lie in the metadata, or with FLUX.1 also beside the weights
+    layers, *beside, metadata = pipeline_class.lora_state_dict(
+        name, return_alphas=True, return_lora_metadata=True, cache_dir=cache_dir
+    )
+    alphas = {float(alpha) for several in beside for alpha in (several or {}).values()}
+    known = (metadata or {}).get(f"{STOCK_PREFIX}lora_alpha")
+    alphas |= set() if known is None else {float(known)}
+    rank = max((tensor.shape[0] for key, tensor in layers.items() if "lora_A" in key), default=0)
+    return {key.removeprefix(STOCK_PREFIX): tensor for key, tensor in layers.items()}, alphas or {float(rank)}
 
 
 def has_loader(pipeline_class: type[DiffusionPipeline], adapter: str) -> bool:
