@@ -13,7 +13,7 @@ from tests.helpers_runs import PRETRAINED
 from tests.helpers_stock import picture_in_grid
 
 FROZEN = {"sd3_5": ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")}
-FROZEN |= dict.fromkeys(("pixart_alpha", "z_image", "flux2", "chroma"), ("vae", "text_encoder"))
+FROZEN |= dict.fromkeys(("pixart_alpha", "z_image", "flux2"), ("vae", "text_encoder"))
 FROZEN["flux"] = ("vae", "text_encoder", "text_encoder_2")
 
 

@@ -386,6 +386,21 @@ def test_a_lora_goes_on_from_another(family, adapter, finetune, refused, tmp_pat
     refused("alpha 4, not 2", "--lora_alpha", start=start, **options | {"lora_alpha": None})
 
 
+def test_a_lora_for_comfyui_has_the_alpha_of_each_layer(finetune, stock, pipelines, tmp_path):
+    """FLUX.1's loader in diffusers reads them too."""
+    options = {"rank": 2, "lora_alpha": 8, "lora_format": "comfyui", "learning_rate": 1e-2}
+    run = finetune("flux", **options, max_train_steps=2)
+    name = "comfyui_lora_weights.safetensors"
+    plain, with_alpha = load_file(run / "pytorch_lora_weights.safetensors"), load_file(run / name)
+    alphas = {f"{layer.split('.lora_')[0]}.alpha" for layer in plain}
+    assert with_alpha.keys() == plain.keys() | alphas
+    assert all(with_alpha[alpha] == 8 for alpha in alphas)
+    base = pipelines("flux")
+    before, after, same = stock.draw(tmp_path, (base, None), (base, run), (base, run / name))
+    assert (before != after).any()
+    assert (after == same).all()
+
+
 def test_a_lora_of_other_layers_or_none_is_no_start(finetune, refused, tmp_path):
     first = finetune("sd3", rank=2, lora_layers=["to_q"], max_train_steps=1, output_dir=tmp_path / "first")
     for name, word in ((first, "--lora_layers"), (tmp_path / "nothing", "Expected a Hub id, a folder or a file")):
@@ -429,6 +444,7 @@ def test_the_cards_code_runs_as_printed(family, adapter, finetune, stock, pipeli
         ({"adapter": "dora"}, ["--adapter goes with --rank"]),
         ({"rank": 2, "adapter": "lokr", "lora_dropout": 0.1}, ["--lora_dropout", "--adapter lokr"]),
         ({"rank": 2, "adapter": "dora", "compile": True}, ["--compile", "--adapter dora"]),
+        ({"rank": 2, "adapter": "dora", "lora_format": "comfyui"}, ["--lora_format comfyui", "not with dora"]),
         ({"resolution": 18}, ["--resolution 18 must be a multiple of 4"]),
         ({"resolution": 64}, ["images of 64 x 64 are too large", "48 pixels a side"]),
         ({"pretrained_vae_model_name_or_path": "{vae}"}, ["4 latent channels", "transformer 16"]),

@@ -57,6 +57,8 @@ def check_adapter(options: Options) -> None:
         raise OptionError(
             f"--compile does not go with --adapter {options.adapter}: peft's layers of it do not compile."
         )
+    if options.lora_format == "comfyui" and options.adapter != "lora":
+        raise OptionError(f"--lora_format comfyui goes with --adapter lora, not with {options.adapter}.")
 
 
 def check_head_guidance(options: Options) -> None:

@@ -93,25 +93,24 @@ class LoRAExport(Export):
     Args:
         pipeline_class: the stock pipeline that loads them.
         transformer: the transformer with the layers.
-        rank: of the layers.
-        adapter: its kind.
+        options: its rank, kind and format.
     """
 
     ships_heads = False  # heads are larger than a LoRA
 
-    def __init__(self, pipeline_class: type[DiffusionPipeline], transformer: nn.Module, rank: int, adapter: str):
+    def __init__(self, pipeline_class: type[DiffusionPipeline], transformer: nn.Module, options: lora.LoRAOptions):
         self.pipeline_class = pipeline_class
         self.transformer = transformer
-        self.rank = rank
-        self.adapter = adapter
-        self.how_to_load = f"is a {lora.NAMES[adapter]}; its README.md shows how to load it"
-        self.tags = (*(("lora",) if adapter == "dora" else ()), adapter, LORA_TEMPLATE)
+        self.options = options
+        self.rank = options.rank
+        self.how_to_load = f"is a {lora.NAMES[options.adapter]}; its README.md shows how to load it"
+        self.tags = (*(("lora",) if options.adapter == "dora" else ()), options.adapter, LORA_TEMPLATE)
 
     def write_frozen_parts(self) -> None:
         """Writes nothing: the base model is not ours."""
 
     def write(self, folder: Path, weights: Tensors) -> None:
-        lora.save_lora(folder, self.transformer, weights, self.pipeline_class, self.adapter)
+        lora.save_lora(folder, self.transformer, weights, self.pipeline_class, self.options)
 
     def parameters(self, transformer: nn.Module) -> Iterable[nn.Parameter]:
         return (parameter for parameter in transformer.parameters() if parameter.requires_grad)

@@ -106,7 +106,7 @@ _INSTEAD = {  # what to do in the place of several flags
     "--lora_layers names the layers.": "lora_blocks lora_unet_blocks",
     "--adapter dora trains a DoRA.": "use_dora",
     "--adapter chooses among lora, dora, lokr and loha.": "use_blora use_lora_bias gaussian_init_lora network_module",
-    "a LoRA is written as diffusers loads it.": "output_kohya_format",
+    "a LoRA is written as diffusers loads it; --lora_format comfyui adds a file for ComfyUI.": "output_kohya_format",
     "--rank N trains a LoRA through peft.": "use_peft use_lora network_dim",
     "tokenizers are the pipeline's own.": "tokenizer_name",
     "--model names a preset, or is `custom`.": "model_config_name_or_path",

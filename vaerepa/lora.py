@@ -61,6 +61,11 @@ class LoRAOptions:
         resume="fixed",
         goes_with="rank",
     )
+    lora_format: Literal["diffusers", "comfyui"] = option(
+        "diffusers",
+        "comfyui adds comfyui_lora_weights.safetensors, with the alpha of each layer beside its weights.",
+        goes_with="rank",
+    )
     pretrained_lora_model_name_or_path: str | None = option(
         None,
         "Hub id, folder or file of a LoRA to go on from, of the same --adapter, --rank, --lora_alpha and --lora_layers, in "
@@ -196,7 +201,11 @@ def has_loader(pipeline_class: type[DiffusionPipeline], adapter: str) -> bool:
 
 
 def save_lora(
-    folder: Path, transformer: nn.Module, weights: Tensors, pipeline_class: type[DiffusionPipeline], adapter: str
+    folder: Path,
+    transformer: nn.Module,
+    weights: Tensors,
+    pipeline_class: type[DiffusionPipeline],
+    options: LoRAOptions,
 ) -> None:
     """Writes the adapter alone: for load_lora_weights, or as a peft adapter where the stock pipeline has no loader.
 
@@ -209,14 +218,19 @@ def save_lora(
     if isinstance(config, LoraConfig):
         config.lora_dropout = 0.0  # load_lora_weights would leave it at work
     config.target_modules = sorted(config.target_modules)  # a set's order is the process' own
-    if has_loader(pipeline_class, adapter):
+    prefix = STOCK_PREFIX if has_loader(pipeline_class, options.adapter) else PEFT_PREFIX
+    if prefix == STOCK_PREFIX:
         pipeline_class.save_lora_weights(
             folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()
         )
         _sort_metadata(folder / "pytorch_lora_weights.safetensors")
     else:
-        save_file({PEFT_PREFIX + name: tensor for name, tensor in layers.items()}, folder / "adapter_model.safetensors")
+        save_file({prefix + name: tensor for name, tensor in layers.items()}, folder / "adapter_model.safetensors")
         config.save_pretrained(folder)
+    if options.lora_format == "comfyui":  # it reads these names, and alpha as a tensor of each layer
+        alphas = {f"{name.partition('.lora_')[0]}.alpha": torch.tensor(float(config.lora_alpha)) for name in layers}
+        named = {prefix + name: tensor for name, tensor in (layers | alphas).items()}
+        save_file(named, folder / "comfyui_lora_weights.safetensors")
 
 
 def _sort_metadata(file: Path) -> None:

@@ -158,7 +158,7 @@ def build_conditioning(
     frozen_parts = {"vae": vae, **components.given.text_components}
     export = StockExport(output_dir, family, pipeline, frozen_parts)
     if options.rank:
-        export = LoRAExport(type(pipeline), transformer, options.rank, options.adapter)
+        export = LoRAExport(type(pipeline), transformer, options)
     length = options.max_sequence_length or family.max_sequence_length
     prompts = Prompts(family, pipeline, length, accelerator.device)
     factor = downsampling_factor(vae)
