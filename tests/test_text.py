@@ -453,6 +453,7 @@ def test_the_cards_code_runs_as_printed(family, adapter, finetune, stock, pipeli
         ({"caption_column": "image"}, ["--caption_column image holds", "expected text"]),
         ({"pretrained_text_encoder_model_name_or_path": "{vae}"}, ["has its own text encoders"]),
         ({"snr_gamma": 5.0}, ["--snr_gamma weights the ddpm objective"]),
+        ({"pretrained_model_name_or_path": "{flux}", "negative_prompt": "blur"}, ["--negative_prompt", "FLUX.1"]),
         ({"model": "MMDiT-M/2", "pretrained_model_name_or_path": None}, ["needs text encoders"]),
         ({"model": "SiT-B/2", "pretrained_model_name_or_path": None}, ["is conditioned on class labels", "MMDiT-"]),
         ({"model": "MMDiT-M/3", "pretrained_model_name_or_path": None}, ["needs text encoders"]),
@@ -470,7 +471,7 @@ def test_the_cards_code_runs_as_printed(family, adapter, finetune, stock, pipeli
 def test_options_that_do_not_fit_a_text_model_are_refused(
     options, words, finetune, refused, data, vae, pipelines, tmp_path
 ):
-    folders = {"{nothing}": tmp_path / "nothing", "{classes}": data, "{vae}": vae}
+    folders = {"{nothing}": tmp_path / "nothing", "{classes}": data, "{vae}": vae, "{flux}": pipelines("flux")}
     for name, change in (
         ("sana", {"_class_name": "SanaPipeline"}),
         ("without_clip", {"tokenizer_2": [None, None], "text_encoder_2": [None, None]}),

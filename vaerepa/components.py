@@ -49,7 +49,10 @@ def open_components(options: Options) -> Components:
     Raises:
         OptionError: one of them does not exist, or does not fit the options.
     """
-    family, given, heads = family_of(options), open_pretrained(options), None
+    family = family_of(options)
+    if options.negative_prompt and not family.takes_negative_prompts:
+        raise OptionError(f"--negative_prompt: {family.name} is guided without one; leave it out.")
+    given, heads = open_pretrained(options), None
     if options.pretrained_model_name_or_path:
         heads = load_heads(options.pretrained_model_name_or_path, options.revision, options.cache_dir)
     vae, sources = open_vae_and_data(options, family)

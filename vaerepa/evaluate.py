@@ -335,6 +335,8 @@ def open_texts(
             raise OptionError(f"--{flag} goes with class-conditional flows; this pipeline has its own scheduler.")
     if args.label_sampling:
         raise OptionError("--label_sampling goes with class-conditional pipelines; this one generates by prompts.")
+    if args.negative_prompt and not family.takes_negative_prompts:
+        raise OptionError(f"--negative_prompt: {family.name} is guided without one; leave it out.")
     size = pipeline.transformer.config.get("sample_size")
     resolution = args.resolution or (size and size * downsampling_factor(pipeline.vae))
     if resolution is None:

@@ -24,6 +24,7 @@ class Flux(TextFamily):
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     knows_shift = True
     max_sequence_length = 512  # of T5, whose padding is not masked
+    takes_negative_prompts = False  # the embedded scale guides
     lora_layers = (
         "attn.to_k",
         "attn.to_q",
@@ -133,7 +134,7 @@ class Flux(TextFamily):
         }
 
     def pipeline_inputs(self, condition: Condition, negative: Condition, guidance_scale: float) -> dict[str, Any]:
-        """Arguments of the stock pipeline's call for encoded prompts; the embedded scale guides, without negative prompts."""
+        """Arguments of the stock pipeline's call for encoded prompts, with the scale that it embeds."""
         return {**self.prompt_inputs(condition), **self.call_options, self.guidance_argument: guidance_scale}
 
     def example_condition(self, transformer: nn.Module, length: int, device: torch.device) -> Condition:
@@ -151,7 +152,8 @@ class Chroma(Flux):
     tags = ("chroma",)
     pipelines = ("ChromaPipeline",)
     text_components = ("tokenizer", "text_encoder")
-    pipeline_inputs = TextFamily.pipeline_inputs  # guided away from negative prompts
+    takes_negative_prompts = True
+    pipeline_inputs = TextFamily.pipeline_inputs
 
     def to_training_form(self, transformer: nn.Module) -> nn.Module:
         transformer.register_forward_pre_hook(_keep_mask, with_kwargs=True)

@@ -20,6 +20,7 @@ class TextFamily(Family):
     max_sequence_length: ClassVar[int]  # the stock pipeline's default
     call_options: ClassVar[dict[str, Any]] = {"prompt": None}  # of the stock call, where prompts are encoded already
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the stock call: scale of classifier-free guidance
+    takes_negative_prompts: ClassVar[bool] = True  # what that guidance leads away from
 
     @abstractmethod
     def predict(
