@@ -184,7 +184,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, upl
     validated_step = None
     with profiling as profile_step, StopRequest(accelerator.num_processes) as stop:
         first, last = state.step * batch_size, setup.max_train_steps * batch_size
-        micro_batches = stop.together(setup.feed.training_batches(setup.numbers, first, last))
+        micro_batches = setup.feed.training_batches(setup.numbers, first, last, stop.together)
         micro_batches = monitor.stopwatch.waiting_for(micro_batches)
         if state.step == 0:  # what cannot be plotted now could not be later
             plot_grid(setup, state)

@@ -2,22 +2,28 @@
 
     torchrun --nproc-per-node=2 -m tests.helpers_processes RUNS.json
 
-RUNS.json lists runs by `arguments`, the command line of `module`; `double` has one computed in double precision, and
-`elsewhere` gives the second process an output folder that the first does not see.
+RUNS.json lists runs by `arguments`, the command line of `module`; `double` has one computed in double precision,
+`elsewhere` gives the second process an output folder that the first does not see, `stop` sends it SIGTERM after that step, and
+`unread` lets it read no sample from that index on.
 """
 
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState
 
+from vaerepa.data import SampleReader
+from vaerepa.errors import DataError
 from vaerepa.families import dit
+from vaerepa.training.state import TrainingState
 
 
 @contextmanager
@@ -40,6 +46,29 @@ def double_precision() -> Iterator[None]:
         dit.initialize = initialize
 
 
+@contextmanager
+def fault(kind: str, at: int) -> Iterator[None]:
+    """A signal after a step, or data that cannot be read from a sample on."""
+    end_alignments, read_sample = TrainingState.end_alignments, SampleReader._read_sample
+
+    def stop(state):  # after each step
+        end_alignments(state)
+        if state.step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def refuse(reader, rows, sample_index):
+        if sample_index >= at:
+            raise DataError("the disk is gone")
+        return read_sample(reader, rows, sample_index)
+
+    target, name, replacement = {
+        "stop": (TrainingState, "end_alignments", stop),
+        "unread": (SampleReader, "_read_sample", refuse),
+    }[kind]
+    with patch.object(target, name, replacement):
+        yield
+
+
 def main(runs: list[dict]) -> None:
     """Makes the runs; each must end with the exit code that it names, or 0."""
     for run in runs:
@@ -47,7 +76,8 @@ def main(runs: list[dict]) -> None:
         if run.get("elsewhere") and os.environ["RANK"] == "1":
             arguments[arguments.index("--output_dir") + 1] += "-elsewhere"
         AcceleratorState._reset_state(True)
-        with double_precision() if run.get("double") else nullcontext():
+        faults = [(kind, run[kind]) for kind in ("stop", "unread") if kind in run and os.environ["RANK"] == "1"]
+        with double_precision() if run.get("double") else nullcontext(), fault(*faults[0]) if faults else nullcontext():
             code = importlib.import_module(run["module"]).main(arguments)
         assert code == run.get("code", 0), (code, run)
 

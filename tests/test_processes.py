@@ -26,6 +26,7 @@ from tests.helpers_runs import (
 )
 from vaerepa import evaluate
 from vaerepa.evaluation.samples import read_pixels
+from vaerepa.layout import all_checkpoints, step_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REPA = {"alignment": "repa", "alignment_encoder": "dinov2", "alignment_width": 64, "max_train_steps": 12}
@@ -87,7 +88,7 @@ def two_processes(line_of, tuning, rectangles, flow_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
 
     def training(name: str, **more) -> dict:
-        keys = ("double", "code", "elsewhere")
+        keys = ("double", "code", "elsewhere", "stop", "unread")
         options = {key: value for key, value in more.items() if key not in keys}
         given = {key: more[key] for key in keys if key in more}
         return {"module": "train_vaerepa", "arguments": line_of(folder / name, **options), **given}
@@ -102,7 +103,11 @@ def two_processes(line_of, tuning, rectangles, flow_pipeline, tmp_path_factory):
     first += restart(5)
     first.append(training("heads", alignment_stop_step=2, max_train_steps=5, checkpointing_steps=1))
     first.append({"module": "vaerepa.evaluate", "arguments": sampling(flow_pipeline, folder / "samples", batch_size=3)})
+    whole = RESTARTS["plain"] | {"max_train_steps": STEPS, "resume_from_checkpoint": "latest"}
+    first.append(training("stopped", **whole, stop=3))
+    first.append(training("unread", **whole | {"dataloader_num_workers": 0}, unread=5 * 8, code=1))
     then = [*restart(9), *restart(STEPS)]  # by other processes
+    then += [training("stopped", **whole), training("unread", **whole)]
     then.append(training("not-shared", elsewhere=True, code=2))
     printed = ""
     for number, runs in enumerate((first, then)):
@@ -150,6 +155,18 @@ def test_restarts_are_exact_on_two_processes(two_processes, case):
     assert_same_end(folder / f"whole-{case}", folder / f"pieces-{case}", STEPS)
     if case == "cache":
         assert set(rows_in(folder / "pieces-cache-cache")) == set(range(40))
+
+
+@pytest.mark.parametrize("case", ["stopped", "unread"])
+def test_what_befalls_one_process_ends_both_after_the_same_step(two_processes, case):
+    folder, printed = two_processes
+    # a signal after step 3 is heard while step 4 is taken; of 8 samples a step those of the sixth cannot be read
+    end = {"stopped": 4, "unread": 5}[case]
+    assert [step_of(checkpoint) for checkpoint in all_checkpoints(folder / case)] == [end, STEPS]
+    assert {"stopped": "stopped by another process after step 4", "unread": "another process cannot read"}[
+        case
+    ] in printed
+    assert_same_end(folder / "whole-plain", folder / case, STEPS)
 
 
 def test_the_head_leaves_on_two_processes_when_alignment_stops(two_processes):

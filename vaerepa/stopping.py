@@ -4,7 +4,7 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cache
 from types import FrameType
@@ -30,6 +30,7 @@ class StopRequest:
     """Listens, as a context, for signals and for the death of the launcher; a second SIGINT interrupts at once.
 
     accelerate launch on one device does not forward signals: it dies, and its trainer finds itself with another parent.
+    Several processes agree while they train: what one of them asks is read a step later, when all have long heard of it.
     """
 
     def __init__(self, num_processes: int):
@@ -40,6 +41,7 @@ class StopRequest:
         # a group on the CPU: to agree costs no synchronisation with a GPU
         patience = timedelta(seconds=PATIENCE)
         self._group = torch.distributed.new_group(backend="gloo", timeout=patience) if num_processes > 1 else None
+        self._asked = self._tell_all(False) if num_processes > 1 else None
 
     def __enter__(self) -> "StopRequest":
         # nohup has SIGHUP ignored
@@ -52,39 +54,55 @@ class StopRequest:
             signal.signal(number, handler)
 
     def is_agreed(self) -> bool:
-        """Whether any process was asked to stop; every process must call it after the same step."""
+        """Whether any process was asked to stop, of several before the last step; every process must call it after each step."""
         if self._has_launcher and os.getppid() != self._parent:
             self.reason = self.reason or "the death of its launcher"
-        asked = self._any(self.reason is not None)
-        if asked and self.reason is None:
+        if self._group is None:
+            return self.reason is not None
+        asked_before, self._asked = self._asked, self._tell_all(self.reason is not None)
+        is_asked = asked_before()
+        if is_asked and self.reason is None:
             self.reason = "another process"
-        return asked
+        return is_asked
 
     def together(self, micro_batches: Iterator[list]) -> Iterator[list]:
-        """Yields the micro-batches, as long as every process could read its next one.
+        """Yields the micro-batches, as long as every process could read its next one; several processes read one ahead.
 
         Raises:
             DataError: a process could not read its micro-batch; raised on every process, before any of them computes.
         """
+        if self._group is None:
+            yield from micro_batches
+            return
+        upcoming = self._read(micro_batches)
         while True:
-            micro_batch, error = None, None
-            try:
-                micro_batch = next(micro_batches, None)
-            except DataError as failed:
-                error = failed
-            if self._any(error is not None):
+            micro_batch, error, has_any_failed = upcoming
+            if has_any_failed():
                 raise error or DataError("another process cannot read its data.")
             if micro_batch is None:
                 return
+            upcoming = self._read(micro_batches)
             yield micro_batch
 
-    def _any(self, flag: bool) -> bool:
-        """Whether the flag of any process is set."""
-        if self._group is None:
-            return flag
+    def _read(self, micro_batches: Iterator[list]) -> tuple[list | None, DataError | None, Callable[[], bool]]:
+        """The next micro-batch, None at the end; the error in its place; and whether any process has one."""
+        micro_batch, error = None, None
+        try:
+            micro_batch = next(micro_batches, None)
+        except DataError as failed:
+            error = failed
+        return micro_batch, error, self._tell_all(error is not None)
+
+    def _tell_all(self, flag: bool) -> Callable[[], bool]:
+        """Begins to tell all processes; returns a function that waits for theirs, and says whether any flag is set."""
         flags = torch.tensor(int(flag))
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self._group)
-        return bool(flags)
+        work = torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def any_flag() -> bool:
+            work.wait()
+            return bool(flags)
+
+        return any_flag
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == "SIGINT":

@@ -1,6 +1,6 @@
 """Samples as they are read, and batches for a training step; each holds samples whose latents have one shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -88,6 +88,7 @@ class Batch(_Tensors):
             transformer is conditioned on labels.
         pixel_values: the images behind the latents, uint8, shape (B, 3, H, W); None where no alignment method reads them.
         vision_features: those of these images, shape (B, z, h', w'); None where no alignment method reads them.
+        skipped: rows that some of these samples replace.
     """
 
     sample_indices: list[int]
@@ -101,3 +102,11 @@ class Batch(_Tensors):
     text: dict[str, Any] | None = None
     pixel_values: torch.Tensor | None = None
     vision_features: torch.Tensor | None = None
+    skipped: Sequence[SkippedRow] = ()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; a GPU fetches it from pinned memory, and the host does not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -4,7 +4,7 @@ It joins `reading` (rows, pixels, random numbers), `encoding` (VAE, vision encod
 is conditioned on captions, `prompts`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from vaerepa.alignment.vision_encoder import VisionEncoder
-from vaerepa.data.batch import Batch, Samples, Shape, SkippedRow
+from vaerepa.data.batch import Batch, Samples, Shape, SkippedRow, to_device
 from vaerepa.data.buckets import parse_buckets
 from vaerepa.data.encoding import Encoding
 from vaerepa.data.latents_cache import FEATURES, MOMENTS, LatentsCache, open_cache, rounded
@@ -93,10 +93,20 @@ class Feed:
             for samples in map(self._to_device, micro_batch):
                 yield self._latents_of(samples, self._encode(samples))
 
-    def training_batches(self, numbers: Numbers, first: int, last: int) -> Iterator[list[Batch]]:
+    def training_batches(
+        self,
+        numbers: Numbers,
+        first: int,
+        last: int,
+        together: Callable[[Iterator[list[Samples]]], Iterator[list[Samples]]] = iter,
+    ) -> Iterator[list[Batch]]:
         """Yields this process's micro-batches of the samples `first` to `last`, each a list of batches, one for each shape.
 
-        Until the cache holds every image it is written along the way, and reloaded at the end of each epoch.
+        Until the cache holds every image it is written along the way, and reloaded at the end of each epoch. Skipped images
+        are counted with the micro-batch that they are missing from, however far ahead it was read.
+
+        Args:
+            together: passes on what is read as long as every process can read, see `StopRequest.together`.
         """
         epoch, batch_size = len(self.source), self.options.global_batch_size
         while first < last:
@@ -104,7 +114,11 @@ class Feed:
             end_of_epoch = -(-(first // epoch + 1) * epoch // batch_size) * batch_size
             end = min(last, end_of_epoch) if writes else last
             read = self._read(self.source, numbers, self.options.train_batch_size, first, end, self.cache)
-            yield from self._ahead(self._batches(micro_batch, trains=True) for micro_batch in read)
+            ahead = self._ahead(self._batches(samples, trains=True) for samples in together(read))
+            for micro_batch in ahead:
+                for batch in micro_batch:
+                    self._count_skipped(batch.skipped)
+                yield micro_batch
             if writes:
                 self.reload_cache()
             first = end
@@ -134,7 +148,7 @@ class Feed:
         read = self._read(self.source, no_numbers, self.options.train_batch_size, 0, len(self.source), self.cache)
         for micro_batch in read:
             for samples in micro_batch:
-                self._count_skipped(samples)
+                self._count_skipped(samples.skipped)
                 self._encode(self._to_device(samples), self.cache, with_features=True)
             yield sum(map(len, micro_batch))
 
@@ -203,12 +217,10 @@ class Feed:
         return replace(batch, drop=torch.ones_like(batch.drop), text=text)
 
     def _batches(self, micro_batch: list[Samples], trains: bool) -> list[Batch]:
-        """Batches of a micro-batch; validation images are neither counted as skipped nor cached."""
+        """Batches of a micro-batch; validation images are not cached."""
         size = sum(map(len, micro_batch))
         batches = []
         for samples in micro_batch:
-            if trains:
-                self._count_skipped(samples)
             text = None if self.prompts is None else self.prompts.condition(self._prompts_of(samples, trains))
             samples = self._to_device(samples)
             encoded = self._encode(samples, self.cache if trains else None, with_features=trains)
@@ -226,6 +238,7 @@ class Feed:
                     text=text,
                     pixel_values=samples.pixel_values if PIXELS in self.needs and trains else None,
                     vision_features=encoded.get(FEATURES) if FEATURES in self.needs else None,
+                    skipped=samples.skipped,
                 )
             )
         return batches
@@ -236,7 +249,7 @@ class Feed:
         return [choose_prompt(caption, drop, seed, i, instance_prompt) for caption, drop, i in rows]
 
     def _to_device(self, samples: Samples) -> Samples:
-        return samples.map_tensors(lambda tensor: tensor.to(self.accelerator.device, non_blocking=tensor.is_pinned()))
+        return samples.map_tensors(lambda tensor: to_device(tensor, self.accelerator.device))
 
     def _encode(
         self, samples: Samples, cache: LatentsCache | None = None, with_features: bool = False
@@ -255,14 +268,13 @@ class Feed:
             cache.add_samples(samples, encoded, mirrored)
         if not at_hand:
             return encoded
-        has_moments = torch.tensor(samples.has_moments, device=pixels.device)
-        return {kind: _merge(has_moments, at_hand[kind], encoded[kind]) for kind in encoded if kind in at_hand}
+        return {kind: _merge(samples.has_moments, at_hand[kind], encoded[kind]) for kind in encoded if kind in at_hand}
 
     def _latents_of(self, samples: Samples, encoded: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.encoding.sample_latents(encoded[MOMENTS], samples.numbers.get(POSTERIOR))
 
-    def _count_skipped(self, samples: Samples) -> None:
-        for row in samples.skipped:
+    def _count_skipped(self, skipped: Iterable[SkippedRow]) -> None:
+        for row in skipped:
             self.num_skipped += 1
             self.first_skipped = self.first_skipped or row
             if self.num_skipped <= MAX_NAMED_IMAGES:
@@ -305,8 +317,10 @@ class Feed:
             )
 
 
-def _merge(is_kept: torch.Tensor, kept: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
-    """One tensor of all samples: `kept` of those that `is_kept` (B,) marks, `encoded` of the others."""
+def _merge(is_kept: list[bool], kept: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
+    """One tensor of all B samples: `kept` of those that `is_kept` marks, `encoded` of the others."""
     merged = encoded.new_empty(len(is_kept), *encoded.shape[1:])
-    merged[is_kept], merged[~is_kept] = kept.to(encoded.dtype), encoded
+    marked = torch.tensor(is_kept)
+    for is_one, values in ((marked, kept.to(encoded.dtype)), (~marked, encoded)):
+        merged.index_copy_(0, to_device(is_one.nonzero().flatten(), encoded.device), values)
     return merged
