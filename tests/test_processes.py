@@ -102,6 +102,11 @@ def two_processes(line_of, tuning, rectangles, flow_pipeline, tmp_path_factory):
     first += [training(f"whole-{name}", **options | {"max_train_steps": STEPS}) for name, options in RESTARTS.items()]
     first += restart(5)
     first.append(training("heads", alignment_stop_step=2, max_train_steps=5, checkpointing_steps=1))
+    for rule, code in (("continue", 0), ("stop", 1)):
+        (folder / f"fails-{rule}").mkdir()
+        (folder / f"fails-{rule}/.checkpoint-2.unfinished").touch()  # a file where the folder should be made
+        options = {"checkpoint_failure": rule, "checkpointing_steps": 2, "max_train_steps": 6}
+        first.append(training(f"fails-{rule}", **options, code=code))
     first.append({"module": "vaerepa.evaluate", "arguments": sampling(flow_pipeline, folder / "samples", batch_size=3)})
     whole = RESTARTS["plain"] | {"max_train_steps": STEPS, "resume_from_checkpoint": "latest"}
     first.append(training("stopped", **whole, stop=3))
@@ -175,6 +180,14 @@ def test_the_head_leaves_on_two_processes_when_alignment_stops(two_processes):
     trained = [any(name.startswith("state/optimizer/heads.") for name in tensors_of(run, step)) for step in range(1, 6)]
     assert held == trained == [True, False, False, False, False]
     assert [line["step"] for line in read_metrics(run, "train/alignment_loss_vae")] == [1, 2]
+
+
+def test_two_processes_agree_on_a_save_that_fails(two_processes):
+    folder, printed = two_processes
+    kept = {rule: [path.name for path in all_checkpoints(folder / f"fails-{rule}")] for rule in ("continue", "stop")}
+    assert kept == {"continue": ["checkpoint-4", "checkpoint-6"], "stop": []}
+    assert read_metrics(folder / "fails-stop", "train/loss")[-1]["step"] <= 4
+    assert "Training goes on and tries again in 2 steps" in printed
 
 
 def test_two_processes_generate_what_one_generates(two_processes, flow_pipeline, tmp_path):

@@ -1,6 +1,7 @@
 """Training state: everything that steps change, and how checkpoints save and load it."""
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -159,14 +160,14 @@ class TrainingState:
 
     # ---- checkpoints
 
-    def snapshot(self) -> Callable[[], Path] | None:
+    def snapshot(self) -> Callable[[threading.Event], Path] | None:
         """Copies all that checkpoint-N holds to host memory; every process must call it.
 
         The copies of the snapshot before are overwritten: whatever wrote it must have ended.
 
         Returns:
-            On the main process the function that writes the checkpoint and returns its folder, in any thread, while training
-            goes on; it raises CheckpointError if it cannot. None elsewhere.
+            On the main process a function for any thread, which writes the checkpoint while training goes on, see
+            `checkpoints.save`; None elsewhere. The event that it takes, once set, has it give up.
         """
         setup, options, accelerator = self.setup, self.setup.options, self.setup.accelerator
         # collectives first, on all processes
