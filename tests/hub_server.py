@@ -1,7 +1,7 @@
 """A Hub on 127.0.0.1 for the tests: the endpoints that huggingface_hub uses to read and write repositories, with LFS.
 
 Repositories live in memory. `stop` ends it as a kill would, cutting every connection; `start` brings it back on the same
-port with what it held. `fail` makes the next requests fail, by a status or by a cut in the middle.
+port with what it held. `fail` makes the next requests fail, by a status or by a cut in the middle of request or answer.
 """
 
 import base64
@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 CUT = "cut"  # instead of a status: the connection ends after half of the request's body
+CUT_ANSWER = "cut answer"  # the connection ends after half of the answer's body
 ZERO = "0" * 40
 
 
@@ -218,7 +219,8 @@ class Handler(BaseHTTPRequestHandler):
         with hub.lock:
             hub.requests.append((self.command, self.path, self.body))
             try:
-                if fault:
+                self.is_cut = bool(fault and fault.what == CUT_ANSWER)
+                if fault and not self.is_cut:
                     raise RefusedError(fault.what, message="a fault of the test")
                 for method, pattern, action in ROUTES:
                     match = re.fullmatch(pattern, parts.path)
@@ -258,7 +260,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if self.is_cut else content)
+        if self.is_cut:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
 
     def send_json(self, value: object, status: int = 200) -> None:
         self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json"})

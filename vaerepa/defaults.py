@@ -57,6 +57,15 @@ def resolve_batch_sizes(options: Options, num_processes: int) -> Options:
     )
 
 
-def steps_in(options: Options, num_images: int) -> int:
-    """Number of training steps: --max_train_steps, or what --num_train_epochs make."""
+def steps_in(options: Options, num_images: int | None) -> int:
+    """Number of training steps: --max_train_steps, or what --num_train_epochs make.
+
+    Raises:
+        OptionError: nothing says how many images an epoch has.
+    """
+    if options.max_train_steps is None and num_images is None:
+        raise OptionError(
+            "--max_train_steps is missing: the data set is of shards that are read along the way, and nothing says how many "
+            "images an epoch has. Give a number of steps, or put an index beside the shards, such as sizes.json."
+        )
     return options.max_train_steps or math.ceil(options.num_train_epochs * num_images / options.global_batch_size)

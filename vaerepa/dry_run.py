@@ -50,7 +50,7 @@ def describe(options: Options) -> str:
         OptionError: the run would not start.
     """
     parts = components.open_components(options)
-    num_images = len(parts.sources.train)
+    num_images = parts.sources.train.num_rows
     num_steps = defaults.steps_in(options, num_images)
     options = defaults.fit_to_run(options, num_steps)
     with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
@@ -58,7 +58,7 @@ def describe(options: Options) -> str:
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
     alignments = components.build_alignments(options, parts, transformer, no_statistics)
     shape = shape_of_latents(parts.vae, options.resolution)
-    sizes = estimate(options, parts.family, transformer, shape, alignments, num_images)
+    sizes = estimate(options, parts.family, transformer, shape, alignments, num_images or 0)
     learning_rate = optimization.learning_rate_schedule(options, options.global_batch_size, num_steps)
     classes = classes_in_batch(
         parts.sources.train,
@@ -190,7 +190,7 @@ def report(
     options: Options,
     family: Family,
     sizes: Estimate,
-    num_images: int,
+    num_images: int | None,
     num_steps: int,
     learning_rate: Callable[[int], float],
     alignments: list[ScheduledMethod],
@@ -224,12 +224,12 @@ def report(
         (f"memory per device at batch {options.train_batch_size}, without {frozen}, about", f"{memory:.1f} GiB"),
         (f"exported {adapter if is_lora else f'pipeline, without {frozen}'}", size_of(sizes.pipeline_bytes)),
         (f"a checkpoint{'' if is_lora else f', without {frozen}'}", size_of(sizes.checkpoint_bytes)),
-        ("a latents cache of all images", f"{sizes.latents_cache_bytes / GIB:.2f} GiB"),
-        ("images", f"{num_images}"),
+        *([("a latents cache of all images", f"{sizes.latents_cache_bytes / GIB:.2f} GiB")] if num_images else []),
+        ("images", f"{num_images or 'counted along the way'}"),
         *([("classes in a batch", str(classes))] if classes else []),
         ("steps", f"{num_steps} of {options.global_batch_size} images"),
-        ("epochs", f"{num_steps * options.global_batch_size / num_images:.2f}"),
-        ("training, backward pass included", f"{training_flops(options, sizes, num_images, num_steps):.3g} FLOP"),
+        *([("epochs", f"{num_steps * options.global_batch_size / num_images:.2f}")] if num_images else []),
+        ("training, backward pass included", f"{training_flops(options, sizes, num_images or 0, num_steps):.3g} FLOP"),
         ("learning rate at start, middle, end", ", ".join(f"{learning_rate(step):.3g}" for step in points)),
     ]
     for alignment in alignments:

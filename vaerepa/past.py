@@ -14,6 +14,7 @@ from vaerepa.alignment import settings
 from vaerepa.components import Components
 from vaerepa.data import Source
 from vaerepa.data.options import BatchOptions
+from vaerepa.data.uncounted import UncountedSource
 from vaerepa.errors import OptionError
 from vaerepa.files import digest_of_weights
 from vaerepa.logs import get_logger
@@ -88,19 +89,23 @@ def content_of(components: Components) -> Digests:
     return content
 
 
-def _data(source: Source, read: str) -> Digests:
+def _data(source: Source | UncountedSource, read: str) -> Digests:
     digests = source.storage.digests
     return {"images": digests.images, read: getattr(digests, read)}
 
 
-def check_content(trainer_state: dict[str, Any], content: Digests, num_images: int) -> None:
+def check_content(trainer_state: dict[str, Any], content: Digests, num_images: int | None) -> None:
     """Checks that data and models are those of the checkpoint.
+
+    Args:
+        num_images: number of images where it is known; compared where they are counted before training.
 
     Raises:
         OptionError: they differ; the message names in what.
     """
     remedy = "Give the same, or start a new run in another --output_dir."
-    if trainer_state.get("num_images", num_images) != num_images:
+    is_counted = trainer_state.get("shards") is None and num_images is not None
+    if is_counted and trainer_state.get("num_images", num_images) != num_images:
         raise OptionError(
             f"the data set had {trainer_state['num_images']} images in this run's past, and has {num_images}. {remedy}"
         )

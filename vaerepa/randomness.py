@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import numpy as np
 import torch
 
 from vaerepa.cli import option
@@ -34,6 +35,19 @@ def draw_seed(seed: int, name: str, *indices: int) -> int:
 def draw_uniform(seed: int, name: str, index: int) -> float:
     """One number, uniform on (0, 1)."""
     return ((draw_seed(seed, name, index) >> 11) + 0.5) * 2.0**-53
+
+
+def draw_uniforms(seed: int, name: str, indices: range) -> np.ndarray:
+    """The number of `draw_uniform` for each of many indices, shape (number of indices,)."""
+    common = hashlib.blake2b(f"{seed}/{name}/".encode(), digest_size=8)
+
+    def draw(index: int) -> bytes:
+        own = common.copy()
+        own.update(b"%d" % index)
+        return own.digest()
+
+    numbers = np.frombuffer(b"".join(map(draw, indices)), "<u8")
+    return ((numbers >> 11) + 0.5) * 2.0**-53
 
 
 def draw_normal(seed: int, name: str, index: int) -> float:

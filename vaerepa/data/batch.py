@@ -1,11 +1,13 @@
 """Samples as they are read, and batches for a training step; each holds samples whose latents have one shape."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self
 
 import torch
 from accelerate.utils.operations import recursively_apply
+
+from vaerepa.data.uncounted import FinishedShard
 
 Shape = tuple[int, int, int]  # (C, h, w) of latents
 
@@ -52,6 +54,7 @@ class Samples(_Tensors):
             they are kept in; None where no sample has them.
         vision_features: those of the images behind the moments, shape (M, z, h', w'); None where the cache keeps none.
         pixel_values: images after crop and flip, uint8, shape (B - M, 3, H, W); None where all samples have moments.
+        finished: shards that were read to their end on the way, where they are not counted.
     """
 
     latent_shape: Shape
@@ -66,6 +69,7 @@ class Samples(_Tensors):
     moments: torch.Tensor | None
     vision_features: torch.Tensor | None
     pixel_values: torch.Tensor | None
+    finished: list[FinishedShard] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sample_indices)

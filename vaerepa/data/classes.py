@@ -8,6 +8,7 @@ import numpy as np
 
 from vaerepa.data.order import open_reader, stream_sizes
 from vaerepa.data.source import Source
+from vaerepa.data.uncounted import UncountedSource
 
 NUM_BATCHES = 10
 TOO_FEW = 0.6  # of a permutation's
@@ -32,10 +33,10 @@ class ClassesInBatch(NamedTuple):
 
 
 def classes_in_batch(
-    source: Source, seed: int, num_streams: int | None, buffer_size: int | None, batch_size: int
+    source: Source | UncountedSource, seed: int, num_streams: int | None, buffer_size: int | None, batch_size: int
 ) -> ClassesInBatch | None:
-    """Reads the labels of the first batches, and no images; None where images have no labels."""
-    if source.storage.columns.label is None:
+    """Reads the labels of the first batches, and no images; None where images have no labels, or have them in shards."""
+    if source.storage.columns.label is None or isinstance(source, UncountedSource):
         return None
     reader = open_reader(source.without_content(), seed, num_streams, buffer_size)
     rows = (next(reader.rows_from(sample_index)) for sample_index in range(NUM_BATCHES * batch_size))

@@ -37,6 +37,14 @@ def digest_column(column: pa.ChunkedArray | None) -> str:
     return digest.hexdigest()
 
 
+def digest_numbers(values: np.ndarray) -> str:
+    """Digest of whole numbers, whatever integer they are kept as."""
+    digest = blake2b(digest_size=16)
+    for start in range(0, len(values), BATCH):
+        digest.update(values[start : start + BATCH].astype(np.int64).tobytes())
+    return digest.hexdigest()
+
+
 def digest_images(column: pa.ChunkedArray) -> str:
     """Digest of a column of images that are not decoded, embedded or in files of their own; or of moments."""
     if not pa.types.is_struct(column.type):

@@ -10,6 +10,7 @@ from itertools import chain
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from vaerepa.alignment.vision_encoder import VisionEncoder
@@ -23,6 +24,7 @@ from vaerepa.data.order import stream_sizes
 from vaerepa.data.prompts import Prompts, choose_prompt
 from vaerepa.data.reading import Preprocessing, SampleReader, read_micro_batches
 from vaerepa.data.source import Source
+from vaerepa.data.uncounted import FinishedShard, UncountedSource
 from vaerepa.logs import get_logger
 from vaerepa.vae import downsampling_factor, has_posterior
 
@@ -57,7 +59,7 @@ class Feed:
         options: FeedOptions,
         accelerator: Accelerator,
         vae: nn.Module,
-        source: Source,
+        source: Source | UncountedSource,
         latent_shape: Shape,
         prompts: Prompts | None = None,
         vision_encoder: VisionEncoder | None = None,
@@ -75,13 +77,15 @@ class Feed:
         self.needs = frozenset({PIXELS, FEATURES})
         self.num_skipped = 0
         self.first_skipped: SkippedRow | None = None
+        self._named_shards: set[int] = set()
+        self._validation_samples: list[list[Samples]] | None = None  # of data that are not counted
         self._warn_of_few_streams()
 
     def choose_precision(self) -> None:
         """Lets the VAE encode in bfloat16 if the run uses it and latents change little; every process must call it."""
         if not self.encoding.may_choose_bf16:
             return
-        count = min(NUM_COMPARED_IMAGES, len(self.source))
+        count = self.source.at_most(NUM_COMPARED_IMAGES)
         [first, *_] = next(self._read(self.source, no_numbers, count, 0, count, distributed=False))
         if first.pixel_values is not None:
             self.encoding.choose_precision(first.pixel_values.to(self.accelerator.device))
@@ -108,11 +112,11 @@ class Feed:
         Args:
             together: passes on what is read as long as every process can read, see `StopRequest.together`.
         """
-        epoch, batch_size = len(self.source), self.options.global_batch_size
         while first < last:
-            writes = self.cache is not None and not self._all_hold_all()
-            end_of_epoch = -(-(first // epoch + 1) * epoch // batch_size) * batch_size
-            end = min(last, end_of_epoch) if writes else last
+            writes, end = self.cache is not None and not self._all_hold_all(), last
+            if writes:
+                epoch, batch_size = len(self.source), self.options.global_batch_size
+                end = min(last, -(-(first // epoch + 1) * epoch // batch_size) * batch_size)
             read = self._read(self.source, numbers, self.options.train_batch_size, first, end, self.cache)
             ahead = self._ahead(self._batches(samples, trains=True) for samples in together(read))
             for micro_batch in ahead:
@@ -123,9 +127,14 @@ class Feed:
                 self.reload_cache()
             first = end
 
-    def validation_batches(self, source: Source, count: int) -> Iterator[Batch]:
+    def validation_batches(self, source: Source | UncountedSource, count: int) -> Iterator[Batch]:
         """Yields this process's batches of the first `count` samples of `source`; their random numbers ignore the seed."""
-        read = self._read(source, ValidationNumbers(), self.options.train_batch_size, 0, count, validates=True)
+        if self._validation_samples is not None:
+            read = self._validation_samples
+        else:
+            read = self._read(source, ValidationNumbers(), self.options.train_batch_size, 0, count, validates=True)
+        if isinstance(source, UncountedSource):  # a fraction of it is found by reading many more
+            read = self._validation_samples = list(read)
         return chain.from_iterable(self._batches(micro_batch, trains=False) for micro_batch in read)
 
     def narrow(self, needs: Iterable[str]) -> None:
@@ -140,6 +149,36 @@ class Feed:
             self.cache.reads_features = False
         if self.cache is None or self._all_hold_all():
             self.encoding.vision_encoder = None
+
+    # ---- shards that are not counted
+
+    def gather_shards(self) -> dict[str, list] | None:
+        """What all processes have learned of shards that are not counted, for a checkpoint; every process must call it.
+
+        Returns:
+            `rows` of each that was read to its end, in their sequence (None of others), and the numbers of the `lost`; None
+            where rows are counted.
+        """
+        if not isinstance(self.source, UncountedSource):
+            return None
+        for finished, lost in gather_object([(self.source.finished, self.source.lost)]):
+            self.source.finished = finished | self.source.finished
+            self.source.lost |= lost
+        finished = self.source.finished
+        rows = [finished.get(reading) for reading in range(max(finished, default=-1) + 1)]
+        return {"rows": rows, "lost": sorted(self.source.lost)}
+
+    def count_lost_shards(self) -> tuple[int, int]:
+        """Number of shards that are gone or damaged, by all processes, and of all; every process must call it."""
+        if not isinstance(self.source, UncountedSource):
+            return 0, 0
+        return len(set().union(*gather_object([self.source.lost]))), self.source.num_shards
+
+    def load_shards(self, shards: dict[str, list] | None) -> None:
+        """Takes over what `gather_shards` gave before a restart."""
+        if shards and isinstance(self.source, UncountedSource):
+            self.source.finished |= {reading: rows for reading, rows in enumerate(shards["rows"]) if rows is not None}
+            self.source.lost |= set(shards["lost"])
 
     # ---- the cache
 
@@ -174,7 +213,7 @@ class Feed:
 
     def _read(
         self,
-        source: Source,
+        source: Source | UncountedSource,
         numbers: Numbers,
         batch_size: int,
         first: int,
@@ -201,7 +240,7 @@ class Feed:
             first,
             last,
             options.num_streams,
-            options.shuffle_buffer_size,
+            1 if validates and isinstance(source, UncountedSource) else options.shuffle_buffer_size,
             seed=0 if validates else options.seed,
             process=accelerator.process_index if distributed else 0,
             num_processes=accelerator.num_processes if distributed else 1,
@@ -221,6 +260,8 @@ class Feed:
         size = sum(map(len, micro_batch))
         batches = []
         for samples in micro_batch:
+            if trains and isinstance(self.source, UncountedSource):
+                self._learn(samples.finished)
             text = None if self.prompts is None else self.prompts.condition(self._prompts_of(samples, trains))
             samples = self._to_device(samples)
             encoded = self._encode(samples, self.cache if trains else None, with_features=trains)
@@ -272,6 +313,14 @@ class Feed:
 
     def _latents_of(self, samples: Samples, encoded: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.encoding.sample_latents(encoded[MOMENTS], samples.numbers.get(POSTERIOR))
+
+    def _learn(self, finished: list[FinishedShard]) -> None:
+        """Keeps what was learned of shards that are not counted, and names those that are lost; how far ahead does not matter."""
+        self.source.record(finished)
+        for shard in sorted(self.source.lost - self._named_shards):
+            name = self.source.storage.names[shard]
+            logger.warning(f"the shard {name} is gone or damaged, and passed over", main_process_only=False)
+        self._named_shards |= self.source.lost
 
     def _count_skipped(self, skipped: Iterable[SkippedRow]) -> None:
         for row in skipped:

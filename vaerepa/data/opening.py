@@ -4,13 +4,15 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from glob import has_magic
 from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets import DatasetBuilder, DatasetDict, Features, Value, load_dataset_builder
+from datasets import ClassLabel, DatasetBuilder, DatasetDict, Features, Value, load_dataset_builder
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.features.features import Array3D
 from datasets.packaged_modules.arrow.arrow import Arrow
@@ -20,6 +22,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import RepoCard
 
 from vaerepa.data.columns import find_columns, find_image_column
+from vaerepa.data.digests import BATCH
 from vaerepa.data.files import UNREADABLE, wait_for_storage
 from vaerepa.data.folders import Folder, look_into, open_image_folder, split_shards
 from vaerepa.data.labels import Classes, classes_of, distinct_labels, lacks_labels
@@ -28,21 +31,26 @@ from vaerepa.data.shards import Collection, Split, open_parquet, open_streamed, 
 from vaerepa.data.source import Columns, MomentFiles, Source, TableRows
 from vaerepa.data.survey import temporary_folder, writable_cache
 from vaerepa.data.tars import open_tars
+from vaerepa.data.uncounted import UncountedRows, UncountedSource
 from vaerepa.errors import OptionError
 from vaerepa.hub.reasons import why_no_data_set
-from vaerepa.randomness import draw_permutation, draw_uniform
+from vaerepa.randomness import draw_permutation, draw_uniforms
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_NAMES = ("validation", "valid", "val", "test")
+UNCOUNTED = (
+    "needs all images before training, and the data set is of shards on the Hub that are read along the way: leave it off, or "
+    "download the data set, for of files that lie here all is known."
+)
 
 
 @dataclass(frozen=True)
 class Sources:
     """Rows to train on, rows for validation (None where there are none), and the names of the classes."""
 
-    train: Source
-    validation: Source | None
+    train: Source | UncountedSource
+    validation: Source | UncountedSource | None
     id2label: dict[int, str]
 
 
@@ -66,7 +74,10 @@ def open_data(options: FeedOptions) -> Sources:
         options.seed,
         options.text_conditioning,
         options.instance_prompt,
+        options.num_classes,
     )
+    if isinstance(sources.train, UncountedSource):
+        check_uncounted(options)
     if sources.train.holds_latents and options.random_flip:
         raise OptionError("--random_flip: the data set holds latents, which cannot be flipped; leave it off.")
     if sources.train.holds_latents and options.latents_cache:
@@ -90,6 +101,7 @@ def open_sources(
     seed: int = 0,
     by_caption: bool = False,
     instance_prompt: str | None = None,
+    num_classes: int | None = None,
 ) -> Sources:
     """Opens a data set of the Hub, or a local folder or file, for streaming.
 
@@ -100,6 +112,7 @@ def open_sources(
         max_train_samples: trains on so many rows, taken at random by `seed`.
         by_caption: captions are needed, and labels are not.
         instance_prompt: caption of images without one; there may then be no column of them.
+        num_classes: labels are the numbers from 0 to this minus one; None finds the classes from the labels.
 
     Raises:
         OptionError: no such data set, split or column; columns of the wrong kind; no rows; labels out of range.
@@ -120,23 +133,56 @@ def open_sources(
 
     features = collection.features[train_split]
     columns = find_columns(features, image_column, label_column, caption_column, by_caption, instance_prompt)
-    train = _open_split(collection, train_split, columns)
-    classes = Classes({})
+    train, classes = _open_split(collection, train_split, columns), Classes({})
     if not by_caption:
-        classes = classes_of(features[columns.label], train.labels, train_split)
-        classes.check(train.labels, train_split)
+        train, classes = _with_classes(train, features[columns.label], num_classes, train_split)
     columns = replace(columns, class_names=classes.names)
-    source, validation = _source(train, columns, train_split), None
+    source, validation = _source(train, columns, train_split, classes), None
     if fraction is not None:
-        source, validation = _split_at_random(source, fraction)
+        source, validation = split_at_random(source, fraction)
     elif validation_split is not None:
         validation = _open_validation(collection, validation_split, columns, classes, by_caption, is_asked_for)
-    return Sources(take_at_random(source, max_train_samples, seed), validation, classes.id2label)
+    if max_train_samples is not None and isinstance(source, UncountedSource):
+        raise OptionError(f"--max_train_samples {UNCOUNTED}")
+    if not isinstance(source, UncountedSource):
+        source = take_at_random(source, max_train_samples, seed)
+    return Sources(source, validation, classes.id2label)
+
+
+def check_uncounted(options: FeedOptions) -> None:
+    """Checks the options that need all rows before training, which are only known along the way.
+
+    Raises:
+        OptionError: one of them is given.
+    """
+    for flag in ("latents_cache", "cache_text_embeddings"):
+        if getattr(options, flag):
+            raise OptionError(f"--{flag} {UNCOUNTED}")
+
+
+def _with_classes(split: Split, feature: object, num_classes: int | None, name: str) -> tuple[Split, Classes]:
+    """The split and its classes; it is counted where only its labels tell them.
+
+    Raises:
+        OptionError: labels are missing, are no whole numbers, or are none of the classes.
+    """
+    names = feature.names if isinstance(feature, ClassLabel) else [*map(str, range(num_classes or 0))]
+    is_number = isinstance(feature, Value) and "int" in feature.dtype
+    if num_classes and (num_classes != len(names) or (not isinstance(feature, ClassLabel) and not is_number)):
+        raise OptionError(f"--num_classes {num_classes}: the labels are {feature}; leave it off.")
+    if split.labels is None and names:
+        return split, Classes(dict(enumerate(names)))
+    if split.labels is None:
+        logger.info("all files are read before training, for their labels; --num_classes makes numbers known without")
+        split = _counted(split, name)
+    classes = Classes(dict(enumerate(names))) if num_classes else classes_of(feature, split.labels, name)
+    classes.check(split.labels, name)
+    return split, classes
 
 
 def _open_validation(
     collection: Collection, name: str, columns: Columns, classes: Classes, by_caption: bool, is_asked_for: bool
-) -> Source | None:
+) -> Source | UncountedSource | None:
     """The validation split; None for one without labels, or captions, that was not asked for."""
     features = collection.features[name]
     if not by_caption and columns.caption not in features:
@@ -144,10 +190,12 @@ def _open_validation(
     lacking = [f"column `{column}`" for column in columns.names() if column not in features]
     if not lacking:
         split = _open_split(collection, name, columns)
-        if by_caption or not lacks_labels(split.labels):
-            if not by_caption:
+        if split.labels is None and classes.are_text:
+            split = _counted(split, name)
+        if by_caption or split.labels is None or not lacks_labels(split.labels):
+            if not by_caption and split.labels is not None:
                 classes.check(split.labels, name)
-            return _source(split, columns, name)
+            return _source(split, columns, name, classes)
         lacking = ["label for some or all of its images (none, or -1)"]
     if is_asked_for:
         raise OptionError(
@@ -183,7 +231,7 @@ def open_images(
     columns = Columns(label=None, image=find_image_column(features, image_column))
     if with_captions:
         columns = find_columns(features, columns.image, None, caption_column, by_caption=True)
-    return take_at_random(_source(_open_split(collection, split, columns), columns, split), max_images)
+    return take_at_random(_source(_counted(_open_split(collection, split, columns), split), columns, split), max_images)
 
 
 # ---- kinds of data sets
@@ -294,13 +342,14 @@ def _open_built(builder: DatasetBuilder, cache_dir: str | None) -> Collection:
     files = builder.config.data_files
     if isinstance(builder, Parquet):
         return open_parquet(files, cache_dir, builder.info.features)
+    num_rows = {name: split.num_examples or None for name, split in (builder.info.splits or {}).items()}
     if isinstance(builder, WebDataset):
-        return open_tars(files, cache_dir)
+        return open_tars(files, cache_dir, num_rows)
     splits = builder.as_streaming_dataset()
     is_packed = any(path.lower().endswith(".zip") for paths in files.values() for path in paths)
     if isinstance(builder, ImageFolder) and not is_packed:
         return open_tabled(splits)
-    return open_streamed(splits, files, cache_dir)
+    return open_streamed(splits, files, cache_dir, num_rows)
 
 
 def _open_saved(path: Path) -> Collection:
@@ -337,22 +386,50 @@ def _open_moment_files(path: Path) -> Collection:
 
 
 def _open_split(collection: Collection, name: str, columns: Columns) -> Split:
-    try:
+    with _readable(name):
         return collection.open_split(name, columns)
+
+
+def _counted(split: Split, name: str) -> Split:
+    """The split, after all of its files were read where only that tells its rows."""
+    with _readable(name):
+        return split.count() if split.labels is None else split
+
+
+@contextmanager
+def _readable(split: str) -> Iterator[None]:
+    try:
+        yield
     except UNREADABLE as error:
-        raise OptionError(f"the split `{name}` cannot be read: {' '.join(str(error).split())}") from error
+        raise OptionError(f"the split `{split}` cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _source(split: Split, columns: Columns, name: str) -> Source:
-    source = Source(split.build(columns))
+def _source(split: Split, columns: Columns, name: str, classes: Classes | None = None) -> Source | UncountedSource:
+    with _readable(name):
+        storage = split.build(columns)
+    if isinstance(storage, UncountedRows):
+        return UncountedSource(storage, len(classes.id2label) or None)
+    source = Source(storage)
     if len(source) == 0:
         raise OptionError(f"the split `{name}` has no rows.")
     return source
 
 
-def _split_at_random(source: Source, fraction: float) -> tuple[Source, Source]:
-    # "held out" names these random numbers: with another name the images would change sides
-    is_validation = np.array([draw_uniform(0, "held out", index) < fraction for index in range(len(source))])
+def split_at_random(
+    source: Source | UncountedSource, fraction: float
+) -> tuple[Source, Source] | tuple[UncountedSource, UncountedSource]:
+    """The rows to train on, and about this fraction of all for validation, by hash.
+
+    Raises:
+        OptionError: there would be no row on one of the sides.
+    """
+    if isinstance(source, UncountedSource):
+        return source.split(fraction)
+    is_validation = np.empty(len(source), dtype=bool)
+    for start in range(0, len(source), BATCH):
+        some = range(start, min(start + BATCH, len(source)))
+        # "held out" names these random numbers: with another name the images would change sides
+        is_validation[some.start : some.stop] = draw_uniforms(0, "held out", some) < fraction
     if not 0 < is_validation.sum() < len(source):
         raise OptionError(
             f"--validation_split {fraction} takes {is_validation.sum()} of {len(source)} images; "

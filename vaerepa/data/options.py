@@ -66,6 +66,14 @@ class DataOptions:
         "features.",
         resume="content",
     )
+    num_classes: int | None = option(
+        None,
+        "Number of classes: labels are whole numbers from 0 to this minus 1. Default: found from the labels, for which tar "
+        "shards on the Hub are all read once before training.",
+        resume="fixed",
+        above=0,
+        goes_with="no_text_conditioning",
+    )
     caption_column: str | None = option(
         None,
         "Column with captions; of several captions of an image one is sampled per epoch. Default: "
@@ -98,7 +106,7 @@ class DataOptions:
         None,
         "Positions in parquet files, or in remote tar shards, that are read at once; all else is permuted whole. Each belongs to "
         "one data worker, if this is a multiple of devices x workers. The order depends on it, not on those. Default: 256, or "
-        "as many as there are row groups or shards for (two to each, and 16 GiB for row groups over all workers).",
+        "as many as there are shards, or row groups for (two to each, and 16 GiB for them over all workers).",
         resume="fixed",
         above=0,
     )
@@ -121,7 +129,8 @@ class DataOptions:
     )
     max_bad_fraction: float = option(
         0.05,
-        "Stop when more than this fraction of the images cannot be read. Those are skipped, and counted in the metrics.",
+        "Stop when more than this fraction of the images, or of the shards on the Hub, cannot be read. Those are skipped, and "
+        "counted in the metrics.",
         at_least=0,
         at_most=1,
     )

@@ -1,32 +1,41 @@
 """The order of the samples: from a sample index in the run to a row, for every epoch, from (seed, epoch) alone.
 
 Rows that can be read from anywhere are permuted whole. Those of streams (parquet, tar) are read at many places at once, and
-shuffled in windows (blocks of consecutive rows).
+shuffled in windows (blocks of consecutive rows). Of shards that are not counted the shards are permuted, and read likewise.
 """
 
 import math
 from collections.abc import Iterator
-from itertools import chain, islice
+from functools import lru_cache
+from itertools import chain, count, islice
 
 import numpy as np
 import torch
 
-from vaerepa.data.source import Row, Source
+from vaerepa.data.source import MISSING_LABEL, Row, Source
+from vaerepa.data.uncounted import FinishedShard, LostShardError, UncountedSource
+from vaerepa.errors import DataError
 from vaerepa.randomness import draw_permutation, generator
 
-ORDER = 2  # kept with a run: another number is another order of the same images
+ORDER, UNCOUNTED_ORDER = 2, 3  # kept with a run: another number is another order of the same images
 NUM_ROUNDS = 8
 MAX_STREAMS = 256
+MAX_EMPTY = 32  # epochs of shards that a stream reads in vain
 WINDOW_BYTES, BLOCK_BYTES = 2**30, 2**34  # over all data workers: of windows, and of blocks that are read at once
 
 
 class Reader:
-    """Reads rows by a sample index in the run; the row does not depend on earlier reads."""
+    """Reads rows by a sample index in the run; the row does not depend on earlier reads.
 
-    def __init__(self, source: Source, seed: int):
+    Attributes:
+        finished: shards that were read to their end since they were last taken from here; of what is not counted.
+    """
+
+    def __init__(self, source: Source | UncountedSource, seed: int):
         self.source = source
         self.seed = seed
         self.epoch: int | None = None
+        self.finished: list[FinishedShard] = []
 
     def rows_from(self, sample_index: int) -> Iterator[Row]:
         """Row of this sample index, then the rows that replace it when it cannot be read."""
@@ -45,11 +54,19 @@ class Reader:
         raise NotImplementedError
 
 
-def open_reader(source: Source, seed: int, num_streams: int | None, buffer_size: int | None) -> Reader:
+def open_reader(
+    source: Source | UncountedSource, seed: int, num_streams: int | None, buffer_size: int | None
+) -> Reader:
     """Reader for this source; `num_streams` and `buffer_size` apply to streams, with defaults from `stream_sizes`."""
     if source.storage.random_access:
         return PermutedReader(source, seed)
-    return StreamReader(source, seed, *stream_sizes(source, num_streams, buffer_size))
+    kind = ShardReader if isinstance(source, UncountedSource) else StreamReader
+    return kind(source, seed, *stream_sizes(source, num_streams, buffer_size))
+
+
+def order_of(source: Source | UncountedSource) -> int:
+    """Number of the order that the rows of a source come in."""
+    return UNCOUNTED_ORDER if isinstance(source, UncountedSource) else ORDER
 
 
 class PermutedReader(Reader):
@@ -94,21 +111,18 @@ class KeyedPermutation:
                 return place
 
 
-def stream_sizes(source: Source, num_streams: int | None, buffer_size: int | None) -> tuple[int, int]:
+def stream_sizes(source: Source | UncountedSource, num_streams: int | None, buffer_size: int | None) -> tuple[int, int]:
     """Number of streams and of rows in all their windows; where not given, as many as the memory for them allows.
 
-    A stream begins within a block, which is read from its start: of more than two streams to a block, that would cost more
-    than the rest. The number is halved until it fits, so that it stays a multiple of usual numbers of data workers.
+    The number of streams is halved until it fits, so that it stays a multiple of usual numbers of data workers.
     """
     storage = source.storage
     if num_streams is None:
         num_streams = MAX_STREAMS
-        while num_streams > 1 and (
-            num_streams > 2 * len(storage.block_rows) or num_streams * storage.open_bytes > BLOCK_BYTES
-        ):
+        while num_streams > 1 and (num_streams > source.max_streams or num_streams * storage.open_bytes > BLOCK_BYTES):
             num_streams //= 2
     if buffer_size is None:
-        buffer_size = min(len(source), int(WINDOW_BYTES / max(storage.row_bytes, 1)))
+        buffer_size = source.at_most(int(WINDOW_BYTES / max(storage.row_bytes, 1)))
     return num_streams, max(buffer_size, num_streams)
 
 
@@ -165,10 +179,88 @@ class StreamReader(Reader):
             yield from self.source.read_block(block, max(0, start - before))
 
 
-class _Stream:
-    """Consecutive rows, shuffled in windows; the first window is shorter by `offset`, so that streams end theirs in turn."""
+class ShardReader(Reader):
+    """Reads rows of shards that are not counted.
 
-    def __init__(self, read_from, length: int, window: int, offset: int, permute):
+    The shards of all epochs, each epoch in a random order of its own, follow one another in one endless sequence. The k-th of
+    `num_streams` streams reads every `num_streams`-th shard of it, from the k-th on, whole. Sample i is row
+    i // num_streams of stream i % num_streams, after windows of consecutive rows of the stream were shuffled. So where a
+    stream is depends on no shard of another stream, and who reads every n-th sample reads every n-th stream only. Each epoch
+    has every row once; streams pass from one to the next in their own time.
+
+    A stream that begins in the midst passes over the shards that `source.finished` knows, and reads others to count them. A
+    shard that is gone counts as one row, and one that is damaged ends with one, which the next of the stream replaces.
+
+    Args:
+        further: as of StreamReader.
+    """
+
+    def __init__(self, source: UncountedSource, seed: int, num_streams: int, buffer_size: int):
+        super().__init__(source, seed)
+        self.num_streams = min(num_streams, source.num_shards)
+        self.window = max(1, buffer_size // self.num_streams)
+        self._streams: dict[int, _Stream] = {}
+        self._order_of = lru_cache(4)(lambda epoch: draw_permutation(seed, "shards", source.num_shards, epoch).tolist())
+
+    def rows_from(self, sample_index: int) -> Iterator[Row]:
+        position, number = divmod(sample_index, self.num_streams)
+        if number not in self._streams:
+            self._streams[number] = self._open_stream(number)
+        yield from self._streams[number].rows_from(position)
+
+    def _open_stream(self, number: int) -> "_Stream":
+        return _Stream(
+            lambda first: self._read_stream(number, first),
+            None,
+            self.window,
+            self.window * number // self.num_streams,
+            lambda window, size: draw_permutation(self.seed, "window of shards", size, number, window).tolist(),
+        )
+
+    def _read_stream(self, number: int, start: int) -> Iterator[Row]:
+        """The rows of a stream, from the `start`-th on."""
+        num_empty = 0
+        for reading in count(number, self.num_streams):
+            epoch, place = divmod(reading, self.source.num_shards)
+            shard, num_rows = self._order_of(epoch)[place], self.source.finished.get(reading)
+            if num_rows is None or num_rows > start:
+                rows = self._read_shard(reading, shard, num_rows)
+                yield from islice(rows, start, None)
+                num_rows = self.source.finished[reading]
+            start = max(0, start - num_rows)
+            num_empty = 0 if num_rows else num_empty + 1
+            if num_empty > MAX_EMPTY * self.source.num_shards:
+                raise DataError(
+                    "none of the shards holds an image of the split, or of its part for validation or training."
+                )
+
+    def _read_shard(self, reading: int, shard: int, num_rows: int | None) -> Iterator[Row]:
+        """The rows of a shard, as many as when it was first read to its end in this place of the sequence, if it was."""
+        num_read, missing, reason, is_lost = 0, 0, "there are fewer rows than before", False
+        try:
+            for row in islice(self.source.read_shard(shard), num_rows):
+                yield row
+                num_read += 1
+        except LostShardError as error:
+            missing, reason, is_lost = 1, str(error), True
+        if num_rows is not None:
+            missing = num_rows - num_read
+        lost = Row(num_read, MISSING_LABEL, {"bytes": None, "path": self.source.storage.names[shard]}, error=reason)
+        yield from [lost] * missing
+        if num_rows is None:
+            finished = FinishedShard(reading, shard, num_read + missing, is_lost)
+            self.source.record([finished])
+            self.finished.append(finished)
+
+
+class _Stream:
+    """Consecutive rows, shuffled in windows; the first window is shorter by `offset`, so that streams end theirs in turn.
+
+    Args:
+        length: number of rows; None for a stream without an end.
+    """
+
+    def __init__(self, read_from, length: int | None, window: int, offset: int, permute):
         self.read_from = read_from
         self.length = length
         self.window = window
@@ -181,7 +273,8 @@ class _Stream:
     def rows_from(self, position: int) -> Iterator[Row]:
         current = (position + self.offset) // self.window
         self._windows = {window: rows for window, rows in self._windows.items() if window >= current}
-        for place in chain(range(position, self.length), range(position)):
+        places = count(position) if self.length is None else chain(range(position, self.length), range(position))
+        for place in places:
             window = (place + self.offset) // self.window
             yield self._load(window)[place - self._start_of(window)]
 

@@ -19,6 +19,7 @@ from vaerepa.data.latents_cache import LatentsCache
 from vaerepa.data.numbers import Numbers
 from vaerepa.data.order import Reader, open_reader
 from vaerepa.data.source import Row, Source
+from vaerepa.data.uncounted import UncountedSource
 from vaerepa.data.workers import run_workers
 from vaerepa.errors import DataError
 from vaerepa.randomness import draw_uniform
@@ -96,7 +97,7 @@ class SampleReader(IterableDataset):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | UncountedSource,
         latent_shape: Shape,
         preprocessing: Preprocessing,
         numbers: Numbers,
@@ -150,7 +151,11 @@ class SampleReader(IterableDataset):
         for sample_index in sample_indices:
             content = self._read_sample(reader, sample_index)
             by_shape.setdefault(self._latent_shape_of(content.values), {})[sample_index] = content
-        return [self._stack(shape, contents) for shape, contents in by_shape.items()]
+        part = [self._stack(shape, contents) for shape, contents in by_shape.items()]
+        if part and reader.finished:
+            part[0].finished.extend(reader.finished)
+            reader.finished.clear()
+        return part
 
     def _stack(self, shape: Shape, contents: dict[int, _Content]) -> Samples:
         """Samples whose latents have this shape, from what was read for each sample index."""
@@ -191,7 +196,7 @@ class SampleReader(IterableDataset):
             except Exception as error:  # each format's decoder raises in its own way
                 # a replacement that fails too is counted at its own sample index
                 skipped = skipped or SkippedRow(row.index, self._place_of(row), str(error))
-        in_a_row = min(MAX_REPLACEMENTS, len(self.source))
+        in_a_row = self.source.at_most(MAX_REPLACEMENTS)
         raise DataError(f"none of {in_a_row} images in a row can be decoded; the first: {skipped}")
 
     def _place_of(self, row: Row) -> str:
@@ -298,6 +303,7 @@ def _join_samples(parts: list[Samples], pin_memory: bool) -> Samples:
         numbers={name: tensors([part.numbers[name] for part in parts], places) for name in parts[0].numbers},
         has_moments=lists("has_moments"),
         skipped=[row for part in parts for row in part.skipped],
+        finished=[shard for part in parts for shard in part.finished],
         moments=tensors_of_some("moments", True),
         vision_features=tensors_of_some("vision_features", True),
         pixel_values=tensors_of_some("pixel_values", False),

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import posixpath
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,14 +11,23 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 
 from vaerepa.data.digests import Digests, read_file, samples, update
-from vaerepa.data.files import NUM_THREADS, UnreadableFileError, in_threads, is_local, named, open_file
+from vaerepa.data.files import (
+    NUM_THREADS,
+    UnreadableFileError,
+    in_threads,
+    is_local,
+    named,
+    open_file,
+    patiently,
+    storage_of,
+)
+from vaerepa.data.index import count_rows
 from vaerepa.data.labels import Label, distinct_labels
 from vaerepa.data.source import (
     READ_BATCH,
@@ -32,6 +42,7 @@ from vaerepa.data.source import (
     conditions_of,
 )
 from vaerepa.data.survey import keep, open_kept, replace_file, writable_cache
+from vaerepa.data.uncounted import UncountedRows
 from vaerepa.errors import OptionError
 from vaerepa.files import digest_of
 
@@ -43,10 +54,16 @@ NUM_PROBED = 50  # samples of a tar by which its columns are known
 
 @dataclass(frozen=True)
 class Split:
-    """An opened split: the distinct labels in it, and its storage once the classes that they stand for are known."""
+    """An opened split: the distinct labels in it, and its storage once the classes that they stand for are known.
 
-    labels: list[Label]
-    build: Callable[[Columns], Storage]
+    Args:
+        labels: None where only reading all files would tell; then `build` gives shards that are not counted.
+        count: reads all files; gives the split with its labels, whose rows are counted.
+    """
+
+    labels: list[Label] | None
+    build: Callable[[Columns], Storage | UncountedRows]
+    count: Callable[[], "Split"] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +83,16 @@ def _state_of(path: str) -> list:
     if is_local(path):
         status = os.stat(path)
         return [status.st_size, status.st_mtime_ns]
-    file_system, inner = fsspec.core.url_to_fs(path)
-    about = file_system.info(inner)
+    return _content_of(_about(path))
+
+
+def _about(path: str) -> dict[str, Any]:
+    """Facts that a file system has on a remote file, at least its size."""
+    storage, inner = storage_of(path)
+    return patiently(storage.info, inner)
+
+
+def _content_of(about: dict[str, Any]) -> list[str]:
     return [str(about[key]) for key in CONTENT_KEYS if about.get(key)]
 
 
@@ -113,15 +138,15 @@ def open_parquet(files: dict[str, list[str]], cache_dir: str | None, declared: F
     def open_split(name: str, columns: Columns) -> Split:
         paths = list(files[name])
         is_class_label = columns.label is not None and isinstance(features[name][columns.label], ClassLabel)
-        read = in_threads(lambda path: _read_footers(path, columns, is_class_label), paths)
+        are_local = all(map(is_local, paths))
+        about = [] if are_local else states_of(paths)
+        read = _open_footers(paths, about, columns, is_class_label, cache_dir)
         schema = read[0][0]
         for path, (own, _) in zip(paths, read, strict=True):
             with named(path):
                 schema = pa.unify_schemas([schema, own], promote_options="permissive")
         footers = [footer for _, own in read for footer in own]
 
-        are_local = all(map(is_local, paths))
-        about = [] if are_local else states_of(paths)
         rows = [footer.group.num_rows for footer in footers]
         images = _digest_places([rows, about], [(footer.group.path, footer.images) for footer in footers])
         conditions = [(footer.group.path, footer.conditions) for footer in footers]
@@ -146,6 +171,34 @@ def _parquet_features(path: str, declared: Features) -> Features:
     with named(path), open_file(path) as file:
         own = Features.from_arrow_schema(pq.read_schema(file))
     return Features({name: declared.get(name, feature) for name, feature in own.items()})
+
+
+def _open_footers(
+    paths: list[str], states: list, columns: Columns, is_class_label: bool, cache_dir: str | None
+) -> list[tuple[pa.Schema, list[Footer]]]:
+    """Schema and row groups of each file; those of files that are far away are kept, if these say what they hold.
+
+    Args:
+        states: of the files; empty where they lie here.
+    """
+    kept, path = None, None
+    if states and all(states):
+        path = kept_folder(cache_dir) / f"{key_of('footers', states, vars(columns), is_class_label)}.json"
+        kept = _read_json(path)
+    if kept is not None:
+        schemas = [pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(schema))) for schema in kept["schemas"]]
+        return [
+            (schemas[schema], [Footer(RowGroup(name, *group), *further) for group, *further in groups])
+            for name, (schema, groups) in zip(paths, kept["files"], strict=True)
+        ]
+    read = in_threads(lambda name: _read_footers(name, columns, is_class_label), paths)
+    if path is not None:
+        schemas = [schema.serialize().to_pybytes().hex() for schema, _ in read]
+        number = {schema: i for i, schema in enumerate(dict.fromkeys(schemas))}
+        groups = [[(footer.group[1:], *footer[1:]) for footer in footers] for _, footers in read]
+        content = {"schemas": [*number], "files": [*zip(map(number.get, schemas), groups, strict=True)]}
+        replace_file(path, lambda unfinished: unfinished.write_text(json.dumps(content), encoding="utf-8"))
+    return read
 
 
 def _read_footers(path: str, columns: Columns, is_class_label: bool) -> tuple[pa.Schema, list[Footer]]:
@@ -229,12 +282,16 @@ def open_counted(
     read_part: Callable[[Any, pa.Schema], Iterator[pa.Table]],
     cache_dir: str | None,
     with_places: bool = False,
+    num_rows: dict[str, int | None] | None = None,
 ) -> Collection:
-    """Collection of files whose rows are not known before reading: they are read once, and the result is cached.
+    """Collection of files whose rows are not known before reading: those here are read once, and the result is cached.
+
+    Files that are far away are not counted, unless they were before, or a split is asked to.
 
     Args:
         parts: parts of each split, which `read_part` reads.
         with_places: `read_part` also returns where in the file an image lies, so that any image can be read by itself.
+        num_rows: number of rows of each split, where the card of the data set says so.
     """
 
     def open_split(name: str, columns: Columns) -> Split:
@@ -244,26 +301,53 @@ def open_counted(
         local = [path for path in paths if is_local(path)]
         heads = [digest_of(read_file(local[i], 0, limit)) for i, limit in samples(len(local))]
         path = kept_folder(cache_dir) / f"{key_of(paths, states_of(local), heads, vars(columns), str(schema))}.json"
-        conditions, found = open_kept(path.with_suffix(".arrow")), _read_json(path)
-        if conditions is None or found is None:
-            logger.info(f"counting the rows of {len(parts[name])} files, once: the counts are kept")
-            found = {}
-            read = pa.schema([*schema, *PLACE]) if has_places else schema
-            wanted = _without_images(read.empty_table(), columns).schema
-            survey = lambda: _survey(read_part, parts[name], read, columns, found)  # noqa: E731
-            conditions = keep(path.with_suffix(".arrow"), wanted, survey)
-            replace_file(path, lambda unfinished: unfinished.write_text(json.dumps(found), encoding="utf-8"))
 
-        def build(columns: Columns) -> StreamedRows:
-            read_conditions = lambda: Conditions(conditions, columns.class_names)  # noqa: E731
-            sizes, images = (found["rows"], found["bytes"]), found["images"]
-            further = (read_part, parts[name], schema, *sizes, columns, images, read_conditions)
-            if not has_places:
-                return StreamedRows(*further)
-            places = np.stack([conditions.column(field.name).to_numpy() for field in PLACE], 1)
-            return TarRows(paths, places, *further)
+        def count() -> Split:
+            conditions, found = open_kept(path.with_suffix(".arrow")), _read_json(path)
+            if conditions is None or found is None:
+                logger.info(f"counting the rows of {len(parts[name])} files, once: the counts are kept")
+                found = {}
+                read = pa.schema([*schema, *PLACE]) if has_places else schema
+                wanted = _without_images(read.empty_table(), columns).schema
+                survey = lambda: _survey(read_part, parts[name], read, columns, found)  # noqa: E731
+                conditions = keep(path.with_suffix(".arrow"), wanted, survey)
+                replace_file(path, lambda unfinished: unfinished.write_text(json.dumps(found), encoding="utf-8"))
 
-        return Split(distinct_labels(conditions.column("label"), is_class_label) if columns.label else [], build)
+            def build(columns: Columns) -> StreamedRows:
+                read_conditions = lambda: Conditions(conditions, columns.class_names)  # noqa: E731
+                sizes, images = (found["rows"], found["bytes"]), found["images"]
+                further = (read_part, parts[name], schema, *sizes, columns, images, read_conditions)
+                if not has_places:
+                    return StreamedRows(*further)
+                places = np.stack([conditions.column(field.name).to_numpy() for field in PLACE], 1)
+                return TarRows(paths, places, *further)
+
+            return Split(distinct_labels(conditions.column("label"), is_class_label) if columns.label else [], build)
+
+        def build_uncounted(columns: Columns) -> UncountedRows:
+            about = in_threads(_about, paths)
+            sizes, names = [one.get("size") for one in about], [posixpath.basename(path) for path in paths]
+            images = key_of(names, [_content_of(one) for one in about])
+            conditions = key_of(images, vars(columns), str(schema))
+            rows = count_rows(paths) or (num_rows or {}).get(name)
+            probe = next((table for table in read_part(parts[name][0], schema) if table.num_rows), None)
+            if probe is None:
+                raise ValueError(f"{paths[0]} holds no row")
+            return UncountedRows(
+                read_part,
+                parts[name],
+                names if len(names) == len(parts[name]) else [f"part {i}" for i in range(len(parts[name]))],
+                schema,
+                columns,
+                rows,
+                None if None in sizes else sum(sizes),
+                probe.nbytes / probe.num_rows,
+                Digests(images, conditions, conditions),
+            )
+
+        if local or path.is_file():
+            return count()
+        return Split(None, build_uncounted, count)
 
     return Collection(features, open_split)
 
@@ -314,9 +398,12 @@ def _without_images(table: pa.Table, columns: Columns) -> pa.Table:
 
 
 def open_streamed(
-    datasets: dict[str, IterableDataset], files: dict[str, list[str]], cache_dir: str | None
+    datasets: dict[str, IterableDataset],
+    files: dict[str, list[str]],
+    cache_dir: str | None,
+    num_rows: dict[str, int | None],
 ) -> Collection:
-    """Collection of data sets that `datasets` streams; `files` are the files of each split."""
+    """Collection of data sets that `datasets` streams; `files` are the files of each split, `num_rows` as above."""
     datasets = {split: dataset.decode(False) for split, dataset in datasets.items()}
     parts = {}
     for split, dataset in datasets.items():
@@ -324,7 +411,7 @@ def open_streamed(
         names = files[split] if len(files[split]) == shards else [f"the split `{split}`"] * shards
         parts[split] = [(name, dataset.shard(shards, i)) for i, name in enumerate(names)]
     features = {split: dataset.features for split, dataset in datasets.items()}
-    return open_counted(features, files, parts, _read_streamed, cache_dir)
+    return open_counted(features, files, parts, _read_streamed, cache_dir, num_rows=num_rows)
 
 
 def open_tabled(datasets: dict[str, IterableDataset]) -> Collection:

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from vaerepa.data.digests import Digests, digest_column, digest_images, read_file, samples
-from vaerepa.data.files import is_local, named, open_file
+from vaerepa.data.digests import BATCH, Digests, digest_column, digest_images, digest_numbers, read_file, samples
+from vaerepa.data.files import is_gone, is_local, named, open_file
 from vaerepa.errors import DataError
 from vaerepa.files import digest_of
 
@@ -67,7 +67,9 @@ class Conditions:
     """
 
     def __init__(self, table: pa.Table, class_names: tuple[str, ...] | None = None):
-        self.labels = class_numbers(table.column("label"), class_names)
+        labels = table.column("label")
+        parts = [labels.slice(start, BATCH) for start in range(0, len(labels), BATCH)] or [labels]
+        self.labels = np.concatenate([narrowed(class_numbers(part, class_names)) for part in parts])
         self.captions = table.column("caption") if "caption" in table.column_names else None
 
     def row(self, index: int) -> Row:
@@ -77,7 +79,7 @@ class Conditions:
 
     def digests(self, images: str) -> Digests:
         """Digests of labels and captions, beside that of the `images`."""
-        return Digests(images, digest_of(self.labels.tobytes()), digest_column(self.captions))
+        return Digests(images, digest_numbers(self.labels), digest_column(self.captions))
 
 
 class Storage(Protocol):
@@ -115,13 +117,27 @@ class Source:
         self.storage = storage
         self.block_starts = np.cumsum([0, *storage.block_rows])
         self.members = np.ones(self.block_starts[-1], dtype=bool) if members is None else members
-        counts = np.cumsum(np.concatenate([[0], self.members]))
-        self.block_sizes = np.diff(counts[self.block_starts])
+        counts = [np.count_nonzero(self.members[start:end]) for start, end in pairwise(self.block_starts.tolist())]
+        self.block_sizes = np.array(counts, dtype=np.int64)
         self._block_ends = np.cumsum(self.block_sizes)
-        self._length = int(counts[-1])  # asked for with every sample
+        self._length = int(self.block_sizes.sum())  # asked for with every sample
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows in an epoch."""
+        return self._length
+
+    @property
+    def max_streams(self) -> int:
+        """Number of streams beyond which to begin in the midst of blocks, read from their start, costs more than the rest."""
+        return 2 * len(self.storage.block_rows)
+
+    def at_most(self, count: int) -> int:
+        """`count`, or the number of rows where these are fewer."""
+        return min(count, self._length)
 
     @property
     def holds_latents(self) -> bool:
@@ -159,7 +175,7 @@ class Source:
         """Yields the members of a block in their order, from the `start`-th on; with an `error` those behind damage.
 
         Raises:
-            DataError: a file that is far away cannot be read; that may pass.
+            DataError: a file that is far away, and is not gone for good, cannot be read; that may pass.
         """
         first, end = self.block_starts[block : block + 2]
         places = np.flatnonzero(self.members[first:end])[start:]
@@ -173,7 +189,7 @@ class Source:
                 num_read += 1
         except Exception as error:  # each format raises in its own way
             reason = " ".join(str(error).split())
-            if not is_local(getattr(error, "path", "")):
+            if not is_local(getattr(error, "path", "")) and not is_gone(error):
                 raise DataError(f"the data cannot be read: {reason}") from error
         for index in (first + places[num_read:]).tolist():
             yield Row(index, -1, error=reason)
@@ -391,7 +407,8 @@ class ConditionRows:
 
 def even_blocks(num_rows: int) -> list[int]:
     """Sizes of not too many blocks, for rows that can be read from anywhere."""
-    return [len(part) for part in np.array_split(range(num_rows), min(num_rows, NUM_BLOCKS) or 1)]
+    shortest, longer_ones = divmod(num_rows, min(num_rows, NUM_BLOCKS) or 1)
+    return [shortest + (block < longer_ones) for block in range(min(num_rows, NUM_BLOCKS) or 1)]
 
 
 def conditions_of(table: pa.Table, columns: Columns) -> pa.Table:
@@ -409,6 +426,13 @@ def class_numbers(labels: pa.ChunkedArray, names: tuple[str, ...] | None) -> np.
     elif pa.types.is_floating(labels.type):
         labels = pc.if_else(pc.is_nan(labels), None, labels)
     return labels.cast(pa.int64()).fill_null(MISSING_LABEL).to_numpy()
+
+
+def narrowed(numbers: np.ndarray) -> np.ndarray:
+    """Whole numbers as the smallest integers that hold them all, of 16, 32 or 64 bits."""
+    least, most = (int(numbers.min()), int(numbers.max())) if len(numbers) else (0, 0)
+    kinds = (np.int16, np.int32, np.int64)
+    return numbers.astype(next(k for k in kinds if np.iinfo(k).min <= least and most <= np.iinfo(k).max))
 
 
 def rows_of(table: pa.Table, first: int, columns: Columns) -> Iterator[Row]:

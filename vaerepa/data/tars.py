@@ -21,8 +21,10 @@ from vaerepa.data.source import READ_BATCH
 NUM_PROBED = 50  # samples of a tar by which its columns are known
 
 
-def open_tars(files: dict[str, list[str]], cache_dir: str | None) -> Collection:
-    """Webdataset tars by split.
+def open_tars(
+    files: dict[str, list[str]], cache_dir: str | None, num_rows: dict[str, int | None] | None = None
+) -> Collection:
+    """Webdataset tars by split; `num_rows` as of `open_counted`.
 
     Raises:
         UnreadableFileError: one of them cannot be read.
@@ -38,7 +40,7 @@ def open_tars(files: dict[str, list[str]], cache_dir: str | None) -> Collection:
         features[split] = _tar_features(samples, several)
         parts[split] = [(path, several) for path in paths]
     are_plain = not any(_is_packed(path) for paths in files.values() for path in paths if is_local(path))
-    return open_counted(features, files, parts, _read_tar, cache_dir, with_places=are_plain)
+    return open_counted(features, files, parts, _read_tar, cache_dir, are_plain, num_rows)
 
 
 def _is_packed(path: str) -> bool:

@@ -10,7 +10,9 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from vaerepa.data import Prompts, Source, take_at_random
+from vaerepa.data.opening import UNCOUNTED
 from vaerepa.data.options import public_dataset
+from vaerepa.data.uncounted import UncountedSource
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.evaluator import REPORT, Evaluator, Report, open_evaluator, read_report
 from vaerepa.evaluation.options import MeasuringOptions
@@ -85,7 +87,7 @@ def newest_report(output_dir: Path, step: int) -> Report | None:
 def open_evaluation(
     options: MeasuringOptions,
     accelerator: Accelerator,
-    source: Source,
+    source: Source | UncountedSource,
     choose: Callable[[MeasuringOptions, Source], list[Any]],
     settings: dict[str, Any],
 ) -> TrainingEvaluation | None:
@@ -103,6 +105,8 @@ def open_evaluation(
         return None
     if source.holds_latents and options.eval_reference is None:
         raise OptionError("--eval_steps: the data set holds latents; give statistics of images by --eval_reference.")
+    if isinstance(source, UncountedSource) and (options.eval_reference is None or options.text_conditioning):
+        raise OptionError(f"--eval_steps{'' if options.text_conditioning else ' without --eval_reference'} {UNCOUNTED}")
     choices = choose(options, source)
     about = {"dataset": public_dataset(options), "split": options.train_split}
     about |= {"resolution": options.resolution}

@@ -8,8 +8,9 @@ from tqdm.auto import tqdm
 
 from vaerepa import checks, past, throughput
 from vaerepa.cli import as_plain
-from vaerepa.data import classes_in_batch
-from vaerepa.data.order import ORDER
+from vaerepa.data import Source, classes_in_batch
+from vaerepa.data.order import order_of
+from vaerepa.data.uncounted import UncountedSource
 from vaerepa.ema import fraction_of_initial
 from vaerepa.errors import TrainingError
 from vaerepa.layout import all_checkpoints
@@ -34,7 +35,7 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
     changes += past.changes_of_rounding(trainer_state, past.environment_of(options, accelerator))
     if changes:
         logger.warning(f"{'; '.join(changes)}: from here on the restart is not exact")
-    if checkpoint and trainer_state.get("order", 1) != ORDER:
+    if checkpoint and trainer_state.get("order", 1) != order_of(setup.sources.train):
         logger.warning(
             f"{checkpoint.name} was written when images came in another order: from here on the restart is not exact, and "
             "some images of this epoch come twice, or not at all"
@@ -61,8 +62,9 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
         f"{throughput.describe_machine(accelerator)}; {setup.max_train_steps} steps into {setup.output_dir}, with a log line "
         f"every {options.logging_steps} and a checkpoint every {options.checkpointing_steps}"
     )
+    counts = [_say_count(source) for source in (setup.sources.train, setup.sources.validation)]
     logger.info(
-        f"{len(setup.sources.train)} images, {len(setup.sources.validation or ())} for validation; batch "
+        f"{counts[0]}, {counts[1]} for validation; batch "
         f"{options.global_batch_size} = {options.train_batch_size} x {accelerator.num_processes} processes x "
         f"{options.gradient_accumulation_steps} accumulated"
     )
@@ -78,6 +80,13 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
         logger.warning(setup.conditioning.warning)
     if checkpoint:
         logger.info(f"going on from {checkpoint}, step {state.step}")
+
+
+def _say_count(source: Source | UncountedSource | None) -> str:
+    if isinstance(source, UncountedSource):
+        known = f", about {source.num_rows} images" if source.num_rows else ", whose images are counted along the way"
+        return f"{source.num_shards} shards{known}"
+    return f"{source.num_rows if source else 0} images"
 
 
 def _announce_classes(setup: Setup) -> None:
@@ -119,7 +128,8 @@ class Monitor:
         ratios = state.aligned_transformer.gradient_ratios()
         values |= {f"alignment_gradient_ratio_{name}": ratio.item() for name, ratio in ratios.items()}
         values |= {"learning_rate": state.learning_rate(state.step - 1)}
-        values |= {"epoch": state.step * options.global_batch_size / len(setup.sources.train)}
+        if setup.sources.train.num_rows:
+            values |= {"epoch": state.step * options.global_batch_size / setup.sources.train.num_rows}
         values |= self.stopwatch.read(state.step, options.global_batch_size)
         peak = throughput.peak_flops(accelerator.device, accelerator.mixed_precision)
         if peak:
@@ -178,4 +188,10 @@ class Monitor:
             raise TrainingError(
                 f"{count} of {seen} images could not be read, more than --max_bad_fraction {options.max_bad_fraction}; the "
                 f"first: {self.setup.feed.first_skipped or 'named by another process'}. Mend the data, or raise it."
+            )
+        lost, shards = self.setup.feed.count_lost_shards()
+        if lost > options.max_bad_fraction * shards:
+            raise TrainingError(
+                f"{lost} of {shards} shards are gone or damaged, more than --max_bad_fraction {options.max_bad_fraction}; the "
+                "log names them. Mend the data, or raise it."
             )

@@ -87,8 +87,8 @@ def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[
     with accelerator.main_process_first():
         components = open_components(options)
         content = past.content_of(components)
-    past.check_content(trainer_state, content, len(components.sources.train))
-    max_train_steps = defaults.steps_in(options, len(components.sources.train))
+    past.check_content(trainer_state, content, components.sources.train.num_rows)
+    max_train_steps = defaults.steps_in(options, components.sources.train.num_rows)
     options = defaults.fit_to_run(options, max_train_steps)
 
     family, sources, objective = components.family, components.sources, components.objective
@@ -97,6 +97,7 @@ def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[
     latent_shape = shape_of_latents(vae, options.resolution)
     conditioning, export, prompts = build_conditioning(options, accelerator, components, transformer, latent_shape)
     feed = Feed(options, accelerator, vae, sources.train, latent_shape, prompts, components.encoder)
+    feed.load_shards(trainer_state.get("shards"))
     _, height, width = latent_shape
     num_tokens = height * width // family.patch_size(transformer) ** 2
     names = tuple(name for method in settings.classes_of(options) for name in method.numbers)
@@ -200,7 +201,7 @@ def prepare_prompts(setup: Setup) -> None:
 
 def measure_latents(options: Options, accelerator: Accelerator, feed: Feed, family: Family) -> list[list[float]]:
     """Mean and standard deviation per channel of the first images' latents; warns where they are far from unit scale."""
-    count = min(NUM_MEASURED_LATENTS, len(feed.source))
+    count = feed.source.at_most(NUM_MEASURED_LATENTS)
     feed.choose_precision()
     values = torch.cat([z.transpose(0, 1).flatten(1) for z in feed.first_latents(count)], dim=1)  # (C, all values)
     logger.info(f"latents of the first {count} images: mean {values.mean():.3f}, standard deviation {values.std():.3f}")

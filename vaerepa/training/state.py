@@ -14,7 +14,7 @@ from pipeline_vaerepa import GuidingHead
 from vaerepa import acceleration, checkpoints, objectives, optimization, past, throughput
 from vaerepa.alignment import AlignedTransformer, ScheduledMethod, SelfGuidance, stored_heads
 from vaerepa.cli import as_plain
-from vaerepa.data.order import ORDER
+from vaerepa.data.order import order_of
 from vaerepa.ema import EMA
 from vaerepa.errors import OptionError
 from vaerepa.logs import RunningMeans, get_logger
@@ -175,10 +175,11 @@ class TrainingState:
         trainer_state = {
             "step": self.step,
             "options": public_values(as_plain(options), FIELDS),
-            "num_images": len(setup.sources.train),
+            "num_images": setup.sources.train.num_rows,
+            "shards": setup.feed.gather_shards(),
             "content": setup.content,
             "environment": past.environment_of(options, accelerator),
-            "order": ORDER,
+            "order": order_of(setup.sources.train),
             "density": objectives.DENSITY,
             "latent_statistics": setup.latent_statistics,
             "encode_in_bf16": setup.feed.encoding.in_bf16,

@@ -46,7 +46,7 @@ def measure_validation_loss(setup: Setup, state: TrainingState, monitor: Monitor
     options, source = setup.options, setup.sources.validation
     if source is None or not options.num_validation_samples:
         return
-    count = min(options.num_validation_samples, len(source))
+    count = source.at_most(options.num_validation_samples)
     weights = {"raw": setup.transformer}
     if state.ema:
         weights = {f"ema_{decay}": ema_weights for decay, ema_weights in state.ema.transformers.items()}
