@@ -453,6 +453,10 @@ def test_the_cards_code_runs_as_printed(family, adapter, finetune, stock, pipeli
         ({"caption_column": "image"}, ["--caption_column image holds", "expected text"]),
         ({"pretrained_text_encoder_model_name_or_path": "{vae}"}, ["has its own text encoders"]),
         ({"snr_gamma": 5.0}, ["--snr_gamma weights the ddpm objective"]),
+        (
+            {"guidance_scale": 1.0},
+            ["--guidance_scale", "Stable Diffusion 3 and 3.5 embed", "--validation_guidance_scale"],
+        ),
         ({"pretrained_model_name_or_path": "{flux}", "negative_prompt": "blur"}, ["--negative_prompt", "FLUX.1"]),
         ({"model": "MMDiT-M/2", "pretrained_model_name_or_path": None}, ["needs text encoders"]),
         ({"model": "SiT-B/2", "pretrained_model_name_or_path": None}, ["is conditioned on class labels", "MMDiT-"]),

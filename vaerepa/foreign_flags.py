@@ -81,7 +81,6 @@ _INSTEAD = {  # what to do in the place of several flags
         "final_validation_prompt skip_final_inference"
     ),
     "--num_validation_images is the number of pictures in a sample grid.": "eval_batch_size",
-    "--validation_guidance_scale is that of the sample grids.": "guidance_scale",
     "this is always so here; leave it out.": (
         "foreach_ema set_grads_to_none streaming save_model_card save_as_full_pipeline class_labels_conditioning"
     ),

@@ -96,12 +96,19 @@ def family_of(options: TransformerOptions) -> Family:
     """The family that is trained, as the preset or the index of the fine-tuned pipeline says; opens nothing else.
 
     Raises:
-        OptionError: there is no such preset or pipeline.
+        OptionError: there is no such preset or pipeline, or it takes no --guidance_scale.
     """
     name = options.pretrained_model_name_or_path
     if name:
-        return find_family(name, (conditioning_of(options),), _remedy(options), **_where(options))[0]
-    return family_of_preset(options)
+        family, _ = find_family(name, (conditioning_of(options),), _remedy(options), **_where(options))
+    else:
+        family = family_of_preset(options)
+    if options.guidance_scale is None:
+        return family
+    try:
+        return family.with_guidance(options.guidance_scale)
+    except ValueError as error:
+        raise OptionError(f"--guidance_scale: {error}; --validation_guidance_scale is that of sample grids.") from error
 
 
 def family_of_preset(options: TransformerOptions) -> Family:

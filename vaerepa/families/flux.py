@@ -14,10 +14,15 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from vaerepa.families.text_family import Condition, TextFamily
 
 PATCH = 2
-TRAINED_GUIDANCE = 3.5  # scale that FLUX.1-dev is told in training, as in diffusers' scripts; its pipeline's default
 
 
 class Flux(TextFamily):
+    """FLUX.1.
+
+    Args:
+        guidance: scale that FLUX.1-dev, which embeds one, is conditioned on in training; the default is its pipeline's.
+    """
+
     name = "FLUX.1"
     tags = ("flux", "flux-diffusers")
     pipelines = ("FluxPipeline",)
@@ -40,6 +45,12 @@ class Flux(TextFamily):
         "ff_context.net.2",
     )
 
+    def __init__(self, guidance: float = 3.5):
+        self.guidance = guidance
+
+    def with_guidance(self, scale: float) -> "Flux":
+        return Flux(scale)
+
     def predict(
         self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
@@ -59,13 +70,13 @@ class Flux(TextFamily):
         self, transformer: nn.Module, noisy: torch.Tensor, condition: Condition
     ) -> dict[str, torch.Tensor | None]:
         """The condition as arguments of the stock transformer, for noisy latents (B, C, H, W)."""
-        return {**condition, "guidance": _guidance(transformer, noisy, condition)}
+        return {**condition, "guidance": self._guidance_of(transformer, noisy, condition)}
 
     def conditioning_embedding(
         self, transformer: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
     ) -> torch.Tensor:
         """Embedding of t, of the pooled captions, and of the guidance where the transformer takes it."""
-        guidance = _guidance(transformer, noisy, condition)
+        guidance = self._guidance_of(transformer, noisy, condition)
         scales = [] if guidance is None else [1000.0 * guidance]
         return transformer.time_text_embed(timesteps.to(noisy.dtype), *scales, condition["pooled_projections"])
 
@@ -144,16 +155,22 @@ class Flux(TextFamily):
             "pooled_projections": torch.zeros(1, config.pooled_projection_dim, device=device),
         }
 
+    def _guidance_of(self, transformer: nn.Module, noisy: torch.Tensor, condition: Condition) -> torch.Tensor | None:
+        """Guidance scale (B,) that the transformer is conditioned on; None where it takes none, as FLUX.1-schnell."""
+        if not transformer.config.guidance_embeds:
+            return None
+        return condition.get("guidance", noisy.new_full((len(noisy),), self.guidance))
+
 
 class Chroma(Flux):
-    """Chroma takes no pooled captions and no embedded guidance; its attention is told which tokens are the caption's."""
+    """Chroma takes no pooled captions and no embedded guidance; its attention takes a mask of the caption's tokens."""
 
     name = "Chroma"
     tags = ("chroma",)
     pipelines = ("ChromaPipeline",)
     text_components = ("tokenizer", "text_encoder")
     takes_negative_prompts = True
-    pipeline_inputs = TextFamily.pipeline_inputs
+    pipeline_inputs, with_guidance = TextFamily.pipeline_inputs, TextFamily.with_guidance
 
     def to_training_form(self, transformer: nn.Module) -> nn.Module:
         transformer.register_forward_pre_hook(_keep_mask, with_kwargs=True)
@@ -208,13 +225,6 @@ class Chroma(Flux):
 def _pack(latents: torch.Tensor) -> torch.Tensor:
     """Tokens (B, N, 4C) of latents (B, C, H, W)."""
     return pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
-
-
-def _guidance(transformer: nn.Module, noisy: torch.Tensor, condition: Condition) -> torch.Tensor | None:
-    """Guidance scale (B,) that the transformer is told; None where it takes none, as FLUX.1-schnell."""
-    if not transformer.config.guidance_embeds:
-        return None
-    return condition.get("guidance", noisy.new_full((len(noisy),), TRAINED_GUIDANCE))
 
 
 def _keep_mask(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -62,3 +62,10 @@ class TextOptions:
         path="hub",
         goes_with="text_conditioning",
     )
+    guidance_scale: float | None = option(
+        None,
+        "Guidance scale that FLUX.1-dev, which embeds one, is conditioned on in training. Default: 3.5, as in diffusers' script.",
+        resume="fixed",
+        at_least=0,
+        goes_with="text_conditioning",
+    )

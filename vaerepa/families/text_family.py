@@ -1,7 +1,7 @@
 """TextFamily: the contract of models that are conditioned on captions, beyond `Family`."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,6 +21,14 @@ class TextFamily(Family):
     call_options: ClassVar[dict[str, Any]] = {"prompt": None}  # of the stock call, where prompts are encoded already
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the stock call: scale of classifier-free guidance
     takes_negative_prompts: ClassVar[bool] = True  # what that guidance leads away from
+
+    def with_guidance(self, scale: float) -> Self:
+        """A family whose transformers are conditioned on this guidance scale in training.
+
+        Raises:
+            ValueError: they embed none.
+        """
+        raise ValueError(f"transformers of {self.name} embed no guidance scale")
 
     @abstractmethod
     def predict(
