@@ -9,6 +9,11 @@ pixels are made of smooth noise.
 
 shows the order of 1 281 167 images in 1000 classes, sorted by class, for made-up data sets of all kinds that have labels but no
 images: the classes in a batch of 256, the time until a data worker has read its part of ten batches, and the memory it takes.
+
+    python -m benchmarks.data --rows 100000000
+
+shows how a run begins on so many rows that lie far away, made up too: the time until its first sample, and the memory that it
+takes, of files whose footers are read, of the rows of parquet files, and of tar shards that are not counted.
 """
 
 import argparse
@@ -17,19 +22,23 @@ import json
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image as PILImage
 from PIL import ImageFilter
 from torch.utils.data import DataLoader
@@ -42,9 +51,12 @@ from vaerepa.data import (
     open_sources,
     read_micro_batches,
 )
+from vaerepa.data.digests import Digests
 from vaerepa.data.images import cut, to_pixels
 from vaerepa.data.latents_cache import CacheKey, LatentsCache
+from vaerepa.data.opening import split_at_random
 from vaerepa.data.order import open_reader, stream_sizes
+from vaerepa.data.shards import open_parquet
 from vaerepa.data.source import (
     Columns,
     Conditions,
@@ -57,6 +69,8 @@ from vaerepa.data.source import (
     TableRows,
     TarRows,
 )
+from vaerepa.data.survey import open_kept
+from vaerepa.data.uncounted import UncountedRows, UncountedSource
 from vaerepa.vae import encode_moments, load_vae
 
 LATENTS = (4, 32, 32)
@@ -75,6 +89,7 @@ def parse_args() -> argparse.Namespace:
     add("--num_workers", type=int, default=2, help="Data workers.")
     add("--rounds", type=int, default=3, help="Rounds of each way.")
     add("--order", action="store_true", help="Show the order of a large sorted data set of each kind instead.")
+    add("--rows", type=int, help="Show how a run begins on so many rows instead.")
     return parser.parse_args()
 
 
@@ -82,6 +97,9 @@ def main() -> None:
     args = parse_args()
     if args.order:
         show_order(args.num_workers)
+        return
+    if args.rows:
+        show_start(args.rows)
         return
     Accelerator()  # for its logging
     with tempfile.TemporaryDirectory() as temporary:
@@ -359,6 +377,149 @@ def in_a_worker(source: Source, num_workers: int) -> tuple[float, float]:
         num_streams, buffer_size = stream_sizes(source, None, None)
         memory += (buffer_size * source.storage.row_bytes + num_streams * source.storage.open_bytes) / num_workers
     return seconds, memory / 2**20
+
+
+# ---- the start on a data set as large as the web
+
+NUM_FILES, ANSWER_SECONDS = 10_000, 0.1  # of parquet files, and how long storage takes to answer
+ROWS_PER_GROUP, ROWS_PER_SHARD = 1000, 10_000
+
+
+def show_start(num_rows: int) -> None:
+    """Prints seconds to the first sample, and memory, for each kind; each in a process of its own."""
+    groups, shards = num_rows // ROWS_PER_GROUP, num_rows // ROWS_PER_SHARD
+    with tempfile.TemporaryDirectory() as cache:
+        ways = {
+            f"footers of {NUM_FILES} parquet files, {ANSWER_SECONDS} s an answer": partial(open_slow_files, cache),
+            "the same files again": partial(open_slow_files, cache),
+            f"parquet with captions, {groups} row groups": partial(first_sample, partial(captioned_rows, num_rows)),
+            "parquet with labels, all of which are known": partial(first_sample, partial(labelled_rows, num_rows)),
+            "the same, 1 % of them for validation": partial(first_sample, partial(labelled_rows, num_rows), 0.01),
+            f"tar shards that are not counted, {shards}": partial(first_sample, partial(uncounted_rows, shards)),
+            "the same, 1 % of their rows for validation": partial(first_sample, partial(uncounted_rows, shards), 0.01),
+        }
+        print(f"| {num_rows} rows | starts after, s | memory, MiB | bytes a row |\n|---|---|---|---|")
+        for name, way in ways.items():
+            seconds, memory = in_a_process(way)
+            print(f"| {name} | {seconds:.1f} | {memory / 2**20:.0f} | {memory / num_rows:.2f} |", flush=True)
+
+
+def in_a_process(way: Callable[[], object]) -> tuple[float, int]:
+    """Seconds that a function takes, and the most memory, files apart, that it takes meanwhile, in a new process."""
+
+    def work(pipe) -> None:
+        most, before, ended = 0, anonymous_memory(), threading.Event()
+
+        def watch() -> None:
+            nonlocal most
+            while not ended.wait(0.02):
+                most = max(most, anonymous_memory())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.perf_counter()
+        way()
+        seconds = time.perf_counter() - start
+        most = max(most, anonymous_memory())
+        ended.set()
+        watcher.join()
+        pipe.send((seconds, most - before))
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=work, args=(theirs,))
+    process.start()
+    result = ours.recv()
+    process.join()
+    return result
+
+
+def anonymous_memory() -> int:
+    """Bytes of memory of this process that are no file's."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+
+class SlowFiles(MemoryFileSystem):
+    """Files in memory that answer late, as those on the Hub do, and say what they hold."""
+
+    protocol = "slow"
+    store, pseudo_dirs = {}, [""]
+
+    def info(self, path: str, **kwargs) -> dict:
+        return {"name": path, "type": "file", "size": self.store[path].size, "ETag": path}
+
+    def _open(self, path: str, *args, **kwargs) -> io.BytesIO:
+        time.sleep(ANSWER_SECONDS)
+        return super()._open(path, *args, **kwargs)
+
+
+def open_slow_files(cache: str) -> None:
+    """Opens many parquet files; to write them takes no part in the time that a file answers late."""
+    fsspec.register_implementation("slow", SlowFiles, clobber=True)
+    buffer, features = io.BytesIO(), Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": b"none", "path": None}] * 8, "label": [0, 1] * 4}
+    Dataset.from_dict(rows, features=features).to_parquet(buffer, batch_size=1)
+    storage, paths = fsspec.filesystem("slow"), [f"slow://{number}.parquet" for number in range(NUM_FILES)]
+    for path in paths:
+        storage.store[storage._strip_protocol(path)] = MemoryFile(storage, path, buffer.getvalue())
+    collection, columns = open_parquet({"train": paths}, cache), Columns("label", image="image")
+    assert len(Source(collection.open_split("train", columns).build(columns))) == 8 * NUM_FILES
+
+
+def first_sample(build: Callable[[], Storage | UncountedRows], fraction: float | None = None) -> None:
+    """Opens a source as a run does, with the classes in a batch where labels are known, and reads its first sample."""
+    storage = build()
+    is_counted = not isinstance(storage, UncountedRows)
+    source = Source(storage) if is_counted else UncountedSource(storage, None)
+    if fraction is not None:
+        source, _ = split_at_random(source, fraction)
+    if is_counted and storage.columns.label:
+        classes_in_batch(source, 0, None, None, BATCH)
+    next(open_reader(source, 0, None, 4 * 256).rows_from(0))
+
+
+def rows_made_up(num_rows: int, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Tables of so many rows without an image."""
+    for start in range(0, num_rows, 32):
+        size = min(32, num_rows - start)
+        columns = {"image": [None] * size, "text": ["a caption"] * size, "label": [0] * size}
+        yield pa.table({name: columns[name] for name in schema.names}, schema)
+
+
+IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def captioned_rows(num_rows: int) -> Storage:
+    groups = [ROWS_PER_GROUP] * (num_rows // ROWS_PER_GROUP)
+    schema, columns = pa.schema({"image": IMAGE_TYPE, "text": pa.string()}), Columns(None, "image", caption="text")
+    digests = Digests("", "", "")
+    return StreamedRows(
+        rows_made_up, groups, schema, groups, IMAGE_BYTES * num_rows, columns, "", lambda: None, digests
+    )
+
+
+def labelled_rows(num_rows: int) -> Storage:
+    """Rows sorted by class; their labels lie in a file, as a run keeps them."""
+    groups = [ROWS_PER_GROUP] * (num_rows // ROWS_PER_GROUP)
+    schema, columns = pa.schema({"image": IMAGE_TYPE, "label": pa.int64()}), Columns("label", "image")
+
+    def know() -> Conditions:
+        with tempfile.NamedTemporaryFile() as file:
+            with pa.ipc.new_file(file.name, pa.schema({"label": pa.int64()})) as writer:
+                for label in range(1000):
+                    writer.write_table(pa.table({"label": np.full(num_rows // 1000, label)}))
+            return Conditions(open_kept(Path(file.name)))
+
+    return StreamedRows(
+        rows_made_up, groups, schema, groups, IMAGE_BYTES * num_rows, columns, "", know, Digests("", "", "")
+    )
+
+
+def uncounted_rows(num_shards: int) -> UncountedRows:
+    schema, columns = pa.schema({"image": IMAGE_TYPE, "text": pa.string()}), Columns(None, "image", caption="text")
+    names, num_bytes = [f"{number:06}.tar" for number in range(num_shards)], num_shards * ROWS_PER_SHARD * IMAGE_BYTES
+    parts, digests = [ROWS_PER_SHARD] * num_shards, Digests("", "", "")
+    return UncountedRows(rows_made_up, parts, names, schema, columns, None, num_bytes, IMAGE_BYTES, digests)
 
 
 def private_memory() -> int:
