@@ -301,7 +301,8 @@ def launcher(processes: int) -> tuple[list[str], dict[str, str]]:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return command, {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return command, {**os.environ, **environment}
 
 
 @pytest.fixture

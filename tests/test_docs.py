@@ -20,6 +20,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from diffusers import DiTTransformer2DModel
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 from benchmarks import compare
 from tests.conftest import ROOT
@@ -28,7 +29,7 @@ from vaerepa.options import FIELDS, Options, parse_options
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NO_COMMANDS = ("x_t  =", "OUTPUT_DIR/")  # how other blocks begin: the formula, the tree of files
-OF_LAUNCHERS = {"cpu"}  # flags of accelerate's that the text names
+OF_LAUNCHERS = {"cpu", "max_restarts"}  # flags of accelerate's and torchrun's that the text names
 SHELL = """\
 #!/bin/bash
 case "$(basename "$0")" in
@@ -155,6 +156,10 @@ def test_every_command_can_be_given(name, replacements, tmp_path, monkeypatch):
             assert name.removeprefix("README.md: ") in re.search(line, PAGES[0].read_text(), re.MULTILINE)[1]
         case ["python", "-m", module, *arguments]:
             check_module(module, arguments, monkeypatch)
+        case ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun", *arguments]:
+            args = get_args_parser().parse_args(arguments)
+            assert args.training_script == "train_vaerepa.py"
+            check_training(args.training_script_args)
         case ["sbatch", script, *arguments]:
             check_slurm(script, arguments, tmp_path)
         case _:

@@ -37,11 +37,11 @@ STEPS = 120
 PATIENCE = 300.0  # seconds until a process counts as hanging
 
 
-def start(processes: int, arguments: list[str], log: Path) -> subprocess.Popen:
+def start(processes: int, arguments: list[str], log: Path, *options: str) -> subprocess.Popen:
     """A run of its own, in a process group of its own; to a file, because a pipe that nobody reads would stop it."""
     command, environment = launcher(processes)
     return subprocess.Popen(
-        [*command, "train_vaerepa.py", *arguments],
+        [*command, *options, "train_vaerepa.py", *arguments],
         cwd=ROOT,
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
@@ -154,12 +154,16 @@ def test_a_data_worker_that_is_killed_costs_no_step(launch, arguments, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_others(arguments, tmp_path):
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_process_that_is_killed_ends_the_others_or_torchrun_goes_on(launch, arguments, tmp_path, restarts):
+    options = {**EXACT, "max_train_steps": STEPS, "checkpointing_steps": 4, "resume_from_checkpoint": "latest"}
     run, log = tmp_path / "run", tmp_path / "log"
-    process = start(2, arguments(**EXACT, max_train_steps=100_000, output_dir=run), log)
+    process = start(2, arguments(**options, output_dir=run), log, f"--max-restarts={restarts}")
     assert wait_for(lambda: last_step(run) >= 14, process)
     psutil.Process(process.pid).children()[-1].kill()
-    assert process.wait(PATIENCE) != 0
+    assert (process.wait(PATIENCE) == 0) == bool(restarts), log.read_text()[-3000:]
+    if restarts:
+        assert_same_end(launch(2, **options, output_dir=tmp_path / "whole"), run, step=STEPS)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
