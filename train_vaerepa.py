@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from accelerate import Accelerator
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaerepa import acceleration, checkpoints, checks, defaults, dry_run, past
@@ -29,6 +28,7 @@ from vaerepa.alignment import AlignmentContext
 from vaerepa.cli import write_config
 from vaerepa.command import command_to_go_on
 from vaerepa.data.images import quiet_pillow
+from vaerepa.engine import Engine, build_engine, read_launcher
 from vaerepa.errors import CheckpointError, DataError, OptionError, TrainingError
 from vaerepa.hub.access import take_token
 from vaerepa.hub.uploader import EXIT_CODE, NotPushedError, Uploader, uploading
@@ -98,6 +98,9 @@ def train(options: Options) -> None:
     quiet_pillow()
     checks.check_options(options)
     options = take_token(defaults.fill_in_defaults(options))
+    sharding = read_launcher()
+    if sharding:
+        checks.check_sharded(options)
     accelerator = acceleration.build_accelerator(options)
     options = defaults.resolve_batch_sizes(options, accelerator.num_processes)
     if options.dry_run:
@@ -117,7 +120,7 @@ def train(options: Options) -> None:
             options = past.keep_lengths(trainer_state, options)
             past.check_options(trainer_state, options, checkpoint)
         with uploading(options, accelerator) as uploader, logging_redirect_tqdm():
-            run(options, accelerator, checkpoint, trainer_state, uploader)
+            run(options, build_engine(accelerator, sharding), checkpoint, trainer_state, uploader)
         if accelerator.is_main_process:  # what an upload had kept
             checkpoints.purge(output_dir, options.checkpoints_total_limit)
         if uploader and uploader.missing:
@@ -126,14 +129,15 @@ def train(options: Options) -> None:
 
 def run(
     options: Options,
-    accelerator: Accelerator,
+    engine: Engine,
     checkpoint: Path | None,
     trainer_state: dict,
     uploader: Uploader | None,
 ) -> None:
     """Trains in an output folder that belongs to this run, from the checkpoint on if there is one."""
     # ---- build ---------------------------------------------------------------------------------------------------
-    setup = build_setup(options, accelerator, trainer_state)
+    accelerator = engine.accelerator
+    setup = build_setup(options, engine, trainer_state)
     state = TrainingState(setup, trainer_state.get("step", 0))
     if checkpoint:
         state.load(checkpoint, trainer_state)
@@ -208,7 +212,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, upl
                     clean, noise, t = batch.latents, batch.noise, batch.t
                     noisy, target = objective.corrupt(clean, noise, t)  # x_t, and eps - z or eps: (B, C, H, W)
                     inputs = family.inputs(setup.transformer, objective.timesteps(t), batch)
-                    with nullcontext() if ends_step else accelerator.no_sync(state.model):
+                    with nullcontext() if ends_step else setup.engine.no_sync(state.model):
                         prediction, outputs = state.model(noisy, **inputs)  # (B, C, H, W), each (B, N, c)
                         if guidance and guidance.is_active(state.step):  # v + W (v_full - v_head), without gradient
                             target = guidance.target(target, prediction, outputs, noisy, objective.timesteps(t))
@@ -234,7 +238,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, upl
                         accelerator.backward(weight * loss)
                     for name, value in {"loss": loss, **losses}.items():
                         sums[name] = sums.get(name, 0.0) + weight * value.detach()
-            gradient_norm = accelerator.clip_grad_norm_(state.model.parameters(), options.max_grad_norm or torch.inf)
+            gradient_norm = setup.engine.clip_gradients(state.model, options.max_grad_norm or torch.inf)
             state.skip_step_if_nonfinite(gradient_norm)
             state.optimizer.step()
             state.optimizer.zero_grad()

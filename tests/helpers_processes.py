@@ -3,8 +3,8 @@
     torchrun --nproc-per-node=2 -m tests.helpers_processes RUNS.json
 
 RUNS.json lists runs by `arguments`, the command line of `module`; `double` has one computed in double precision,
-`elsewhere` gives the second process an output folder that the first does not see, `stop` sends it SIGTERM after that step, and
-`unread` lets it read no sample from that index on.
+`sharded` expects sharded weights in it, `elsewhere` gives the second process an output folder that the first does not see, `stop`
+sends it SIGTERM after that step, `unread` lets it read no sample from that index on, and `nan` gives it a bad batch at that step.
 """
 
 import importlib
@@ -19,8 +19,11 @@ from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
 
-from vaerepa.data import SampleReader
+from vaerepa.alignment import AlignedTransformer
+from vaerepa.data import SampleReader, encoding
+from vaerepa.engine import parameters_of
 from vaerepa.errors import DataError
 from vaerepa.families import dit
 from vaerepa.training.state import TrainingState
@@ -48,8 +51,9 @@ def double_precision() -> Iterator[None]:
 
 @contextmanager
 def fault(kind: str, at: int) -> Iterator[None]:
-    """A signal after a step, or data that cannot be read from a sample on."""
+    """A signal after a step, data that cannot be read from a sample on, or latents of one step that are no numbers."""
     end_alignments, read_sample = TrainingState.end_alignments, SampleReader._read_sample
+    sample_latents, batches = encoding.sample_latents, []
 
     def stop(state):  # after each step
         end_alignments(state)
@@ -61,7 +65,13 @@ def fault(kind: str, at: int) -> Iterator[None]:
             raise DataError("the disk is gone")
         return read_sample(reader, rows, sample_index)
 
+    def spoil(*arguments):
+        batches.append(arguments)
+        is_bad = len(batches) == at + 3  # three batches measure the latents before the first step
+        return sample_latents(*arguments) * (float("nan") if is_bad else 1.0)
+
     target, name, replacement = {
+        "nan": (encoding, "sample_latents", spoil),
         "stop": (TrainingState, "end_alignments", stop),
         "unread": (SampleReader, "_read_sample", refuse),
     }[kind]
@@ -69,15 +79,48 @@ def fault(kind: str, at: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def expecting_shards() -> Iterator[None]:
+    """Every weight, EMA weight and moment is a DTensor, of which no process holds all; the residual stream is not half."""
+    snapshot, take = TrainingState.snapshot, AlignedTransformer._take
+
+    def checked_snapshot(state):
+        moments = [m for of in state.optimizer.optimizer.state.values() for m in (of["exp_avg"], of["exp_avg_sq"])]
+        tensors = [*parameters_of(state.aligned_transformer).values(), *moments]
+        for ema_weights in state.ema.transformers.values() if state.ema else ():
+            tensors += parameters_of(ema_weights).values()
+        assert all(isinstance(tensor, DTensor) for tensor in tensors)
+        most = max(tensor.numel() for tensor in tensors)
+        assert max(tensor.to_local().numel() for tensor in tensors) < 0.51 * most
+        return snapshot(state)
+
+    def checked_take(aligned, name, noisy):
+        hidden_states = take(aligned, name, noisy)
+        assert hidden_states.dtype == torch.get_default_dtype()  # in half precision too
+        return hidden_states
+
+    with (
+        patch.object(TrainingState, "snapshot", checked_snapshot),
+        patch.object(AlignedTransformer, "_take", checked_take),
+    ):
+        yield
+
+
 def main(runs: list[dict]) -> None:
     """Makes the runs; each must end with the exit code that it names, or 0."""
+    launched_with = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     for run in runs:
+        os.environ.update(launched_with)  # a run takes from it what is its own affair
         arguments = list(run["arguments"])
         if run.get("elsewhere") and os.environ["RANK"] == "1":
             arguments[arguments.index("--output_dir") + 1] += "-elsewhere"
         AcceleratorState._reset_state(True)
-        faults = [(kind, run[kind]) for kind in ("stop", "unread") if kind in run and os.environ["RANK"] == "1"]
-        with double_precision() if run.get("double") else nullcontext(), fault(*faults[0]) if faults else nullcontext():
+        faults = [(kind, run[kind]) for kind in ("stop", "unread", "nan") if kind in run and os.environ["RANK"] == "1"]
+        with (
+            double_precision() if run.get("double") else nullcontext(),
+            expecting_shards() if run.get("sharded") else nullcontext(),
+            fault(*faults[0]) if faults else nullcontext(),
+        ):
             code = importlib.import_module(run["module"]).main(arguments)
         assert code == run.get("code", 0), (code, run)
 

@@ -194,4 +194,5 @@ def test_frozen_models_are_counted(arguments, hub):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_its_configs(path):
     config = load_config_from_file(str(path))
-    assert config.num_processes == {"cpu": 1, "one_gpu": 1, "eight_gpus": 8, "four_nodes": 32}[path.stem]
+    processes = {"cpu": 1, "one_gpu": 1, "eight_gpus": 8, "four_nodes": 32, "fsdp2_8_gpus": 8, "hsdp_4_nodes": 32}
+    assert config.num_processes == processes[path.stem]

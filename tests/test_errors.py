@@ -157,6 +157,21 @@ def test_what_the_launcher_asks_for_in_vain_is_refused(refused, monkeypatch, nam
     refused(what)
 
 
+@pytest.mark.parametrize(
+    ("options", "setting", "words"),
+    [
+        ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, ("fsdp_offload_params", "false")),
+        ({"optimizer": "muon"}, {}, ("--optimizer muon", "FSDP2", "adamw")),
+        ({"offload_ema": True}, {}, ("--offload_ema", "FSDP2")),
+        ({"use_8bit_adam": True}, {}, ("--use_8bit_adam", "FSDP2")),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(refused, monkeypatch, options, setting, words):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **setting}.items():
+        monkeypatch.setenv(name, value)
+    refused(*words, **options)
+
+
 def test_what_the_launcher_sets_beside_an_option_is_ignored_with_a_word(train, monkeypatch, caplog, tmp_path):
     plain = train(max_train_steps=2)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")

@@ -77,9 +77,12 @@ def last_step(run: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["streamed", "cached"])
-def test_killed_at_random_moments_it_ends_the_same(launch, arguments, tmp_path, source):
+@pytest.mark.parametrize("source", ["streamed", "cached", "sharded"])
+def test_killed_at_random_moments_it_ends_the_same(launch, arguments, monkeypatch, tmp_path, source):
     """Two processes, killed by SIGKILL: between steps, or while a checkpoint is being written."""
+    if source == "sharded":  # as accelerate's launcher sets them for FSDP2
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
     options = {**EXACT, "max_train_steps": STEPS, "checkpointing_steps": 4, "checkpoints_total_limit": 3}
     options |= {"dataloader_num_workers": 1, "random_flip": True}
     cache = (

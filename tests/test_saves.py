@@ -175,13 +175,13 @@ def test_killed_while_a_save_is_written_it_goes_on_from_the_last_whole_one(train
 def test_a_second_ctrl_c_gives_up_what_is_being_written(train, monkeypatch, tmp_path):
     save = checkpoints.save
 
-    def interrupt(output_dir, step, write_pipeline, tensors, trainer_state, given_up):
+    def interrupt(output_dir, step, write_pipeline, tensors, trainer_state, write_parts, given_up):
         if step == 4:
             deadline = time.monotonic() + PATIENCE
             while not given_up.wait(1.0):
                 assert time.monotonic() < deadline, "it is not given up"
                 os.kill(os.getpid(), signal.SIGINT)
-        return save(output_dir, step, write_pipeline, tensors, trainer_state, given_up)
+        return save(output_dir, step, write_pipeline, tensors, trainer_state, write_parts, given_up)
 
     monkeypatch.setattr(checkpoints, "save", interrupt)
     options = {"checkpointing_steps": 2, "logging_steps": 1}

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from vaerepa.cli import option
 from vaerepa.ema import EMAOptions
@@ -106,8 +107,10 @@ def apply_switches(
         logger.info(f"attention: SDPA of torch {torch.__version__}{unfit}")
     if options.compile:
         for block in blocks:
+            # a graph ends where FSDP2 gathers a module inside the block, as DiT's embedder
+            is_whole = not any(isinstance(part, FSDPModule) for part in block.modules() if part is not block)
             # the forward alone: hooks, which tap the hidden states, stay outside; names of weights do not change
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+            block.forward = torch.compile(block.forward, fullgraph=is_whole, dynamic=False)
 
 
 def probe_xformers(device: torch.device) -> None:

@@ -16,12 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vaerepa import objectives
+from vaerepa import objectives, parts
+from vaerepa.engine import laid_out_like, local
 from vaerepa.errors import CheckpointError
 from vaerepa.files import crc_of_file
 from vaerepa.layout import MANIFEST, STATE, TRAINER_STATE, all_checkpoints, find_trainer_state, folder_of
 from vaerepa.optimization import SHARED_NUMBERS
 
+PARTS = "parts"  # folder in state/ of what several processes wrote
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, the one optimizer whose moments are sharded
 RENAMED_KEYS = {"window": "running_means"}  # of the trainer state, since earlier versions
 
 
@@ -31,6 +34,7 @@ def save(
     write_pipeline: Callable[[Path], None],
     tensors: dict[str, dict[str, torch.Tensor]],
     trainer_state: dict[str, Any],
+    write_parts: Callable[[Path], None] | None = None,
     given_up: threading.Event | None = None,
 ) -> Path:
     """Writes checkpoint-`step` and returns its folder.
@@ -39,15 +43,18 @@ def save(
         write_pipeline: writes the stock pipeline into the folder that it is given.
         tensors: named tensors per file of state/, contiguous, on the CPU.
         trainer_state: step, options, counters and running means, in values of JSON.
+        write_parts: writes this process' parts of sharded tensors into a folder, together with all other processes.
         given_up: set from another thread, ends it after the present file.
 
     Raises:
         CheckpointError: it cannot be written (a full disk, say), or was given up. No earlier checkpoint was touched.
     """
-    final, unfinished = folder_of(output_dir, step), output_dir / f".checkpoint-{step}.unfinished"
+    final, unfinished = folder_of(output_dir, step), _unfinished_folder(output_dir, step)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        (unfinished / STATE).mkdir(parents=True)
+        if write_parts:  # before anything that may fail on this process alone, which the others would wait for
+            write_parts(unfinished / STATE / PARTS)
+        (unfinished / STATE).mkdir(parents=True, exist_ok=True)
         write_pipeline(unfinished)
         for name, named_tensors in tensors.items():
             _check_that_it_goes_on(given_up)
@@ -64,6 +71,13 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"{final} could not be saved: {error}. Earlier checkpoints are untouched.") from error
     return final
+
+
+def save_parts(
+    output_dir: Path, step: int, write_parts: Callable[[Path], None], given_up: threading.Event | None = None
+) -> None:
+    """Writes the parts of another than the main process, which calls `save`."""
+    write_parts(_unfinished_folder(output_dir, step) / STATE / PARTS)
 
 
 def purge(output_dir: Path, limit: int | None, spared: Collection[Path] = ()) -> None:
@@ -84,6 +98,10 @@ def remove_leftovers(output_dir: Path) -> None:
     """Removes what a kill in the middle of a save or of a purge left; only the run that holds the folder may call it."""
     for folder in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unfinished_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / f".checkpoint-{step}.unfinished"
 
 
 def find_damage(folder: Path) -> str | None:
@@ -123,30 +141,33 @@ def load_trainer_state(folder: Path) -> dict[str, Any]:
     return trainer_state
 
 
-def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Named tensors of one file of state/, on the CPU."""
-    return load_file(folder / STATE / f"{name}.safetensors")
+def load_tensors(folder: Path, name: str, like: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Named tensors of one group of state/: of a file, and of parts that several processes wrote; {} where it has none.
+
+    Args:
+        like: tensors by the same names, on whose device parts are put, sharded as these are; all else is whole, on the CPU.
+    """
+    path = folder / STATE / f"{name}.safetensors"
+    return (load_file(path) if path.is_file() else {}) | parts.read(folder / STATE / PARTS, f"{name}/", like or {})
 
 
-def has_tensors(folder: Path, name: str) -> bool:
-    """Whether state/ has this file; checkpoints of earlier versions may not have all."""
-    return (folder / STATE / f"{name}.safetensors").is_file()
-
-
-@torch.no_grad()
-def load_parameters(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copies tensors into the parameters of the same names, all of them."""
-    copy_parameters(dict(module.named_parameters()), tensors)
+def load_parameters(parameters: dict[str, nn.Parameter], folder: Path, name: str) -> None:
+    """Copies one group of state/ into the parameters of the same names, all of them."""
+    copy_parameters(parameters, load_tensors(folder, name, parameters))
 
 
 @torch.no_grad()
 def copy_parameters(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
-    """Copies tensors into these parameters by their names."""
+    """Copies tensors into these parameters by their names, all of them.
+
+    Raises:
+        CheckpointError: their names are others.
+    """
     if parameters.keys() != tensors.keys():
         difference = sorted(parameters.keys() ^ tensors.keys())
         raise CheckpointError(f"the checkpoint holds another model; they differ in {', '.join(difference[:4])}")
     for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+        local(parameter).copy_(local(laid_out_like(tensors[name], parameter)))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:
@@ -159,10 +180,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter
     return tensors
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, torch.Tensor]
-) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], folder: Path) -> None:
     """Puts moments saved by `optimizer_tensors` back, on the device of each parameter; not those of a head that is gone."""
+    tensors = load_tensors(folder, "optimizer", {f"{name}/{key}": p for p, name in names.items() for key in MOMENTS})
     state: dict[int, dict[str, torch.Tensor]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     index_of = {names[p]: index for index, p in enumerate(parameters)}
@@ -171,6 +191,8 @@ def load_optimizer(
         if name not in index_of:
             continue
         is_count = value.ndim == 0 and value.dtype == torch.int64  # a number once, as 8-bit AdamW counts steps
+        if value.shape == parameters[index_of[name]].shape:
+            value = laid_out_like(value, parameters[index_of[name]])
         state.setdefault(index_of[name], {})[moment] = value.item() if is_count else value
     groups = optimizer.state_dict()["param_groups"]
     for group in groups:

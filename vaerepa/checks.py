@@ -61,6 +61,26 @@ def check_adapter(options: Options) -> None:
         raise OptionError(f"--lora_format comfyui goes with --adapter lora, not with {options.adapter}.")
 
 
+def check_sharded(options: Options) -> None:
+    """Checks that the options go with FSDP2, which accelerate's configuration asks for.
+
+    Raises:
+        OptionError: names the first that does not.
+    """
+    refused = {
+        f"--optimizer {options.optimizer}": options.optimizer != "adamw" and "needs whole matrices: take adamw",
+        "--use_8bit_adam": options.use_8bit_adam and "cannot be sharded: leave it out, the moments are sharded anyway",
+        "--offload_ema": options.offload_ema and "cannot be had: leave it out, the EMA weights are sharded anyway",
+        "--aspect_ratio_buckets": options.aspect_ratio_buckets
+        and "gives processes different numbers of forward passes, which all must take part in: leave it out",
+    }
+    for flag, reason in refused.items():
+        if reason:
+            raise OptionError(
+                f"{flag} under FSDP2 {reason}, or train with plain data parallelism (`accelerate config`)."
+            )
+
+
 def check_head_guidance(options: Options) -> None:
     """Checks that the head is there, and stays, where something is to be guided by it.
 

@@ -42,9 +42,9 @@ class Conditioning(ABC):
 
     @abstractmethod
     def plot_grid(
-        self, transformer: nn.Module, head: GuidingHead | None, num_images: int, path: Path
+        self, transformer: nn.Module, head: GuidingHead | None, num_images: int, path: Path | None
     ) -> Image.Image | None:
-        """Generates a sample grid by these weights and writes it as one PNG.
+        """Generates a sample grid by these weights and writes it as one PNG, if there is a path.
 
         Returns:
             The grid, None where there is nothing to show.
@@ -120,7 +120,9 @@ class ClassLabels(Conditioning):
         pipeline = self.pipeline_class.__name__
         return f"{pipeline} cannot guide so many classes: load this model with the pipeline_vaerepa.py beside it"
 
-    def plot_grid(self, transformer: nn.Module, head: GuidingHead | None, num_images: int, path: Path) -> Image.Image:
+    def plot_grid(
+        self, transformer: nn.Module, head: GuidingHead | None, num_images: int, path: Path | None
+    ) -> Image.Image:
         options = self.options
         return sampling.plot_grid(
             self._pipeline(transformer, head, options.validation_head_guidance_scale),
@@ -210,7 +212,7 @@ class Captions(Conditioning):
         return "".join(f", {name}=None" for name in self.left_out)
 
     def plot_grid(
-        self, transformer: nn.Module, head: GuidingHead | None, num_images: int, path: Path
+        self, transformer: nn.Module, head: GuidingHead | None, num_images: int, path: Path | None
     ) -> Image.Image | None:
         options = self.options
         if not options.validation_prompts:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vaerepa.cli import option
+from vaerepa.engine import local, parameters_of
 
 DECAY = 0.9999  # of SiT, REPA and SRA, which train for 400 000 steps and more
 SHARE_OF_RUN = 0.1  # that the EMA of a fine-tuning reaches back over: little of the base is left in it, and little lag
@@ -73,9 +74,9 @@ class EMA:
     def update(self, transformer: nn.Module, heads: nn.ModuleDict | None = None) -> None:
         """Updates all EMA weights in place: ema = decay * ema + (1 - decay) * weights."""
         for ema_modules, trained in ((self.transformers, transformer), (self.heads, heads)):
-            weights = dict(trained.named_parameters()) if trained is not None else {}
+            weights = parameters_of(trained) if trained is not None else {}
             for decay, ema_module in ema_modules.items():
-                pairs = [(parameter, weights[name]) for name, parameter in ema_module.named_parameters()]
+                pairs = [(local(p), local(weights[name])) for name, p in parameters_of(ema_module).items()]
                 if pairs:
                     means, values = zip(*pairs, strict=True)
                     torch._foreach_lerp_(means, [value.to(means[0].device) for value in values], 1.0 - decay)
@@ -89,14 +90,14 @@ class EMA:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Moves the EMA weights to the device of the trained transformer for the time of the context."""
-        ema_modules = (*self.transformers.values(), *self.heads.values())
+        ema_modules = (*self.transformers.values(), *self.heads.values()) if self.offload else ()
         for ema_module in ema_modules:
             ema_module.to(self.device)
         try:
             yield
         finally:
             for ema_module in ema_modules:
-                ema_module.to("cpu" if self.offload else self.device)
+                ema_module.to("cpu")
 
 
 def fraction_of_initial(decay: float, steps: int) -> float:

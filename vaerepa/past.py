@@ -7,7 +7,6 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from vaerepa.alignment import settings
@@ -15,6 +14,7 @@ from vaerepa.components import Components
 from vaerepa.data import Source
 from vaerepa.data.options import BatchOptions
 from vaerepa.data.uncounted import UncountedSource
+from vaerepa.engine import Engine
 from vaerepa.errors import OptionError
 from vaerepa.files import digest_of_weights
 from vaerepa.logs import get_logger
@@ -125,14 +125,16 @@ def check_content(trainer_state: dict[str, Any], content: Digests, num_images: i
         raise OptionError(f"not as in this run's past: {', '.join(changed)}{names}. {remedy}")
 
 
-def environment_of(options: BatchOptions, accelerator: Accelerator) -> Digests:
+def environment_of(options: BatchOptions, engine: Engine) -> Digests:
     """Facts that change the rounding of a step, whether options, launcher or machine decided them."""
+    accelerator = engine.accelerator
     on_gpu = accelerator.device.type == "cuda"
     return {
         "mixed precision": accelerator.mixed_precision,
         "compiler of accelerate": accelerator.state.dynamo_plugin.backend.value.lower(),
         "split of the batch": f"{options.train_batch_size} x {accelerator.num_processes} processes "
         f"x {options.gradient_accumulation_steps} accumulated",
+        "engine": engine.name,
         "device": torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
         "CPU": None if on_gpu else f"{torch.backends.cpu.get_cpu_capability()} with {torch.get_num_threads()} threads",
         "NVIDIA_TF32_OVERRIDE": os.environ.get("NVIDIA_TF32_OVERRIDE") if on_gpu else None,

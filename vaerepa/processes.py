@@ -14,7 +14,6 @@ from vaerepa.errors import CheckpointError, OptionError
 logger = logging.getLogger(__name__)
 
 UNSUPPORTED_BY_LAUNCHER = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
@@ -52,14 +51,14 @@ def check_launcher() -> None:
     What has an option here is left to that option, with a warning.
 
     Raises:
-        OptionError: they ask for what is not built in (FSDP, DeepSpeed, Megatron-LM, model parallelism), or for more
-            processes than there are GPUs.
+        OptionError: they ask for what is not built in (DeepSpeed, Megatron-LM, model parallelism), or for more processes
+            than there are GPUs.
     """
     for name, what in UNSUPPORTED_BY_LAUNCHER.items():
         if os.environ.get(name, "").lower() in ("true", "1"):
             raise OptionError(
-                f"accelerate's configuration or launcher asks for {what} ({name}), which is not supported: train with plain "
-                "data parallelism (`accelerate config`, or `accelerate launch --multi_gpu`)."
+                f"accelerate's configuration or launcher asks for {what} ({name}), which is not supported: train with "
+                "data parallelism (`accelerate config`, or `accelerate launch --multi_gpu`) or FSDP2 (docs/scale.md)."
             )
     for name, (neutral, instead) in IGNORED_FROM_LAUNCHER.items():
         value = os.environ.pop(name, neutral)  # accelerate would divide losses, and compile, by them

@@ -58,9 +58,9 @@ def plot_grid(
     guidance_scale: float,
     num_inference_steps: int,
     seed: int,
-    path: Path,
+    path: Path | None,
 ) -> Image.Image:
-    """Generates one image per label, always from the same noise; writes them as one PNG and returns it."""
+    """Generates one image per label, always from the same noise; writes them as one PNG, if there is a path, and returns it."""
     generators = [noise_generator(seed + i) for i in range(len(labels))]
     images = pipeline(
         labels, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, generator=generators
@@ -69,9 +69,10 @@ def plot_grid(
     columns = min(num_classes if num_classes <= MAX_COLUMNS else round(len(images) ** 0.5), len(images))
     while len(images) % columns:
         columns -= 1
-    path.parent.mkdir(parents=True, exist_ok=True)
     grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
-    grid.save(path)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(path)
     return grid
 
 
@@ -85,7 +86,7 @@ def plot_prompt_grid(
     guidance_scale: float,
     num_inference_steps: int,
     seed: int,
-    path: Path,
+    path: Path | None,
 ) -> Image.Image:
     """Generates a column of images per prompt, always from the same noise, and writes them as one PNG over their prompts.
 
@@ -93,6 +94,7 @@ def plot_prompt_grid(
 
     Args:
         size: height and width in pixels.
+        path: of the PNG; None writes nothing.
 
     Returns:
         The grid.
@@ -111,7 +113,10 @@ def plot_prompt_grid(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
         )
-    grid, latest = labelled_grid(images, every, columns=len(texts)), path.parent / LATEST
+    grid = labelled_grid(images, every, columns=len(texts))
+    if path is None:
+        return grid
+    latest = path.parent / LATEST
     shutil.rmtree(latest, ignore_errors=True)
     latest.mkdir(parents=True)
     for number, image in enumerate(images[: len(texts)]):

@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from vaerepa.engine import local
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -19,14 +21,14 @@ class HostCopies:
 
     @torch.no_grad()
     def take(self, tensors: dict[str, Tensors]) -> dict[str, Tensors]:
-        """Contiguous copies of named tensors, in groups; those of the last call are overwritten.
+        """Contiguous copies of named tensors, in groups, of sharded ones of this process' parts; the last ones are overwritten.
 
         Copies from a GPU run in a row, with one synchronisation at the end.
         """
         before, self._copies = self._copies, {}
         for group, named in tensors.items():
             there = before.get(group, {})
-            self._copies[group] = {name: _copy(tensor, there.get(name)) for name, tensor in named.items()}
+            self._copies[group] = {name: _copy(local(tensor), there.get(name)) for name, tensor in named.items()}
         if any(tensor.is_cuda for named in tensors.values() for tensor in named.values()):
             torch.cuda.synchronize()
         return {group: dict(named) for group, named in self._copies.items()}

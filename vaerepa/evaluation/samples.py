@@ -104,20 +104,21 @@ def generate_missing(
     """Generates those of the images 0 to `count` - 1 that are missing in the folder; all processes must call it."""
     missing = [i for i in range(count) if not image_path(folder, i).exists()]
     accelerator.wait_for_everyone()  # until all have seen the same
-    own = missing[accelerator.process_index :: accelerator.num_processes]
+    stride = batch_size * accelerator.num_processes
     progress = tqdm(
         total=count,
         initial=count - len(missing),
         desc="samples",
         disable=not accelerator.is_local_main_process,
     )
-    for start in range(0, len(own), batch_size):
-        numbers = own[start : start + batch_size]
+    for start in range(0, len(missing), stride):
+        together = missing[start : start + stride]
+        own = together[accelerator.process_index :: accelerator.num_processes]
         with accelerator.autocast():
-            images = generate(numbers)
-        for number, image in zip(numbers, images, strict=True):
+            images = generate(own or together[:1])  # all take part in each round: the weights may be sharded
+        for number, image in zip(own, images, strict=False):
             _write_image(image_path(folder, number), image)
-        progress.update(min(len(numbers) * accelerator.num_processes, count - progress.n))
+        progress.update(len(together))
     progress.close()
     accelerator.wait_for_everyone()
 

@@ -32,7 +32,7 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
     """
     options, accelerator = setup.options, setup.accelerator
     changes = changed_options(trainer_state.get("options", {}), options, "schedule")
-    changes += past.changes_of_rounding(trainer_state, past.environment_of(options, accelerator))
+    changes += past.changes_of_rounding(trainer_state, past.environment_of(options, setup.engine))
     if changes:
         logger.warning(f"{'; '.join(changes)}: from here on the restart is not exact")
     if checkpoint and trainer_state.get("order", 1) != order_of(setup.sources.train):
@@ -63,6 +63,8 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
         f"every {options.logging_steps} and a checkpoint every {options.checkpointing_steps}"
     )
     counts = [_say_count(source) for source in (setup.sources.train, setup.sources.validation)]
+    if setup.engine.is_sharded:
+        logger.info(f"FSDP2: {setup.engine.name}")
     logger.info(
         f"{counts[0]}, {counts[1]} for validation; batch "
         f"{options.global_batch_size} = {options.train_batch_size} x {accelerator.num_processes} processes x "

@@ -31,7 +31,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "saver")  # never a collective in it: those are the training thread's
         self._given_up = threading.Event()
         self._step: int | None = None  # of the save that has begun and is not settled, on all processes
-        self._written: Future | None = None  # on the main process
+        self._written: Future | None = None  # on the main process, and where there are parts to write
 
     def __enter__(self) -> "Saver":
         return self
@@ -40,7 +40,9 @@ class Saver:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self._given_up.set()
         self._thread.shutdown()
-        if self._written and not self._given_up.is_set():  # an error came before it could be settled
+        is_main_process = self.state.setup.accelerator.is_main_process
+        # an error came before it could be settled
+        if self._written and is_main_process and not self._given_up.is_set():
             if failure := self._written.exception():
                 logger.error(str(failure))
             else:
@@ -58,13 +60,15 @@ class Saver:
         options, output_dir = self.state.setup.options, self.state.setup.output_dir
         write = self.state.snapshot()
         self._step = self.state.step
-        if not self.state.setup.accelerator.is_main_process:
+        if write is None:
             return
+        is_main_process = self.state.setup.accelerator.is_main_process
         spared = frozenset(self.uploader.folders) if self.uploader else frozenset()
 
         def save() -> None:
             write(self._given_up)
-            checkpoints.purge(output_dir, options.checkpoints_total_limit, spared)
+            if is_main_process:
+                checkpoints.purge(output_dir, options.checkpoints_total_limit, spared)
 
         self._written = self._thread.submit(save)
         if not options.async_save:
@@ -84,18 +88,21 @@ class Saver:
         setup, step = self.state.setup, self._step
         if step is None:
             return
+        failure = None
         try:
             if not on_main_process(setup.accelerator, lambda: self._is_written(wait)):
                 return
         except CheckpointError as error:
-            self._step = self._written = None
-            if must_succeed or setup.options.checkpoint_failure == "stop":
-                raise
-            steps = setup.options.checkpointing_steps
-            logger.error(f"{error} Training goes on and tries again in {steps} steps.")
-            return
+            failure = error
+        if self._written:
+            self._written.exception()  # the parts of other processes, which are as good as written by now
         self._step = self._written = None
-        if setup.accelerator.is_main_process:
+        if failure:
+            if must_succeed or setup.options.checkpoint_failure == "stop":
+                raise failure
+            steps = setup.options.checkpointing_steps
+            logger.error(f"{failure} Training goes on and tries again in {steps} steps.")
+        elif setup.accelerator.is_main_process:
             self.publish(step)
 
     def _is_written(self, wait: bool) -> bool:

@@ -16,6 +16,8 @@ from vaerepa.alignment.stored_heads import StoredHeads
 from vaerepa.components import Components, build_alignments, build_transformer, open_components
 from vaerepa.conditioning import Captions, ClassLabels, Conditioning
 from vaerepa.data import Feed, Prompts, Sources, TrainingNumbers
+from vaerepa.engine import Engine, parameters_of
+from vaerepa.errors import OptionError
 from vaerepa.evaluation import TrainingEvaluation, open_evaluation
 from vaerepa.export import Export, LoRAExport, StockExport
 from vaerepa.families import Family
@@ -35,17 +37,19 @@ class Setup:
     """What a run is made of; counters and optimizer are TrainingState's.
 
     Attributes:
+        engine: distributes the weights over the processes, or has all of them on each.
         transformer: the transformer that trains, in training form.
         latent_statistics: mean and standard deviation of the latents per channel.
         content: digests of data and frozen models; a restart compares them.
         alignments: all alignments of the run, ended ones too.
         teacher: frozen transformer that one of them aligns to.
         base_heads: alignment heads of the pipeline that is fine-tuned, if it has some.
-        base_weights: initial weights of a full fine-tuning, on the CPU of the main process; else empty.
+        base_weights: initial weights of a full fine-tuning, on the CPU of the main process; else, and of sharded ones, empty.
     """
 
     options: Options
     accelerator: Accelerator
+    engine: Engine
     output_dir: Path
     family: Family
     conditioning: Conditioning
@@ -67,7 +71,7 @@ class Setup:
     @property
     def trained_weights(self) -> dict[str, nn.Parameter]:
         """All weights of the transformer, or the LoRA's weights."""
-        return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        return {name: p for name, p in parameters_of(self.transformer).items() if p.requires_grad}
 
     @property
     def alignment_facts(self) -> list[dict[str, Any]]:
@@ -75,7 +79,7 @@ class Setup:
         return [model_card.describe_alignment(alignment) for alignment in self.alignments]
 
 
-def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[str, Any]) -> Setup:
+def build_setup(options: Options, engine: Engine, trainer_state: dict[str, Any]) -> Setup:
     """Opens data and models and builds the setup; every process must call it.
 
     Args:
@@ -84,6 +88,7 @@ def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[
     Raises:
         OptionError: data or a model does not exist, does not fit, or differs from what the checkpoint was trained with.
     """
+    accelerator = engine.accelerator
     with accelerator.main_process_first():
         components = open_components(options)
         content = past.content_of(components)
@@ -92,8 +97,15 @@ def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[
     options = defaults.fit_to_run(options, max_train_steps)
 
     family, sources, objective = components.family, components.sources, components.objective
+    is_flow = objectives.name_of(objective.scheduler) == "flow_matching"
+    samples = options.num_validation_images or options.eval_steps
+    if engine.is_sharded and family.conditioning == "labels" and not is_flow and samples:
+        raise OptionError(
+            "FSDP2 cannot generate images with a DiT that predicts noise, whose stock form it does not train: give "
+            "--num_validation_images 0 and no --eval_steps, or train with plain data parallelism."
+        )
     vae = components.vae.to(accelerator.device)
-    transformer = build_transformer(options, components).to(accelerator.device)
+    transformer = engine.place(build_transformer(options, components))
     latent_shape = shape_of_latents(vae, options.resolution)
     conditioning, export, prompts = build_conditioning(options, accelerator, components, transformer, latent_shape)
     feed = Feed(options, accelerator, vae, sources.train, latent_shape, prompts, components.encoder)
@@ -109,11 +121,12 @@ def build_setup(options: Options, accelerator: Accelerator, trainer_state: dict[
         latent_statistics = measure_latents(options, accelerator, feed, family)
     base_weights = {}
     trains_all = all(parameter.requires_grad for parameter in transformer.parameters())
-    if components.pretrained_transformer and trains_all and accelerator.is_main_process:
+    if components.pretrained_transformer and trains_all and accelerator.is_main_process and not engine.is_sharded:
         base_weights = {name: p.detach().to("cpu", copy=True) for name, p in transformer.named_parameters()}
     return Setup(
         options=options,
         accelerator=accelerator,
+        engine=engine,
         output_dir=Path(options.output_dir),
         family=family,
         conditioning=conditioning,

@@ -16,6 +16,7 @@ from vaerepa.alignment import AlignedTransformer, ScheduledMethod, SelfGuidance,
 from vaerepa.cli import as_plain
 from vaerepa.data.order import order_of
 from vaerepa.ema import EMA
+from vaerepa.engine import parameters_of
 from vaerepa.errors import OptionError
 from vaerepa.logs import RunningMeans, get_logger
 from vaerepa.options import FIELDS
@@ -67,11 +68,14 @@ class TrainingState:
             forward = throughput.OneForward(setup.family, on_meta, setup.feed.latent_shape)
             block_of = {alignment.name: alignment.block for alignment in self.alignments}
             self.flops, self.head_flops = throughput.count_flops(forward, throughput.on_meta(heads), block_of)
+        ema_modules = zip(self.ema.transformers.values(), self.ema.heads.values(), strict=True) if self.ema else ()
+        for module, its_heads in ((transformer, heads), *ema_modules):
+            setup.engine.shard(module, setup.family.blocks(module), its_heads)
         aligned = _align(setup, heads, self.alignments)
         acceleration.apply_switches(options, transformer, setup.family.blocks(transformer), accelerator.device)
         trained = [setup.trained_weights.values(), *(head.parameters() for head in heads.values())]
         optimizer = optimization.build_optimizer(trained, options, setup.family.matrices(transformer))
-        self.model, self.optimizer = accelerator.prepare(aligned, optimizer)
+        self.model, self.optimizer = setup.engine.prepare(aligned, optimizer)
         self.self_guidance = None
         if options.self_guidance:
             self.self_guidance = SelfGuidance(
@@ -143,7 +147,7 @@ class TrainingState:
         self.model = self.optimizer = None
         accelerator.free_memory()  # the old DDP wrapper must be gone before its parameters are wrapped again
         aligned._is_accelerate_prepared = False  # or a process alone would go on without autocast
-        self.model, self.optimizer = accelerator.prepare(aligned, optimizer)
+        self.model, self.optimizer = self.setup.engine.prepare(aligned, optimizer)
         logger.info(f"step {self.step}: alignment `{'`, `'.join(ended)}` is over, its head is dropped")
 
     def count_skipped_images(self) -> int:
@@ -160,14 +164,15 @@ class TrainingState:
 
     # ---- checkpoints
 
-    def snapshot(self) -> Callable[[threading.Event], Path] | None:
+    def snapshot(self) -> Callable[[threading.Event], Path | None] | None:
         """Copies all that checkpoint-N holds to host memory; every process must call it.
 
         The copies of the snapshot before are overwritten: whatever wrote it must have ended.
 
         Returns:
             On the main process a function for any thread, which writes the checkpoint while training goes on, see
-            `checkpoints.save`; None elsewhere. The event that it takes, once set, has it give up.
+            `checkpoints.save`. The event that it takes, once set, has it give up. Elsewhere one that writes this process'
+            parts of sharded weights, to be called too, or None.
         """
         setup, options, accelerator = self.setup, self.setup.options, self.setup.accelerator
         # collectives first, on all processes
@@ -178,7 +183,7 @@ class TrainingState:
             "num_images": setup.sources.train.num_rows,
             "shards": setup.feed.gather_shards(),
             "content": setup.content,
-            "environment": past.environment_of(options, accelerator),
+            "environment": past.environment_of(options, setup.engine),
             "order": order_of(setup.sources.train),
             "density": objectives.DENSITY,
             "latent_statistics": setup.latent_statistics,
@@ -188,7 +193,7 @@ class TrainingState:
             "skipped_images": self.count_skipped_images(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         }
-        if not accelerator.is_main_process:
+        if not (accelerator.is_main_process or setup.engine.is_sharded):
             return None
         trainer_state = copy.deepcopy(trainer_state)  # the running means go on
         tensors = {
@@ -196,15 +201,21 @@ class TrainingState:
             "optimizer": checkpoints.optimizer_tensors(self.optimizer.optimizer, self._names()),
         }
         for decay, ema_weights in self.ema.transformers.items() if self.ema else ():
-            tensors[f"ema_{decay}"] = dict(ema_weights.named_parameters())
+            tensors[f"ema_{decay}"] = parameters_of(ema_weights)
         if self.alignments:
-            tensors |= {name: dict(heads.named_parameters()) for name, heads in self._heads_by_file().items()}
-        tensors = self._host_copies.take(tensors)
+            tensors |= {name: parameters_of(heads) for name, heads in self._heads_by_file().items()}
+        copies = self._host_copies.take(tensors)
+        exported, its_heads = "transformer", "heads"
         if self.ema:
-            exported = next(iter(self.ema.transformers))
-            weights, heads = tensors[f"ema_{exported}"], tensors.get(f"ema_heads_{exported}")
-        else:  # the trained heads are then those in heads/
-            weights, heads = tensors["transformer"], tensors.pop("heads", None)
+            exported, its_heads = (f"{name}_{next(iter(self.ema.transformers))}" for name in ("ema", "ema_heads"))
+        weights = setup.engine.whole_copies(tensors[exported], copies[exported])
+        heads = setup.engine.whole_copies(tensors[its_heads], copies[its_heads]) if self.alignments else None
+        if not self.ema:  # the trained heads are then those in heads/
+            for named in (tensors, copies):
+                named.pop("heads", None)
+        copies, write_parts = setup.engine.divide(tensors, copies)
+        if not accelerator.is_main_process:
+            return partial(checkpoints.save_parts, setup.output_dir, self.step, write_parts)
         objective = objectives.name_of(setup.objective.scheduler)
         heads_config = stored_heads.describe_heads(
             self.exported_heads, self.alignments, setup.feed.latent_shape[0], objective
@@ -215,7 +226,9 @@ class TrainingState:
             if heads is not None:
                 stored_heads.save_heads(folder, heads, heads_config)
 
-        return partial(checkpoints.save, setup.output_dir, self.step, write_pipeline, tensors, trainer_state)
+        return partial(
+            checkpoints.save, setup.output_dir, self.step, write_pipeline, copies, trainer_state, write_parts
+        )
 
     def load(self, checkpoint: Path, trainer_state: dict[str, Any]) -> None:
         """Loads a checkpoint that a snapshot was written as; every process must call it.
@@ -225,9 +238,9 @@ class TrainingState:
             CheckpointError: the checkpoint holds another model.
         """
         accelerator = self.setup.accelerator
-        checkpoints.copy_parameters(self.setup.trained_weights, checkpoints.load_tensors(checkpoint, "transformer"))
+        checkpoints.load_parameters(self.setup.trained_weights, checkpoint, "transformer")
         for decay, ema_weights in self.ema.transformers.items() if self.ema else ():
-            checkpoints.load_parameters(ema_weights, checkpoints.load_tensors(checkpoint, f"ema_{decay}"))
+            checkpoints.load_parameters(parameters_of(ema_weights), checkpoint, f"ema_{decay}")
         if self.alignments:
             heads = stored_heads.load_heads(checkpoint)
             ended = [a.name for a in self.alignments if heads is None or a.name not in heads.block_of]
@@ -236,12 +249,11 @@ class TrainingState:
                     f"--alignment_stop_step cannot be raised: the head of {ended[0]} was dropped before this checkpoint."
                 )
             for name, module in self._heads_by_file().items():
-                kept = heads  # the heads that trained, in runs without EMA and in checkpoints whose EMA had no heads
-                if checkpoints.has_tensors(checkpoint, name):
-                    kept = replace(heads, tensors=checkpoints.load_tensors(checkpoint, name))
-                checkpoints.load_parameters(module, kept.of(module))
-        moments = checkpoints.load_tensors(checkpoint, "optimizer")
-        checkpoints.load_optimizer(self.optimizer.optimizer, self._names(), moments)
+                parameters = parameters_of(module)
+                # none in runs without EMA and in checkpoints whose EMA had no heads: the heads that trained are all there are
+                tensors = checkpoints.load_tensors(checkpoint, name, parameters) or heads.tensors
+                checkpoints.copy_parameters(parameters, replace(heads, tensors=tensors).of(module))
+        checkpoints.load_optimizer(self.optimizer.optimizer, self._names(), checkpoint)
         self.running_means = RunningMeans(trainer_state["running_means"])
         self.skipped_in_a_row.fill_(trainer_state["skipped_in_a_row"])
         self.skipped_images_before = trainer_state["skipped_images"]
@@ -254,7 +266,7 @@ class TrainingState:
         return {"heads": self.aligned_transformer.heads} | {f"ema_heads_{decay}": heads for decay, heads in ema_heads}
 
     def _names(self) -> dict[torch.nn.Parameter, str]:
-        return {parameter: name for name, parameter in self.aligned_transformer.named_parameters()}
+        return {parameter: name for name, parameter in parameters_of(self.aligned_transformer).items()}
 
 
 def _build_heads(setup: Setup, alignments: list[ScheduledMethod]) -> torch.nn.ModuleDict:
@@ -271,7 +283,7 @@ def _keep_base_heads(
 ) -> None:
     """Goes on with the heads that lie beside the pipeline which is fine-tuned, where they fit."""
     if stored_heads.fits(base_heads, heads, alignments):
-        checkpoints.load_parameters(heads, base_heads.tensors)
+        checkpoints.copy_parameters(dict(heads.named_parameters()), base_heads.tensors)
         logger.info("its alignment heads are kept")
     else:
         logger.info("its alignment heads are for another alignment: new ones are initialised")
@@ -287,4 +299,4 @@ def _align(setup: Setup, heads: torch.nn.ModuleDict, alignments: list[ScheduledM
         {a.name: a.block for a in alignments},
         family,
         {a.name: a.method.target_blocks for a in alignments},
-    ).to(setup.accelerator.device)
+    )

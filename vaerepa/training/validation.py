@@ -26,10 +26,14 @@ def validate(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
 
 
 def plot_grid(setup: Setup, state: TrainingState) -> None:
-    """Plots a sample grid of the exported weights into samples/ and to the trackers, on the main process alone."""
-    if not setup.accelerator.is_main_process or not setup.options.num_validation_images:
+    """Plots a sample grid of the exported weights into samples/ and to the trackers; every process must call it.
+
+    The main process writes it; the others take part in generating it where they hold a part of the weights.
+    """
+    is_main_process = setup.accelerator.is_main_process
+    if not setup.options.num_validation_images or not (is_main_process or setup.engine.is_sharded):
         return
-    path = setup.output_dir / "samples" / f"step-{state.step:07d}.png"
+    path = setup.output_dir / "samples" / f"step-{state.step:07d}.png" if is_main_process else None
     num_images = setup.options.num_validation_images
     if state.step == 0:  # one row: it only shows that generation works
         num_images = min(num_images, MAX_COLUMNS)
@@ -37,16 +41,18 @@ def plot_grid(setup: Setup, state: TrainingState) -> None:
         with setup.accelerator.autocast():
             head = state.guiding_head(state.exported_heads)
             grid = setup.conditioning.plot_grid(state.exported_transformer.eval(), head, num_images, path)
-        if grid is not None:
+        if grid is not None and is_main_process:
             log_picture(setup.accelerator, "samples", grid, state.step)
 
 
 def measure_validation_loss(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
     """Denoising loss on validation images, at fixed times and under fixed noise, of each of the EMA weights."""
     options, source = setup.options, setup.sources.validation
-    if source is None or not options.num_validation_samples:
+    if source is None:
         return
-    count = source.at_most(options.num_validation_samples)
+    count = setup.engine.evenly_split(source.at_most(options.num_validation_samples), options.train_batch_size)
+    if not count:
+        return
     weights = {"raw": setup.transformer}
     if state.ema:
         weights = {f"ema_{decay}": ema_weights for decay, ema_weights in state.ema.transformers.items()}
