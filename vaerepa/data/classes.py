@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vaerepa.data.digests import BATCH
 from vaerepa.data.order import open_reader, stream_sizes
-from vaerepa.data.source import Source
+from vaerepa.data.source import MISSING_LABEL, Source
 from vaerepa.data.uncounted import UncountedSource
 
 NUM_BATCHES = 10
@@ -43,11 +44,20 @@ def classes_in_batch(
     counts = [len({row.label for row in islice(rows, batch_size)}) for _ in range(NUM_BATCHES)]
     return ClassesInBatch(
         sum(counts) / NUM_BATCHES,
-        expected_classes(
-            np.unique(source.storage.conditions.labels[source.members], return_counts=True)[1], batch_size
-        ),
+        expected_classes(_class_counts(source), batch_size),
         "" if source.storage.random_access else _advice(*stream_sizes(source, num_streams, buffer_size)),
     )
+
+
+def _class_counts(source: Source) -> np.ndarray:
+    """Number of rows of each class that occurs."""
+    labels, counts = source.storage.conditions.labels, np.zeros(0, np.int64)
+    for start in range(0, len(labels), BATCH):
+        some = labels[start : start + BATCH][source.members[start : start + BATCH]]
+        own = np.bincount(some.astype(np.int64) - MISSING_LABEL)
+        counts = np.pad(counts, (0, max(0, len(own) - len(counts))))
+        counts[: len(own)] += own
+    return counts[counts > 0]
 
 
 def expected_classes(class_counts: np.ndarray, batch_size: int) -> float:

@@ -67,9 +67,11 @@ class Conditions:
     """
 
     def __init__(self, table: pa.Table, class_names: tuple[str, ...] | None = None):
-        labels = table.column("label")
-        parts = [labels.slice(start, BATCH) for start in range(0, len(labels), BATCH)] or [labels]
-        self.labels = np.concatenate([narrowed(class_numbers(part, class_names)) for part in parts])
+        stored, self.labels = table.column("label"), np.empty(table.num_rows, np.int16)
+        for start in range(0, table.num_rows, BATCH):
+            some = narrowed(class_numbers(stored.slice(start, BATCH), class_names))
+            self.labels = self.labels.astype(np.promote_types(self.labels.dtype, some.dtype), copy=False)
+            self.labels[start : start + BATCH] = some
         self.captions = table.column("caption") if "caption" in table.column_names else None
 
     def row(self, index: int) -> Row:
