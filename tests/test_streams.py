@@ -11,6 +11,7 @@ import datasets
 import fsspec
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from huggingface_hub import HfFileSystem
@@ -18,14 +19,17 @@ from huggingface_hub import HfFileSystem
 from tests.conftest import read_metrics
 from tests.helpers_data import encode, picture
 from tests.helpers_runs import assert_same_end
-from tests.hub_server import CUT_ANSWER, HubServer
-from vaerepa.data import Preprocessing, SampleReader, TrainingNumbers, files, open_sources, opening
+from tests.hub_server import CUT, CUT_ANSWER, HubServer
+from vaerepa.data import Preprocessing, SampleReader, TrainingNumbers, classes_in_batch, files, open_sources, opening
+from vaerepa.data.classes import expected_classes
 from vaerepa.data.order import open_reader
 from vaerepa.data.reading import read_micro_batches
 from vaerepa.data.shards import open_parquet
-from vaerepa.data.source import Columns, Source
+from vaerepa.data.source import Columns, Conditions, Source, TableRows
 from vaerepa.data.tars import open_tars
 from vaerepa.data.uncounted import UncountedSource
+from vaerepa.files import digest_of
+from vaerepa.randomness import draw_uniform, draw_uniforms
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -325,6 +329,38 @@ def test_storage_that_fails_for_a_while_changes_nothing(hub, remote, tmp_path, m
     assert not source.lost
 
 
+@pytest.mark.parametrize("hub", ["hf"], indirect=True)
+def test_a_hub_that_is_slow_is_asked_again(hub, remote, tmp_path, monkeypatch):
+    remote(SHARDS)
+    expected = numbers_of(source_of(), 0, 20)
+    put_on(hub, tmp_path / "shards", monkeypatch)
+    source = source_of()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    hub.fail(r"train-00[1-4].tar", CUT, times=8)  # it waits for a body that a GET does not have
+    assert numbers_of(source, 0, 20) == expected
+    assert hub.faults[0].times == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_that_is_gone_is_named_skipped_and_counted(
+    remote, train, tmp_path, monkeypatch, caplog, capfd, num_workers
+):
+    def open_and_remove(*arguments):
+        paths = remote(SHARDS)
+        sources = open_sources(*arguments)
+        fsspec.filesystem("memory").rm(paths[3])
+        return sources
+
+    monkeypatch.setattr(opening, "open_sources", open_and_remove)
+    options = RUN | {"max_train_steps": 8, "max_bad_fraction": 0.2, "dataloader_num_workers": num_workers}
+    run = train(**options)
+    assert caplog.text.count("train-003.tar is gone or damaged") == 1
+    assert json.loads((run / "checkpoint-8/state/trainer_state.json").read_text())["shards"]["lost"] == [3]
+    assert read_metrics(run, "train/skipped_images")[-1]["train/skipped_images"] > 0
+    train(**options | {"max_bad_fraction": 0.1}, output_dir=tmp_path / "other", code=1)
+    assert "1 of 6 shards are gone" in capfd.readouterr().err
+
+
 # ---- parquet files
 
 
@@ -385,3 +421,65 @@ def test_a_parquet_file_that_is_gone_has_rows_that_cannot_be_read(parquet, hub):
     hub.fail(r"2.parquet", 404, times=1000)
     rows = [row for block in range(8) for row in source.read_block(block)]
     assert [row.index for row in rows if row.error] == [*range(12, 18)]
+
+
+# ---- as many rows as the web has
+
+
+def test_labels_take_few_bytes_and_are_compared_as_before():
+    random = np.random.default_rng(0)
+    for top, kind in ((900, np.int16), (70_000, np.int32)):
+        labels = random.integers(0, top, 150_000)
+        labels[-1], missing = top, np.arange(150_000) % 1000 == 7
+        conditions = Conditions(pa.table({"label": pa.array(labels, mask=missing)}))
+        assert conditions.labels.dtype == kind
+        expected = np.where(missing, -1, labels)
+        assert np.array_equal(conditions.labels, expected)
+        assert conditions.digests("").labels == digest_of(expected.tobytes())
+
+
+def test_the_classes_of_a_permutation_are_counted_piece_by_piece():
+    labels = np.random.default_rng(0).integers(0, 50, 150_000) ** 2 // 49
+    rows = Dataset.from_dict({"moments": np.zeros((len(labels), 1), np.float32), "label": labels})
+    source = Source(TableRows(rows, Columns("label", moments="moments"))).subset(np.arange(150_000) % 3 > 0)
+    counts = np.unique(labels[source.members], return_counts=True)[1]
+    assert classes_in_batch(source, 0, None, None, 32).of_permutation == expected_classes(counts, 32)
+
+
+def test_random_numbers_of_many_indices_are_those_of_each():
+    indices = range(65_530, 65_560)
+    assert draw_uniforms(3, "held out", indices).tolist() == [draw_uniform(3, "held out", i) for i in indices]
+
+
+# ---- the whole way
+
+
+CARD = f"""---
+dataset_info:
+  splits:
+  - name: train
+    num_examples: {NUM_ROWS}
+---
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stream_from_a_hub_that_fails_and_go_on_exactly(launch, tmp_path, monkeypatch):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name, content in SHARDS.items():
+        (folder / name).write_bytes(content)
+    (folder / "README.md").write_text(CARD)
+    with HubServer({}) as hub:
+        hub.add("dataset", "ann/wds", folder)
+        for name, value in hub.environment(tmp_path / "hf").items():
+            monkeypatch.setenv(name, value)
+        options = RUN | {"dataset_name": "ann/wds", "num_streams": 4, "max_train_steps": 8, "dataloader_num_workers": 1}
+        whole = launch(2, **options, output_dir=tmp_path / "whole")
+        hub.fail(r"train-00[1-3].tar", 503, times=4)
+        run = launch(2, **options | {"max_train_steps": 5})
+        hub.fail(r"train-00[1-3].tar", CUT_ANSWER, times=4)
+        launch(2, **options, resume_from_checkpoint="latest")
+        assert not any(fault.times for fault in hub.faults)
+    assert_same_end(whole, run, step=8)
+    assert read_metrics(run, "train/epoch")[0]["train/epoch"] == 8 / NUM_ROWS  # by the card of the data set
