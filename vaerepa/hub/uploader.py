@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -45,6 +46,7 @@ class Uploader:
         self.uploading: Path | None = None
         self.pushed: Path | None = None
         self.missing: Path | None = None  # that the Hub does not have, in the end
+        self._lock = threading.RLock()  # checkpoints come from another thread than the one that polls
         self._process: subprocess.Popen | None = None
         self._overtaken: list[int] = []
         self._failures = 0  # since the last success
@@ -63,21 +65,24 @@ class Uploader:
     @property
     def folders(self) -> set[Path]:
         """Checkpoints that must not be removed now."""
-        return {folder for folder in (self.waiting, self.uploading) if folder}
+        with self._lock:
+            return {folder for folder in (self.waiting, self.uploading) if folder}
 
     def push(self, checkpoint: Path) -> None:
         """Starts or queues the upload of this checkpoint; returns at once."""
-        if self.waiting is not None:
-            self._overtaken.append(step_of(self.waiting))
-        self.waiting = checkpoint
-        self.poll()
+        with self._lock:
+            if self.waiting is not None:
+                self._overtaken.append(step_of(self.waiting))
+            self.waiting = checkpoint
+            self.poll()
 
     def poll(self) -> None:
         """Checks the running upload, and starts the next one when it is due; returns at once."""
-        if self._process is not None and self._process.poll() is not None:
-            self._end_attempt()
-        if self._process is None and self.waiting is not None and time.monotonic() >= self._next_attempt:
-            self._begin_attempt()
+        with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._end_attempt()
+            if self._process is None and self.waiting is not None and time.monotonic() >= self._next_attempt:
+                self._begin_attempt()
 
     def finish(self) -> None:
         """Waits until the newest checkpoint is pushed; logs the command to do it by hand if that fails."""

@@ -21,7 +21,7 @@ class Saver:
     is being written.
 
     Args:
-        publish: is called on the main process with the step of each checkpoint that has been written.
+        publish: is called on the main process with the step of each checkpoint that has been written, in the saver's thread.
     """
 
     def __init__(self, state: TrainingState, uploader: Uploader | None, publish: Callable[[int], None]):
@@ -32,6 +32,7 @@ class Saver:
         self._given_up = threading.Event()
         self._step: int | None = None  # of the save that has begun and is not settled, on all processes
         self._written: Future | None = None  # on the main process, and where there are parts to write
+        self._published: Future | None = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -40,6 +41,8 @@ class Saver:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self._given_up.set()
         self._thread.shutdown()
+        if self._published and kind is None:
+            self._published.result()
         is_main_process = self.state.setup.accelerator.is_main_process
         # an error came before it could be settled
         if self._written and is_main_process and not self._given_up.is_set():
@@ -56,6 +59,8 @@ class Saver:
         Raises:
             CheckpointError: of the save before, see `settle`.
         """
+        if self._published:  # long ago; only an error is of interest
+            self._published.result()
         self.settle()
         options, output_dir = self.state.setup.options, self.state.setup.output_dir
         write = self.state.snapshot()
@@ -63,11 +68,11 @@ class Saver:
         if write is None:
             return
         is_main_process = self.state.setup.accelerator.is_main_process
-        spared = frozenset(self.uploader.folders) if self.uploader else frozenset()
 
         def save() -> None:
             write(self._given_up)
             if is_main_process:
+                spared = self.uploader.folders if self.uploader else ()
                 checkpoints.purge(output_dir, options.checkpoints_total_limit, spared)
 
         self._written = self._thread.submit(save)
@@ -103,7 +108,7 @@ class Saver:
             steps = setup.options.checkpointing_steps
             logger.error(f"{failure} Training goes on and tries again in {steps} steps.")
         elif setup.accelerator.is_main_process:
-            self.publish(step)
+            self._published = self._thread.submit(self.publish, step)
 
     def _is_written(self, wait: bool) -> bool:
         """Whether the checkpoint is whole; raises the error that kept it from that."""
