@@ -228,7 +228,10 @@ class GuidingHead(nn.Module):
 
     def statistics(self, like: torch.Tensor) -> tuple[float | torch.Tensor, float | torch.Tensor]:
         """Mean and deviation, in dtype and device of a tensor."""
-        return tuple(s.to(like) if isinstance(s, torch.Tensor) else s for s in (self.mean, self.std))
+        if isinstance(self.mean, torch.Tensor):  # they stay on the device: a copy for each step would wait for it
+            self.mean, self.std = self.mean.to(like.device), self.std.to(like.device)
+            return self.mean.to(like.dtype), self.std.to(like.dtype)
+        return self.mean, self.std
 
 
 class VAEREPAPipeline(DiffusionPipeline):

@@ -163,7 +163,7 @@ def test_losses_are_logged_by_noise_level(train):
     running_means.add(loss=by_noise_level(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0.1, 0.15, 1.0])))
     running_means.add(loss=by_noise_level(torch.tensor([6.0, 7.0, 9.0]), torch.tensor([0.0, 0.5, 0.5])))
     expected = {"loss/0.0-0.2": 3.0, "loss/0.4-0.6": 8.0, "loss/0.8-1.0": 5.0}
-    assert running_means.means(OneProcess) == pytest.approx(expected)
+    assert running_means.means(OneProcess, {}) == pytest.approx(expected)
     run = train(max_train_steps=4, logging_steps=4)
     (line,) = [line for line in metrics_of(run) if "train/loss" in line]
     levels = [name for name in line if name.startswith("train/alignment_by_t_vae/")]

@@ -222,12 +222,13 @@ def build_alignments(
         options = replace(options, alignment_normalize=True)
     if components.teacher:
         check_teacher(family, components.teacher, transformer)
+    device = next(transformer.parameters()).device
     parts = MethodParts(
         num_layers=len(family.blocks(transformer)),
         patch_size=family.patch_size(transformer),
         vae=components.vae,
         encoder=components.encoder,
-        statistics=tuple(map(torch.tensor, latent_statistics)),
+        statistics=tuple(torch.tensor(values, device=device) for values in latent_statistics),
     )
     values = {
         argument: settings.values_of(options, f"alignment_{key}")

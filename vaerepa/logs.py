@@ -75,19 +75,17 @@ class RunningMeans:
 
     def reduce(self, accelerator: Accelerator) -> dict[str, list]:
         """Values per step, averaged over all processes; every process must call it."""
-        for name, values in self._pending.items():
-            mean = accelerator.reduce(torch.stack(values).float(), reduction="mean")
-            self._reduced[name] = self._reduced.get(name, []) + mean.tolist()
-        self._pending = {}
+        self._read(accelerator, {})
         return self._reduced
 
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean of each value since `clear`; every process must call it.
+    def means(self, accelerator: Accelerator, now: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Mean of each value since `clear`, and scalars of `now`, averaged over all processes; every process must call it.
 
         A noise level without samples has none.
         """
+        current = self._read(accelerator, now)
         means: dict[str, float] = {}
-        for name, steps in self.reduce(accelerator).items():
+        for name, steps in self._reduced.items():
             if not isinstance(steps[0], list):
                 means[name] = _sum(steps) / len(steps)
                 continue
@@ -97,7 +95,25 @@ class RunningMeans:
                     means[f"{name}/{level / len(sums):.1f}-{(level + 1) / len(sums):.1f}"] = _sum(values) / _sum(
                         numbers
                     )
-        return means
+        return means | current
+
+    def _read(self, accelerator: Accelerator, now: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Reads what is pending, and `now`, by one reduction over processes and one copy from the device; returns `now`."""
+        stacked = [
+            torch.stack(values).float() for values in (*self._pending.values(), *([one] for one in now.values()))
+        ]
+        if not stacked:
+            return {}
+        flat = accelerator.reduce(torch.cat([values.flatten() for values in stacked]), reduction="mean").cpu()
+        parts = [
+            part.view(values.shape).tolist()
+            for part, values in zip(flat.split([values.numel() for values in stacked]), stacked, strict=True)
+        ]
+        for name, part in zip(self._pending, parts, strict=False):
+            self._reduced[name] = self._reduced.get(name, []) + part
+        own = parts[len(self._pending) :]
+        self._pending = {}
+        return {name: value for name, (value,) in zip(now, own, strict=True)}
 
     def __bool__(self) -> bool:
         """Whether there are values."""

@@ -154,6 +154,7 @@ class NoisePrediction:
         if "clip_sample" in self.scheduler.config:
             self.scheduler.register_to_config(clip_sample=False)  # latents do not end at 1
         self.snr_gamma = snr_gamma
+        self._signals = self.scheduler.alphas_cumprod
 
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
         return (NUM_TIMESTEPS * t).floor().clamp(max=NUM_TIMESTEPS - 1)
@@ -185,7 +186,8 @@ class NoisePrediction:
         return self._signal_at(self.timesteps(t))
 
     def _signal_at(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps.long()]
+        self._signals = self._signals.to(timesteps.device)  # where they stay, for a copy in each step would wait
+        return self._signals[timesteps.long()]
 
 
 def flow_scheduler() -> SchedulerMixin:

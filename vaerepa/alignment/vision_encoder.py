@@ -46,8 +46,9 @@ class VisionEncoder:
         return f"{self.side} {self.mode} {self.mean.flatten().tolist()} {self.std.flatten().tolist()}"
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "VisionEncoder":
-        """Moves the model to a device, in place."""
+        """Moves the model, and the statistics of its images, to a device, in place."""
         self.model.to(device, dtype)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
     def prepare(self, pixel_values: torch.Tensor) -> torch.Tensor:

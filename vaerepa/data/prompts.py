@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from vaerepa.data.batch import to_device
 from vaerepa.data.source import all_captions
 from vaerepa.errors import OptionError
 from vaerepa.families import TextFamily
@@ -60,7 +61,7 @@ class Prompts:
         """Embedding of one prompt, on the device; it does not depend on other prompts."""
         if prompt not in self._recent:
             embedding = self.cache.read(prompt) if self.cache else self._encode(prompt)
-            self._recent[prompt] = {name: tensor.to(self.device) for name, tensor in embedding.items()}
+            self._recent[prompt] = {name: to_device(tensor, self.device) for name, tensor in embedding.items()}
             if len(self._recent) > MAX_RECENT:
                 self._recent.popitem(last=False)
         self._recent.move_to_end(prompt)

@@ -77,11 +77,10 @@ class PixArt(TextFamily):
 
     def collate(self, embeddings: list[dict[str, torch.Tensor]]) -> Condition:
         texts = [one["encoder_hidden_states"] for one in embeddings]
-        lengths = torch.tensor([len(text) for text in texts], device=texts[0].device)
-        places = torch.arange(int(lengths.max()), device=texts[0].device)
+        masks = [torch.ones(len(text), dtype=torch.long, device=text.device) for text in texts]
         return {
             "encoder_hidden_states": nn.utils.rnn.pad_sequence(texts, batch_first=True),
-            "encoder_attention_mask": (places < lengths[:, None]).long(),
+            "encoder_attention_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True),
         }
 
     def prompt_inputs(self, condition: Condition) -> dict[str, Any]:
@@ -103,8 +102,8 @@ def _size_of_images(transformer: nn.Module, noisy: torch.Tensor) -> dict[str, to
         return {"resolution": None, "aspect_ratio": None}
     height, width = noisy.shape[-2:]
     return {  # in pixels, of a VAE that reduces by 8, as the stock pipeline gives them
-        "resolution": noisy.new_tensor([8.0 * height, 8.0 * width]).repeat(len(noisy), 1),
-        "aspect_ratio": noisy.new_tensor([height / width]).repeat(len(noisy), 1),
+        "resolution": torch.cat([noisy.new_full((len(noisy), 1), 8.0 * side) for side in (height, width)], dim=1),
+        "aspect_ratio": noisy.new_full((len(noisy), 1), height / width),
     }
 
 

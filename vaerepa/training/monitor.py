@@ -103,13 +103,19 @@ def _announce_classes(setup: Setup) -> None:
 
 
 class Monitor:
-    """Log lines, progress bar, metrics.jsonl and trackers; every process has a monitor, the main process writes."""
+    """Log lines, progress bar, metrics.jsonl and trackers; every process has a monitor, the main process writes.
+
+    Attributes:
+        skipped_in_a_row: number of consecutive steps, up to the last log line, whose gradients were not finite.
+        skipped_images: number of images that could not be read until then, over all processes.
+    """
 
     def __init__(self, setup: Setup, state: TrainingState):
         accelerator = setup.accelerator
         self.setup = setup
         self.state = state
         self.stopwatch = throughput.Stopwatch(state.step)
+        self.skipped_in_a_row = self.skipped_images = 0
         self.metrics = MetricsFile(setup.output_dir / "metrics.jsonl")
         self.progress = tqdm(
             total=setup.max_train_steps,
@@ -126,9 +132,13 @@ class Monitor:
     def log(self) -> None:
         """Writes means since the last log line to metrics.jsonl, trackers and progress bar; every process must call it."""
         setup, state, options, accelerator = self.setup, self.state, self.setup.options, self.setup.accelerator
-        values = state.running_means.means(accelerator)
         ratios = state.aligned_transformer.gradient_ratios()
-        values |= {f"alignment_gradient_ratio_{name}": ratio.item() for name, ratio in ratios.items()}
+        now = {f"alignment_gradient_ratio_{name}": ratio for name, ratio in ratios.items()}
+        now |= {"skipped_in_a_row": state.skipped_in_a_row, "skipped_images": state.num_skipped_images()}
+        values = state.running_means.means(accelerator, now)  # the one wait for the device
+        self.skipped_in_a_row = int(values.pop("skipped_in_a_row"))
+        self.skipped_images = round(values["skipped_images"] * accelerator.num_processes) + state.skipped_images_before
+        values |= {"skipped_images": self.skipped_images}
         values |= {"learning_rate": state.learning_rate(state.step - 1)}
         if setup.sources.train.num_rows:
             values |= {"epoch": state.step * options.global_batch_size / setup.sources.train.num_rows}
@@ -139,7 +149,6 @@ class Monitor:
             flops = state.flops + sum(state.head_flops[alignment.name] for alignment in state.alignments)
             flops_per_second = passes * flops * values["images_per_second"]
             values |= {"mfu": flops_per_second / (peak * accelerator.num_processes)}
-        values |= {"skipped_images": state.count_skipped_images()}
         self.write({f"train/{name}": value for name, value in values.items()})
         if state.step % options.logging_steps == 0:  # at the end of a run it stays, for one that goes on from there
             state.running_means.clear()
@@ -171,21 +180,21 @@ class Monitor:
         accelerator.trackers = []
 
     def check(self) -> None:
-        """Checks that training has not diverged and that enough images can be read; every process must call it.
+        """Checks, after a log line, that training has not diverged and that enough images can be read, on every process alike.
 
         Raises:
             TrainingError: gradients were not finite for --max_skipped_steps steps, or more images than --max_bad_fraction
                 are damaged.
         """
         state, options = self.state, self.setup.options
-        if state.skipped_in_a_row >= options.max_skipped_steps:
+        if self.skipped_in_a_row >= options.max_skipped_steps:
             kept = all_checkpoints(self.setup.output_dir)
             raise TrainingError(
-                f"the gradients were not finite in the last {int(state.skipped_in_a_row)} steps, up to step {state.step}; the "
+                f"the gradients were not finite in the last {self.skipped_in_a_row} steps, up to step {state.step}; the "
                 f"weights were not touched by them. The last checkpoint is {kept[-1].name if kept else 'not there yet'}. "
                 "Try bf16 instead of fp16, a lower --learning_rate, or a lower --alignment_weight."
             )
-        count, seen = state.count_skipped_images(), state.step * options.global_batch_size
+        count, seen = self.skipped_images, state.step * options.global_batch_size
         if count >= checks.MIN_BAD_IMAGES and count > options.max_bad_fraction * seen:
             raise TrainingError(
                 f"{count} of {seen} images could not be read, more than --max_bad_fraction {options.max_bad_fraction}; the "

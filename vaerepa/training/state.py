@@ -150,10 +150,14 @@ class TrainingState:
         self.model, self.optimizer = self.setup.engine.prepare(aligned, optimizer)
         logger.info(f"step {self.step}: alignment `{'`, `'.join(ended)}` is over, its head is dropped")
 
+    def num_skipped_images(self) -> torch.Tensor:
+        """Number of images that this process could not read since the restart, a scalar on the device."""
+        return torch.full((), self.setup.feed.num_skipped, device=self.setup.accelerator.device)
+
     def count_skipped_images(self) -> int:
         """Number of images that could not be read so far, over all processes; every process must call it."""
-        counts = torch.tensor(self.setup.feed.num_skipped, device=self.setup.accelerator.device)
-        return self.skipped_images_before + int(self.setup.accelerator.reduce(counts, reduction="sum"))
+        counts = self.setup.accelerator.reduce(self.num_skipped_images(), reduction="sum")
+        return self.skipped_images_before + int(counts)
 
     def _narrow_feed(self) -> None:
         """Limits batches to the inputs that the remaining alignments need, and keeps a teacher on the device for them alone."""
