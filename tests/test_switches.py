@@ -1,9 +1,12 @@
 """Switches that must not change what is computed: compile, an offloaded EMA, a profile; and their messages."""
 
 import json
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
 from tests.conftest import read_metrics
@@ -33,6 +36,33 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once(train, tmp_path,
     # its checkpoint goes on without compilation
     run = train(max_train_steps=11, learning_rate=1e-3, output_dir=compiled, resume_from_checkpoint="latest")
     assert (run / "checkpoint-11").is_dir()
+
+
+@pytest.fixture(scope="session")
+def many_shapes(tmp_path_factory):
+    """The options of runs over 40 pictures of ten sizes whose captions have 20 lengths."""
+    sizes = [(16, 16), (12, 20), (20, 12), (8, 28), (28, 8), (12, 24), (24, 12), (8, 32), (32, 8), (16, 20)]
+    random, folder = np.random.default_rng(3), tmp_path_factory.mktemp("many_shapes")
+    pictures = [random.integers(0, 256, (*sizes[i % len(sizes)], 3), dtype=np.uint8) for i in range(40)]
+    rows = {"image": pictures, "text": ["a" * (1 + i % 20) for i in range(40)]}
+    features = Features({"image": Image(), "text": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return {"dataset_name": folder, "aspect_ratio_buckets": ";".join(f"{height},{width}" for height, width in sizes)}
+
+
+@pytest.mark.parametrize("family", ["pixart_alpha", "sd3_5", "z_image"])
+def test_compiled_blocks_take_more_sizes_and_lengths_than_torch_has_graphs_for(
+    family, finetune, tmp_path, monkeypatch, many_shapes
+):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    options = many_shapes | {"max_train_steps": 12}
+    plain = finetune(family, **options, output_dir=tmp_path / "plain")
+    compiled = finetune(family, **options, compile=True, output_dir=tmp_path / "compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1
+    losses = [[line["train/loss"] for line in read_metrics(run, "train/loss")] for run in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_an_offloaded_ema_is_the_same(train, tmp_path):

@@ -27,6 +27,7 @@ from vaerepa.training.options import OutputOptions
 logger = get_logger(__name__)
 
 PROFILED_STEPS = 10
+RECOMPILE_LIMIT = 64  # of a block whose shapes vary: a few graphs, in which what has varied so far is a symbol
 # in the order in which they cost least; each with its advice
 MEMORY_LEVERS = {
     "gradient_checkpointing": "Next lever: --gradient_checkpointing (a third more arithmetic).",
@@ -87,9 +88,16 @@ def build_accelerator(options: MachineOptions) -> Accelerator:
 
 
 def apply_switches(
-    options: AccelerationOptions, transformer: nn.Module, blocks: nn.ModuleList, device: torch.device
+    options: AccelerationOptions,
+    transformer: nn.Module,
+    blocks: nn.ModuleList,
+    device: torch.device,
+    shapes_vary: bool = False,
 ) -> None:
     """Sets up gradient checkpointing, attention and compilation, and names the attention in the log.
+
+    Args:
+        shapes_vary: whether batches differ in their size, or in the length of images or captions.
 
     Raises:
         OptionError: xformers does not run here.
@@ -106,11 +114,13 @@ def apply_switches(
         unfit = "" if getattr(idle, "_has_cpp_library", True) else f"; xformers {_version('xformers')} does not fit it"
         logger.info(f"attention: SDPA of torch {torch.__version__}{unfit}")
     if options.compile:
+        if shapes_vary:
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         for block in blocks:
             # a graph ends where FSDP2 gathers a module inside the block, as DiT's embedder
             is_whole = not any(isinstance(part, FSDPModule) for part in block.modules() if part is not block)
             # the forward alone: hooks, which tap the hidden states, stay outside; names of weights do not change
-            block.forward = torch.compile(block.forward, fullgraph=is_whole, dynamic=False)
+            block.forward = torch.compile(block.forward, fullgraph=is_whole, dynamic=None if shapes_vary else False)
 
 
 def probe_xformers(device: torch.device) -> None:

@@ -74,6 +74,7 @@ class Family(ABC):
     normalizes_targets: ClassVar[bool] = (
         False  # whether latents far from unit scale are normalised as alignment targets
     )
+    varies_in_length: ClassVar[bool] = False  # whether blocks see more tokens where captions are longer
     lora_layers: ClassVar[tuple[str, ...]] = ()
     preset: ClassVar[str | None] = None  # what the names of its presets begin with; None where it is fine-tuned only
     sizes: ClassVar[dict[str, Size]] = {}

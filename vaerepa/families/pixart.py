@@ -17,6 +17,7 @@ class PixArt(TextFamily):
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     text_components = ("tokenizer", "text_encoder")
     knows_shift = False
+    varies_in_length = True
     max_sequence_length = 120  # Sigma was trained with 300
     lora_layers = ("to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
     # an empty negative prompt is the default, and cannot be given beside embeddings; generate at any size that is asked for

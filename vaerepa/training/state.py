@@ -72,7 +72,9 @@ class TrainingState:
         for module, its_heads in ((transformer, heads), *ema_modules):
             setup.engine.shard(module, setup.family.blocks(module), its_heads)
         aligned = _align(setup, heads, self.alignments)
-        acceleration.apply_switches(options, transformer, setup.family.blocks(transformer), accelerator.device)
+        shapes_vary = bool(setup.feed.buckets) or setup.family.varies_in_length
+        blocks = setup.family.blocks(transformer)
+        acceleration.apply_switches(options, transformer, blocks, accelerator.device, shapes_vary)
         trained = [setup.trained_weights.values(), *(head.parameters() for head in heads.values())]
         optimizer = optimization.build_optimizer(trained, options, setup.family.matrices(transformer))
         self.model, self.optimizer = setup.engine.prepare(aligned, optimizer)
