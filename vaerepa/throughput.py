@@ -118,9 +118,14 @@ def count_flops(
 
 
 def on_meta(module: nn.Module) -> nn.Module:
-    """Copy of a module on the meta device, which takes no memory."""
+    """Copy of a module on the meta device, which takes no memory; in one precision, for autocast does not work there."""
+
+    def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+        dtype = torch.get_default_dtype() if tensor.is_floating_point() else tensor.dtype
+        return torch.empty_like(tensor, dtype=dtype, device="meta")
+
     tensors = (*module.parameters(), *module.buffers())
-    return copy.deepcopy(module, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
+    return copy.deepcopy(module, {id(tensor): copy_of(tensor) for tensor in tensors})
 
 
 def describe_machine(accelerator: Accelerator) -> str:
