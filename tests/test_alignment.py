@@ -8,7 +8,6 @@ import torch
 from diffusers import AutoencoderKL, DiTPipeline
 from safetensors.torch import load_file
 
-import train_vaerepa
 from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
 from tests.helpers_runs import PRETRAINED, tensors_of
@@ -20,6 +19,7 @@ from vaerepa.families import Size
 from vaerepa.families.dit import DiT, new_transformer
 from vaerepa.logs import RunningMeans, by_noise_level
 from vaerepa.options import parse_options
+from vaerepa.training.state import TrainingState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -271,13 +271,13 @@ def test_sras_first_steps_are_as_computed_a_second_time(train, data, vae):
 
 
 def test_the_teacher_gets_no_gradient(train, monkeypatch):
-    ema_weights, save = [], train_vaerepa.save
+    ema_weights, snapshot = [], TrainingState.snapshot
 
-    def watched(state, *arguments, **options):
+    def watched(state):
         ema_weights.append(state.ema.exported)
-        return save(state, *arguments, **options)
+        return snapshot(state)
 
-    monkeypatch.setattr(train_vaerepa, "save", watched)
+    monkeypatch.setattr(TrainingState, "snapshot", watched)
     train(alignment="sra", max_train_steps=2)
     assert all(p.grad is None and not p.requires_grad for p in ema_weights[-1].parameters())
     assert not any(block._forward_hooks for block in ema_weights[-1].transformer_blocks)

@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import warnings
 from pathlib import Path
@@ -13,10 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.linalg
 import torch
+import yaml
 from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from benchmarks import guidance
 from tests.conftest import ROOT, launcher, read_metrics
 from tests.helpers_runs import command_line
 from vaerepa import evaluate
@@ -281,3 +285,33 @@ def test_text_to_image_training_measures_too(finetune, weights, tmp_path):
     text = ModelCard.load(run / "README.md").text
     assert "guidance_scale 2.0" in text
     assert "head_guidance_scale 0.5, head_guidance_interval" in text
+
+
+def test_runs_are_compared_under_several_ways_of_guidance(train, data, weights, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    for seed in (0, 1):
+        train(seed=seed, max_train_steps=2, learning_rate=1e-2, output_dir=runs / f"vae-{seed}")
+    samples = {
+        "num_samples": 10,
+        "num_inference_steps": 2,
+        "sampler": "euler",
+        "batch_size": 5,
+        "cache_dir": str(tmp_path),
+    }
+    ways = {"plain": {"row": "vae"}, "head": {"row": "vae", "head_guidance_scale": 0.5}}
+    (tmp_path / "ways.yaml").write_text(yaml.safe_dump({"samples": samples, "ways": ways}, sort_keys=False))
+    line = [str(runs), "--ways", str(tmp_path / "ways.yaml"), "--reference", str(data), "--seeds", "0", "1"]
+    line += ["--inception_weights", str(weights), "--results", str(tmp_path / "results.json"), "--rounds", "1"]
+    guidance.main(line)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["way"], row["seed"]) for row in results["rows"]] == [(way, seed) for way in ways for seed in (0, 1)]
+    assert len({row["fid"] for row in results["rows"]}) == 4
+    assert results["flops_of_an_image"]["plain"] < results["flops_of_an_image"]["head"]
+    table = capsys.readouterr().out
+    for way in ways:
+        (fid, *_) = (row["fid"] for row in results["rows"] if row["way"] == way)
+        assert re.search(rf"^\| {way} \| .*\({fid:.1f}, ", table, re.MULTILINE)
+    pictures = {name: (runs / name).stat().st_mtime_ns for name in ("guidance.png", "guidance_pictures.png")}
+    shutil.rmtree(runs / "vae-1")  # what was evaluated is not evaluated again
+    guidance.main(line)
+    assert all((runs / name).stat().st_mtime_ns > before for name, before in pictures.items())

@@ -479,7 +479,7 @@ def test_a_stock_pipeline_samples_the_guided_predictions(train, objective):
             null = prediction(x, t, torch.full_like(labels, 1000))
             x = scheduler.step(null + 2.0 * (prediction(x, t, labels) - null), timestep, x).prev_sample
     latents = decoded[0] * pipeline.vae.config.scaling_factor
-    torch.testing.assert_close(latents, x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(latents, x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", ["latent", "velocity"])

@@ -542,7 +542,7 @@ def test_ema_weights_equal_a_float64_reference(transformer):
 
 def test_ema_weights_pair_by_name(transformer):
     target = randomize(copy.deepcopy(transformer), seed=1)
-    reordered = SimpleNamespace(named_parameters=lambda: reversed(list(target.named_parameters())))
+    reordered = SimpleNamespace(modules=target.modules, named_parameters=lambda: [*target.named_parameters()][::-1])
     by_order, by_name = EMA(transformer, (0.5,)), EMA(transformer, (0.5,))
     by_order.update(target)
     by_name.update(reordered)

@@ -17,7 +17,7 @@ import inspect
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -179,12 +179,10 @@ def evaluate(args: argparse.Namespace) -> None:
             captioned = family.conditioning == "captions"
             reference = open_reference(args, with_captions=captioned and args.prompts is None)
         pipeline.to(accelerator.device)
+        pipeline.vae.to(memory_format=torch.channels_last)  # its convolutions take a third less time
         precision = f"{pipeline.transformer.dtype}, mixed precision {accelerator.mixed_precision}".replace("torch.", "")
-        settings = describe(args, pipeline)
-        if args.head_guidance_scale:
-            settings |= guide_by_head(args, pipeline, family)
-        subject = open_texts(args, pipeline, family, reference) if captioned else open_classes(args, pipeline, family)
-        settings |= subject.settings | {"seed": args.seed, "precision": precision}
+        subject = open_subject(args, pipeline, family, reference)
+        settings = subject.settings | {"seed": args.seed, "precision": precision}
         with accelerator.main_process_first():
             claim_folder(folder, settings)
         if reference is None:
@@ -200,6 +198,22 @@ def evaluate(args: argparse.Namespace) -> None:
             logger.info(f"writing {folder / NPZ}")
             write_npz(folder, args.num_samples)
         accelerator.end_training()
+
+
+def open_subject(
+    args: argparse.Namespace, pipeline: DiffusionPipeline, family: Family, reference: Path | Source | None
+) -> Subject:
+    """The pipeline as it is evaluated: guided by its head where that is asked for, with its labels or prompts.
+
+    Raises:
+        OptionError: an argument does not go with this pipeline.
+    """
+    settings = describe(args, pipeline)
+    if args.head_guidance_scale:
+        settings |= guide_by_head(args, pipeline, family)
+    captioned = family.conditioning == "captions"
+    subject = open_texts(args, pipeline, family, reference) if captioned else open_classes(args, pipeline, family)
+    return replace(subject, settings=settings | subject.settings)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ class Extractor:
     sizes = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS}  # noqa: RUF012
 
     def __init__(self, network: nn.Module, has_classes: bool, device: torch.device):
-        self.network = network.to(device)
+        self.network = network.to(device, memory_format=torch.channels_last)  # a third faster on a CPU
         self.device = device
         self.has_classes = has_classes
         weights = fingerprint(network)
