@@ -135,9 +135,6 @@ class Flux(TextFamily):
         names = ("encoder_hidden_states", "pooled_projections")
         return [dict(zip(names, pair, strict=True)) for pair in zip(embeds, pooled, strict=True)]
 
-    def collate(self, embeddings: list[dict[str, torch.Tensor]]) -> Condition:
-        return {name: torch.stack([one[name] for one in embeddings]) for name in embeddings[0]}
-
     def prompt_inputs(self, condition: Condition) -> dict[str, Any]:
         return {
             "prompt_embeds": condition["encoder_hidden_states"],

@@ -120,9 +120,6 @@ class Flux2(TextFamily):
             {"encoder_hidden_states": one} for one in embeds
         ]  # padding included, which the stock pipeline does not mask
 
-    def collate(self, embeddings: list[dict[str, torch.Tensor]]) -> Condition:
-        return {"encoder_hidden_states": torch.stack([one["encoder_hidden_states"] for one in embeddings])}
-
     def prompt_inputs(self, condition: Condition) -> dict[str, Any]:
         return {"prompt_embeds": condition["encoder_hidden_states"]}
 

@@ -50,9 +50,9 @@ class TextFamily(Family):
     ) -> list[dict[str, torch.Tensor]]:
         """Embeddings of each prompt by the stock pipeline's encoders, without padding that is masked."""
 
-    @abstractmethod
     def collate(self, embeddings: list[dict[str, torch.Tensor]]) -> Condition:
-        """The condition of a batch."""
+        """The condition of a batch; here of embeddings that all have one length."""
+        return {name: torch.stack([one[name] for one in embeddings]) for name in embeddings[0]}
 
     @abstractmethod
     def prompt_inputs(self, condition: Condition) -> dict[str, Any]:
