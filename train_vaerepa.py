@@ -117,7 +117,7 @@ def train(options: Options) -> None:
         checkpoint = on_main_process(accelerator, lambda: find_checkpoint(options, options.cache_dir, logger.warning))
         trainer_state = checkpoints.load_trainer_state(checkpoint) if checkpoint else {}
         if checkpoint:
-            options = past.keep_lengths(trainer_state, options)
+            options = past.keep_defaults(trainer_state, options)
             past.check_options(trainer_state, options, checkpoint)
         with uploading(options, accelerator) as uploader, logging_redirect_tqdm():
             run(options, build_engine(accelerator, sharding), checkpoint, trainer_state, uploader)

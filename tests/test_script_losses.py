@@ -71,6 +71,7 @@ def encode(pipeline, pixel_values, posterior_noise):
     ("family", "predict", "latent_shape", "options", "weighting_scheme"),
     [
         ("sd3", predict_sd3, (16, 8, 8), LOGIT_NORMAL | {"precondition_outputs": True}, "logit_normal"),
+        ("sd3", predict_sd3, (16, 8, 8), {"precondition_outputs": True}, "logit_normal"),  # which is the default
         ("sd3_5", predict_sd3, (16, 8, 8), {"timestep_sampling": "mode"}, "mode"),
         ("flux", partial(predict_flux, guidance_scale=1.0), (4, 8, 8), UNSHIFTED | {"guidance_scale": 1.0}, "none"),
         ("flux", predict_flux, (4, 8, 8), UNSHIFTED | LOGIT_NORMAL, "logit_normal"),
@@ -84,6 +85,8 @@ def test_the_loss_is_that_of_the_script(
     pipeline = DiffusionPipeline.from_pretrained(pipelines(family))
     scheduler, is_preconditioned = pipeline.scheduler, "precondition_outputs" in options
     density = {name: options[name] for name in options if name.startswith(("timestep_sampling", "logit"))}
+    if family == "sd3":
+        density = {"timestep_sampling": "logit_normal"} | density
     source = open_sources(str(captioned), by_caption=True).train
     plain, shifted = (
         read_samples(source, TrainingNumbers(SEED, 0.0, **density, timestep_shift=s), SEED, latent_shape=latent_shape)

@@ -121,7 +121,8 @@ def test_the_loss_is_that_of_the_stock_pipelines_convention(family, shift, finet
     source = open_sources(str(captioned), by_caption=True).train
     is_flux2 = family == "flux2"
     shape = (16, 4, 4) if is_flux2 else (vae.config.latent_channels, 8, 8)
-    samples = read_samples(source, TrainingNumbers(3, 0.1), seed=3, latent_shape=shape)
+    density = "logit_normal" if family.startswith("sd3") else "uniform"
+    samples = read_samples(source, TrainingNumbers(3, 0.1, density), seed=3, latent_shape=shape)
     numbers = samples.numbers
     with torch.no_grad():
         posterior = vae.encode(samples.pixel_values / 127.5 - 1).latent_dist
@@ -230,6 +231,24 @@ def test_fine_tuning_aligns_weakly_in_the_first_third_of_the_run_and_says_so(fin
     assert "weight 0.2, cosine to 0 at step 2" in caplog.text
     assert "normalised per channel" not in caplog.text
     assert [(run / f"checkpoint-{step}/heads").exists() for step in (1, 2, 3)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "density"),
+    [("sd3", {}, "logit_normal"), ("sd3", {"timestep_sampling": "uniform"}, "uniform"), ("flux", {}, "uniform")],
+)
+def test_times_are_those_of_the_familys_script_and_stay_in_a_restart(family, options, density, finetune, caplog):
+    caplog.set_level(logging.INFO)
+    run = finetune(family, max_train_steps=1, alignment="none", **options)
+    assert f"times t are {density}" in caplog.text
+    checkpoint = run / "checkpoint-1"
+    state = json.loads((checkpoint / "state/trainer_state.json").read_text())
+    assert state["options"]["timestep_sampling"] == density
+    if not options:
+        return
+    caplog.clear()
+    finetune(family, max_train_steps=2, alignment="none", resume_from_checkpoint="latest")  # no longer asked for
+    assert f"times t are {density}" in caplog.text
 
 
 def test_what_follows_from_the_length_of_a_run_stays_when_it_goes_on_for_longer(finetune, tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Values that follow from other options, from the number of processes, or from the length of the run."""
+"""Values that follow from other options, from the number of processes, from the model, or from the length of the run."""
 
 import math
 from dataclasses import replace
@@ -7,6 +7,7 @@ from vaerepa.alignment import settings
 from vaerepa.checks import check_head_guidance
 from vaerepa.ema import DECAY, fitting_decay
 from vaerepa.errors import OptionError
+from vaerepa.families import Family
 from vaerepa.options import Options
 
 
@@ -19,8 +20,11 @@ def fill_in_defaults(options: Options) -> Options:
     return settings.fill_in_defaults(options)
 
 
-def fit_to_run(options: Options, max_train_steps: int) -> Options:
-    """Gives a value to the options whose default depends on the length of the run."""
+def fit_to_run(options: Options, family: Family, max_train_steps: int) -> Options:
+    """Gives a value to the options whose default depends on the model or on the length of the run."""
+    if options.timestep_sampling is None:
+        is_tuned = options.pretrained_model_name_or_path is not None
+        options = replace(options, timestep_sampling=family.tuned_timesteps if is_tuned else "uniform")
     if options.ema_decay is None:
         options = replace(options, ema_decay=(fitting_decay(max_train_steps),))
     options = settings.end_with_run(options, max_train_steps)

@@ -52,7 +52,7 @@ def describe(options: Options) -> str:
     parts = components.open_components(options)
     num_images = parts.sources.train.num_rows
     num_steps = defaults.steps_in(options, num_images)
-    options = defaults.fit_to_run(options, num_steps)
+    options = defaults.fit_to_run(options, parts.family, num_steps)
     with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes

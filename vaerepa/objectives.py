@@ -31,8 +31,11 @@ class ObjectiveOptions:
         resume="fixed",
         group="Objective",
     )
-    timestep_sampling: Literal["uniform", "logit_normal", "mode"] = option(
-        "uniform", "Density of the training timesteps t in [0, 1].", resume="fixed"
+    timestep_sampling: Literal["uniform", "logit_normal", "mode"] | None = option(
+        None,
+        "Density of the training timesteps t in [0, 1]. Default: logit_normal where Stable Diffusion 3 is fine-tuned, as in "
+        "diffusers' script, else uniform.",
+        resume="fixed",
     )
     logit_mean: float = option(
         0.0, "Mean of the logit-normal density, as in diffusers: above 0 prefers little noise.", resume="fixed"

@@ -44,12 +44,15 @@ def check_options(trainer_state: dict[str, Any], options: Options, checkpoint: P
         )
 
 
-def keep_lengths(trainer_state: dict[str, Any], options: Options) -> Options:
-    """Options, with defaults that depend on the length of the run taken from the checkpoint.
+def keep_defaults(trainer_state: dict[str, Any], options: Options) -> Options:
+    """Options, with defaults that depend on the model or the length of the run taken from the checkpoint.
 
     A run that becomes longer or shorter keeps the values of its first steps, and logs so.
     """
-    before, kept = trainer_state["options"], options
+    before = trainer_state["options"]
+    if options.timestep_sampling is None:
+        options = replace(options, timestep_sampling=before.get("timestep_sampling", "uniform"))
+    kept = options
     decays, ends = before["ema_decay"], before.get("alignment_stop_step")
     if options.ema_decay is None:
         kept = replace(kept, ema_decay=tuple(decays) if isinstance(decays, list) else (decays,))

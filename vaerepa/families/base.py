@@ -75,6 +75,7 @@ class Family(ABC):
         False  # whether latents far from unit scale are normalised as alignment targets
     )
     varies_in_length: ClassVar[bool] = False  # whether blocks see more tokens where captions are longer
+    tuned_timesteps: ClassVar[str] = "uniform"  # density of t of diffusers' script that fine-tunes it
     lora_layers: ClassVar[tuple[str, ...]] = ()
     preset: ClassVar[str | None] = None  # what the names of its presets begin with; None where it is fine-tuned only
     sizes: ClassVar[dict[str, Size]] = {}

@@ -26,6 +26,7 @@ class MMDiT(TextFamily):
     dispensable_components = ("tokenizer_3", "text_encoder_3")  # the stock pipeline puts zeros in the place of T5's
     knows_shift = True
     max_sequence_length = 256  # of T5; CLIP's 77 come before
+    tuned_timesteps = "logit_normal"
     lora_layers = (
         "attn.add_k_proj",
         "attn.add_q_proj",

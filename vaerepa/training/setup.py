@@ -94,9 +94,9 @@ def build_setup(options: Options, engine: Engine, trainer_state: dict[str, Any])
         content = past.content_of(components)
     past.check_content(trainer_state, content, components.sources.train.num_rows)
     max_train_steps = defaults.steps_in(options, components.sources.train.num_rows)
-    options = defaults.fit_to_run(options, max_train_steps)
-
     family, sources, objective = components.family, components.sources, components.objective
+    options = defaults.fit_to_run(options, family, max_train_steps)
+
     is_flow = objectives.name_of(objective.scheduler) == "flow_matching"
     samples = options.num_validation_images or options.eval_steps
     if engine.is_sharded and family.conditioning == "labels" and not is_flow and samples:
