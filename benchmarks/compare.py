@@ -4,8 +4,9 @@
 
 A YAML file gives the rows: `base`, a config beside it, and `rows`, the options of each over that config. The first row is
 the one that the others are compared with. What stands after `--` goes to all runs. Each run is a process of
-train_vaerepa.py with a folder of its own; the rows take turns, seed by seed. Finished runs are not made again, and the
-same command goes on with a comparison that was stopped.
+train_vaerepa.py with a folder of its own; the rows take turns, seed by seed. --results holds what was measured, a file a run:
+runs that are there are not made again, and the same command goes on with a comparison that was stopped, and of whole results
+makes tables and plot without the runs.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,14 @@ import torch
 import yaml
 
 from vaerepa import checks, components, defaults, dry_run
-from vaerepa.cli import as_plain, read_rows
+from vaerepa.cli import as_plain, fields_of, read_rows
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import newest_report
 from vaerepa.files import replacing
 from vaerepa.layout import folder_of
 from vaerepa.logs import MetricsFile
 from vaerepa.options import Options, parse_options
+from vaerepa.privacy import public_values
 from vaerepa.system import num_cores
 from vaerepa.vae import shape_of_latents
 
@@ -43,8 +46,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 TRAINER = Path(__file__).resolve().parent.parent / "train_vaerepa.py"
-RECORD = "comparison.json"  # in the folder of a run that is finished
+COSTS = "costs.json"
 VALIDATION_LOSS = "validation/loss"
+LOWER_IS_BETTER = (VALIDATION_LOSS, "evaluation/fid", "evaluation/sfid", "evaluation/kid")
 NO_STATISTICS = [[0.0], [1.0]]  # of latents; of no weight for sizes
 HOW = """\
 Time of a step: median over the log lines of a run, from their images per second, of training alone (validation, evaluation
@@ -76,9 +80,14 @@ class Run:
 
     metrics: dict[str, dict[int, float]]
     interval_seconds: dict[int, float]
-    step_seconds: float
+    logging_steps: int
     peak_memory: int
     samples: str = ""
+    machine: str = ""
+
+    @property
+    def step_seconds(self) -> float:
+        return statistics.median(self.interval_seconds.values()) / self.logging_steps
 
 
 Runs = dict[str, list[Run]]  # by row, of each seed
@@ -101,7 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, help="YAML file with `base` and `rows`.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for runs, table and plot.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the runs.")
+    parser.add_argument(
+        "--results", type=Path, help="Folder for measurements, tables and plot. Default: results in it."
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("options", nargs="*", help="Options of train_vaerepa.py for all rows, after `--`.")
     return parser
@@ -111,7 +123,9 @@ def compare(args: argparse.Namespace) -> None:
     """The story: read, check, train, report."""
     rows, seeds = read_rows(args.rows), list(dict.fromkeys(args.seeds))
     check_names(rows, args.rows)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    results = args.results or args.output_dir / "results"
+    for folder in (args.output_dir, results):
+        folder.mkdir(parents=True, exist_ok=True)
     lines = {}
     for name, values in rows.items():
         config = args.output_dir / f"{name}.yaml"
@@ -120,18 +134,19 @@ def compare(args: argparse.Namespace) -> None:
     options = {name: [parse_options(line) for line in of_row] for name, of_row in lines.items()}
     check_rows({name: of_row[0] for name, of_row in options.items()})
     for one in (one for of_row in options.values() for one in of_row):
-        read_record(one)  # refuses a run of other options before another is made
+        read_result(results, one)  # refuses a run of other options before another is made
     for place, seed in enumerate(seeds):
         for name in rows:
-            if read_record(options[name][place]) is None:
+            if read_result(results, options[name][place]) is None:
                 print(f"--- {name}, seed {seed}", flush=True)
-                train(lines[name][place], options[name][place])
+                peak_memory = train(lines[name][place], options[name][place])
+                write_result(results, options[name][place], read_run(options[name][place], peak_memory))
+    runs = {name: [read_result(results, one) for one in of_row] for name, of_row in options.items()}
     # last, for a process starts with the peak memory of the one that starts it
-    costs = {name: estimate(of_row[0]) for name, of_row in options.items()}
-    runs = {name: [read_run(one) for one in of_row] for name, of_row in options.items()}
+    costs = read_costs(results, {name: of_row[0] for name, of_row in options.items()})
     report = describe(runs, costs, seeds)
-    (args.output_dir / "comparison.md").write_text(report + "\n", encoding="utf-8")
-    plot(runs, costs, args.output_dir / "comparison.png")
+    (results / "comparison.md").write_text(report + "\n", encoding="utf-8")
+    plot(runs, costs, results / "comparison.png")
     print(report)
 
 
@@ -201,8 +216,8 @@ def estimate(options: Options) -> Cost:
 # ---- runs
 
 
-def train(line: list[str], options: Options) -> None:
-    """Trains once, to the end, and writes a record.
+def train(line: list[str], options: Options) -> int:
+    """Trains once, to the end; returns the peak resident bytes.
 
     Raises:
         KeyboardInterrupt: it was stopped, and can go on.
@@ -216,9 +231,7 @@ def train(line: list[str], options: Options) -> None:
         raise RunError(
             f"the run {output_dir} has failed (exit code {code}); its output above says why, and the same command goes on."
         )
-    record = {"options": as_plain(options), "peak_memory": peak_memory}
-    with replacing(output_dir / RECORD) as unfinished:
-        unfinished.write_text(json.dumps(record), encoding="utf-8")
+    return peak_memory
 
 
 def run_process(command: list[str]) -> tuple[int, int, bool]:
@@ -240,26 +253,51 @@ def run_process(command: list[str]) -> tuple[int, int, bool]:
     return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), bool(forwarded)
 
 
-def read_record(options: Options) -> dict[str, Any] | None:
-    """Reads the record of a finished run; None for a run that has not finished.
+def public_options(options: Options) -> dict[str, Any]:
+    """The options as JSON holds them, of paths the last part alone."""
+    return json.loads(json.dumps(public_values(as_plain(options), fields_of(Options))))
+
+
+def write_result(results: Path, options: Options, run: Run) -> None:
+    with replacing(results / f"{Path(options.output_dir).name}.json") as unfinished:
+        content = asdict(run) | {"options": public_options(options)}
+        unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_result(results: Path, options: Options) -> Run | None:
+    """What was measured of a run; None for a run that has not finished.
 
     Raises:
         OptionError: it was made with other options.
     """
-    path = Path(options.output_dir, RECORD)
+    path = results / f"{Path(options.output_dir).name}.json"
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(as_plain(options)))
-    changed = [name for name, value in now.items() if record["options"].get(name) != value]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    before = content.pop("options")
+    changed = [name for name, value in public_options(options).items() if before.get(name) != value]
     if changed:
         raise OptionError(
-            f"{options.output_dir} is a finished run of another --{changed[0]}; take another --output_dir, or remove it."
+            f"{path} is of a finished run of another --{changed[0]}; take another --output_dir and --results, or remove it."
         )
-    return record
+    by_step = {name: {int(step): value for step, value in of.items()} for name, of in content.pop("metrics").items()}
+    seconds = {int(step): value for step, value in content.pop("interval_seconds").items()}
+    return Run(by_step, seconds, **content)
 
 
-def read_run(options: Options) -> Run:
+def read_costs(results: Path, options: dict[str, Options]) -> dict[str, Cost]:
+    """Costs of the rows, worked out once."""
+    path = results / COSTS
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    costs = {name: Cost(**known[name]) if name in known else estimate(one) for name, one in options.items()}
+    with replacing(path) as unfinished:
+        unfinished.write_text(
+            json.dumps({name: asdict(cost) for name, cost in costs.items()}, indent=1), encoding="utf-8"
+        )
+    return costs
+
+
+def read_run(options: Options, peak_memory: int) -> Run:
     """Reads the measurements of a finished run."""
     ema = (
         f"validation/ema_{options.ema_decay[0]}/loss" if options.use_ema and len(options.ema_decay or ()) > 1 else None
@@ -274,13 +312,14 @@ def read_run(options: Options) -> Run:
                 metrics.setdefault(name, {})[line["step"]] = value
         if "train/images_per_second" in line:
             intervals[line["step"]] = images / line["train/images_per_second"]
-    seconds = statistics.median(intervals.values()) / options.logging_steps
     report = newest_report(Path(options.output_dir), max((step for of in metrics.values() for step in of), default=0))
     facts = {
         name: value for name, value in (report.samples if report else {}).items() if name not in ("trained", "seed")
     }
     samples = ", ".join(f"{name} {value}" for name, value in facts.items())
-    return Run(metrics, intervals, seconds, read_record(options)["peak_memory"], samples)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    machine = f"{device}, {num_cores()} cores, torch {torch.__version__}, diffusers {version('diffusers')}"
+    return Run(metrics, intervals, options.logging_steps, peak_memory, samples, machine)
 
 
 # ---- table and plot
@@ -289,9 +328,9 @@ def read_run(options: Options) -> Run:
 def describe(runs: Runs, costs: dict[str, Cost], seeds: list[int]) -> str:
     """The report in Markdown: what the rows cost, then a table per metric."""
     first = next(iter(runs))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    machines = dict.fromkeys(run.machine for of_row in runs.values() for run in of_row)
     lines = [
-        f"Seeds {', '.join(map(str, seeds))}; {device}, {num_cores()} cores, torch {torch.__version__}.",
+        f"Seeds {', '.join(map(str, seeds))}; {' and '.join(machines)}.",
         "",
         f"| row | parameters | of heads | training, an image | a step | over `{first}`, by seed | peak memory |",
         "|---|---|---|---|---|---|---|",
@@ -309,14 +348,34 @@ def describe(runs: Runs, costs: dict[str, Cost], seeds: list[int]) -> str:
             lines += [*(f"* {name}: {of_row[0].samples}" for name, of_row in runs.items()), ""]
         lines += [f"| {' | '.join(['step', first, *others])} |"]
         lines += ["|---" * (len(runs) + 1) + "|"]
-        for step in steps_of(runs, metric):
+        steps = steps_of(runs, metric)
+        for step in steps:
             values = {name: [run.metrics[metric][step] for run in of_row] for name, of_row in runs.items()}
             cells = [f"{statistics.mean(values[first]):.4f}"]
             for name in list(runs)[1:]:
                 by_seed = [difference(metric, *pair) for pair in zip(values[name], values[first], strict=True)]
                 cells.append(f"{statistics.mean(values[name]):.4f} ({', '.join(by_seed)})")
             lines.append(f"| {' | '.join([str(step), *cells])} |")
+        if metric in LOWER_IS_BETTER:
+            cells = [str(steps[-1])]
+            for of_row in list(runs.values())[1:]:
+                reached = [
+                    step_of_value(run.metrics[metric], other.metrics[metric][steps[-1]])
+                    for run, other in zip(of_row, runs[first], strict=True)
+                ]
+                cells.append(", ".join("not reached" if step is None else f"{step:.0f}" for step in reached))
+            lines.append(f"| {' | '.join([f'last value of `{first}`, reached at step, by seed', *cells])} |")
     return "\n".join(lines)
+
+
+def step_of_value(values: dict[int, float], goal: float) -> float | None:
+    """The first step at which a metric that falls is at the goal or below, linear between its measurements."""
+    before = None
+    for step, value in sorted(values.items()):
+        if value <= goal:
+            return step if before is None else before[0] + (step - before[0]) * (before[1] - goal) / (before[1] - value)
+        before = step, value
+    return None
 
 
 def cost_cells(of_row: list[Run], cost: Cost) -> list[str]:

@@ -1,7 +1,7 @@
 """benchmarks.compare: every row with every seed, once each, also after an interruption; its table, plot and refusals."""
 
-import json
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -17,7 +17,6 @@ from PIL import Image
 import train_vaerepa
 from benchmarks import compare
 from tests.conftest import ROOT, read_metrics
-from vaerepa.cli import as_plain
 from vaerepa.options import parse_options
 
 ROWS = {"none": {"alignment": "none"}, "vae+sra": {"alignment": ["vae", "sra"]}}
@@ -75,10 +74,11 @@ def test_an_interrupted_comparison_goes_on_and_reports_all(run_compare, trained)
 
     runs = {name: [read_metrics(out / f"{name}-{seed}", "validation/loss") for seed in (0, 1)] for name in ROWS}
     assert [[line["step"] for line in lines] for of_row in runs.values() for lines in of_row] == [[1, 2]] * 4
-    report = (out / "comparison.md").read_text()
+    report = (out / "results/comparison.md").read_text()
     assert report.startswith("Seeds 0, 1; ")
     cells = cells_of(report)
-    assert list(cells) == ["row", "---", "none", "vae+sra", "step", "1", "2"]
+    reached = "last value of `none`, reached at step, by seed"
+    assert list(cells) == ["row", "---", "none", "vae+sra", "step", "1", "2", reached]
     for index, step in enumerate(("1", "2")):
         none, both = ([lines[index]["validation/loss"] for lines in of_row] for of_row in runs.values())
         differences = ", ".join(f"{b / n - 1:+.2%}" for n, b in zip(none, both, strict=True))
@@ -93,9 +93,16 @@ def test_an_interrupted_comparison_goes_on_and_reports_all(run_compare, trained)
     milliseconds = 1e3 * statistics.median(seconds)
     assert none[3:] == [f"{milliseconds:.1f} ms", "", "4 MiB"]  # of 2 and 5, and half is rounded to even
     assert len(re.findall(r"[+-]\d+\.\d%", both[4])) == 2
-    with Image.open(out / "comparison.png") as plot:
+    with Image.open(out / "results/comparison.png") as plot:
         assert plot.width > 900
         assert len(plot.convert("RGB").getcolors(2**24)) > 10
+
+    for folder in out.glob("*-?"):  # the results are enough
+        shutil.rmtree(folder)
+    (out / "results/comparison.md").unlink()
+    run_compare()
+    assert len(trained) == 5
+    assert (out / "results/comparison.md").read_text() == report
 
 
 def test_what_is_measured_is_read_by_its_name(tmp_path):
@@ -110,14 +117,21 @@ def test_what_is_measured_is_read_by_its_name(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     options = ["--ema_decay", "0.9", "0.5", "--logging_steps", "10", "--global_batch_size", "4"]
     options = parse_options([*options, "--output_dir", str(tmp_path)])
-    (tmp_path / "comparison.json").write_text(json.dumps({"options": as_plain(options), "peak_memory": 7}))
-    run = compare.read_run(options)
+    run = compare.read_run(options, 7)
     assert run.metrics == {"validation/loss": {10: 2.0}, "evaluation/fid": {20: 55.5}}
     assert run.interval_seconds == {10: 1.0, 20: 2.0, 30: 0.5}
     assert (run.step_seconds, run.peak_memory) == (0.1, 7)
-    slower = compare.Run({}, {10: 1.0, 20: 4.0, 30: 0.5}, 0.1, 7)
+    compare.write_result(tmp_path, options, run)
+    assert compare.read_result(tmp_path, options) == run
+    assert str(tmp_path) not in (tmp_path / f"{tmp_path.name}.json").read_text()  # a result may be published
+    slower = compare.Run({}, {10: 1.0, 20: 4.0, 30: 0.5}, 10, 7)
     minutes = compare.clock_of([run, slower])([0, 10, 15, 20, 30])
     assert minutes == pytest.approx([0, 1 / 60, 2.5 / 60, 4 / 60, 4.5 / 60])
+
+
+def test_steps_to_equal_quality_are_read_between_measurements():
+    fid = {10: 50.0, 20: 30.0, 30: 35.0, 40: 20.0}
+    assert [compare.step_of_value(fid, goal) for goal in (60, 50, 40, 30, 29, 19)] == [10, 10, 15, 20, 34, None]
 
 
 def test_a_process_is_measured_and_reached_by_signals():
@@ -162,7 +176,7 @@ def test_finished_runs_of_other_options_are_refused(run_compare, trained, capsys
     run_compare(rows={"none": {"alignment": "none"}}, code=130)
     assert trained == ["none-0", "none-1"]
     run_compare(code=2, rows={"none": {"alignment": "vae"}})
-    assert "none-0 is a finished run of another --alignment" in capsys.readouterr().err
+    assert "none-0.json is of a finished run of another --alignment" in capsys.readouterr().err
     assert trained == ["none-0", "none-1"]
 
 
