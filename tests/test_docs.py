@@ -71,7 +71,8 @@ COMMANDS = {
 def replacements(tmp_path, monkeypatch) -> dict[str, str]:
     """Replacements of the words that stand in a command for the reader's own data; the repository is the current folder."""
     monkeypatch.chdir(ROOT)
-    (tmp_path / "folder/ash").mkdir(parents=True)
+    for name in ("folder/ash", "my_dog", "other_dogs"):
+        (tmp_path / name).mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "folder/ash/0.png")
     (tmp_path / "my_run.yaml").write_text((ROOT / "configs/quickstart.yaml").read_text())
     return {"path/to": str(tmp_path), "my_run.yaml": str(tmp_path / "my_run.yaml")}

@@ -20,6 +20,7 @@ from vaerepa import stopping, system
 from vaerepa.data import Feed
 
 PRESET = dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "patch_size"))  # not given
+FOLDERS = {"dataset_name": None, "train_data_dir": ["{}/two", "{}/unlabelled"]}
 FEATURES = Features({"image": Image(), "label": Value("int64"), "text": Value("string")})
 
 
@@ -33,6 +34,9 @@ def materials(tmp_path_factory) -> Path:
     DiTTransformer2DModel(1, 8, out_channels=4, num_layers=1, sample_size=4).save_pretrained(folder / "transformer")
     write_data(folder / "unlabelled", [0, -1, 1])
     write_data(folder / "no_rows", [])
+    write_data(folder / "two", [0, 1])
+    (folder / "classes/ash").mkdir(parents=True)
+    PIL.Image.new("RGB", (16, 16)).save(folder / "classes/ash/1.png")
     write_data(folder / "unreadable", [0, 1, 0, 1], image=b"no image")
     return folder
 
@@ -79,6 +83,19 @@ def message_of(capfd) -> str:
         ({"dataset_name": "{}/empty"}, ["the data set", "empty", "cannot be opened"]),
         ({"train_data_dir": "{}/nowhere", "dataset_name": None}, ["--train_data_dir", "no such folder or file"]),
         ({"train_data_dir": "{}/empty"}, ["--dataset_name and --train_data_dir"]),
+        ({"dataset_name": ["{}/one", "{}/two"]}, ["--dataset_name", "--train_data_dir takes several folders"]),
+        ({"repeats": [2, 1]}, ["--repeats", "2 values for 1 data sets"]),
+        (
+            FOLDERS | {"instance_prompt": ["a", "b", "c"], "text_conditioning": True},
+            ["--instance_prompt", "3 values for 2"],
+        ),
+        (FOLDERS | {"repeats": [2, 0]}, ["--repeats 0", "above 0"]),
+        (FOLDERS, ["unlabelled", "`train`", "without a label"]),
+        ({"dataset_name": None, "train_data_dir": ["{}/two", "{}/nowhere"]}, ["nowhere", "no such folder or file"]),
+        (
+            {"dataset_name": None, "train_data_dir": ["{}/two", "{}/classes"]},
+            ["--train_data_dir", "classes", "other classes"],
+        ),
         ({"caption_column": "label"}, ["--caption_column label", "expected text"]),
         ({"num_streams": 0}, ["--num_streams 0", "above 0"]),
         ({"latents_cache": "{}/cache", "no_center_crop": True}, ["--latents_cache needs --center_crop"]),
@@ -102,7 +119,12 @@ def message_of(capfd) -> str:
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_wrong_options_are_refused_before_anything_is_written(refused, materials, options, words):
-    refused(*words, **{k: v.format(materials) if isinstance(v, str) else v for k, v in options.items()})
+    def placed(value):
+        if isinstance(value, list):
+            return [placed(one) for one in value]
+        return value.format(materials) if isinstance(value, str) else value
+
+    refused(*words, **{name: placed(value) for name, value in options.items()})
 
 
 def test_an_output_folder_in_use_is_refused(refused, tmp_path):

@@ -70,6 +70,20 @@ def test_a_cache_changes_no_more_than_a_rounding(train, options, tmp_path):
         assert one["train/loss"] != other["train/loss"]
 
 
+def test_a_repeated_image_is_encoded_once(train, halves, tmp_path, monkeypatch):
+    encode, alone = encode_moments, []
+
+    def count(vae, pixels, *more):
+        alone.append(len(pixels) == 1)  # as the cache encodes; latents are measured in batches
+        return encode(vae, pixels, *more)
+
+    monkeypatch.setattr("vaerepa.data.encoding.encode_moments", count)
+    options = {"dataset_name": None, "train_data_dir": halves, "repeats": [3, 2], "latents_cache": tmp_path / "cache"}
+    train(**EXACT, **options, max_train_steps=6)  # half an epoch
+    assert sum(alone) == 40
+    assert rows_in(tmp_path / "cache") == list(range(40))
+
+
 def test_a_part_is_completed_and_a_damaged_shard_made_again(train, options, tmp_path, caplog):
     precompute(train, tmp_path / "cache", **{k: v for k, v in options.items() if k != "latents_cache"})
     (shard,) = (tmp_path / "cache").glob("*.arrow")

@@ -84,6 +84,25 @@ def test_the_metadata_are_the_hubs(train):
     assert entry["results"][0]["metrics"][0]["value"] == result.metric_value
 
 
+def test_several_folders_are_told_by_their_names(train, halves, tmp_path, capsys):
+    options = {"dataset_name": None, "train_data_dir": halves, "repeats": [2, 1], "max_train_steps": 1}
+    train(**options, dry_run=True)
+    table = capsys.readouterr().out
+    for folder, told in zip(halves, ("18, 2 times an epoch", "22, 1 times an epoch"), strict=True):
+        assert f"| of them in {folder.name} | {told} |" in table
+    text = (train(**options) / "README.md").read_text()
+    assert f"on {halves[0].name}, {halves[1].name} for 1 steps" in text
+    assert "| repeats | 2 1 |" in text
+    assert str(halves[0]) not in text
+    prompted = Options(
+        text_conditioning=True, train_data_dir=("/x/dog", "/x/all"), instance_prompt=("sks dog", "a dog")
+    )
+    write_card(tmp_path / "README.md", ROOT / "model_card_template.md", prompted, "me/dog", {"task": "text-to-image"})
+    text = (tmp_path / "README.md").read_text()
+    assert "trained with the prompt *sks dog* in dog, *a dog* in all." in text
+    assert "/x/" not in text
+
+
 @pytest.mark.parametrize("instance_prompt", [None, "a photo of sks dog"])
 def test_a_loras_card_is_found_and_loads_what_was_trained(instance_prompt, tmp_path):
     """In the Hub's gallery, by its base and family; from the base's revision and variant, in the precision of the run."""
@@ -96,7 +115,7 @@ def test_a_loras_card_is_found_and_loads_what_was_trained(instance_prompt, tmp_p
         pretrained_model_name_or_path=base,
         revision="main-2",
         variant="fp16",
-        instance_prompt=instance_prompt,
+        instance_prompt=(instance_prompt,) if instance_prompt else None,
         validation_prompts=("a cat", "two: dogs"),
     )
     facts = {

@@ -114,11 +114,22 @@ def test_names_may_be_spelled_with_dashes(config, line):
     assert parse_options(["--no-use-ema"]) == replace(Options(), use_ema=False)
 
 
+def test_several_folders_are_a_list(config):
+    line = ["--train_data_dir", "a b", "c", "--repeats", "10", "1", "--instance_prompt", "sks cat", "a cat"]
+    text = "train_data_dir: [a b, c]\nrepeats: [10, 1]\ninstance_prompt: [sks cat, a cat]"
+    given = {"train_data_dir": ("a b", "c"), "repeats": (10, 1), "instance_prompt": ("sks cat", "a cat")}
+    assert parse_options(line) == parse_yaml(config, text) == replace(Options(), **given)
+    assert parse_yaml(config, "train_data_dir: a b\nnum_repeats: 10") == replace(
+        Options(), train_data_dir=("a b",), repeats=(10,)
+    )
+    assert public_values({"train_data_dir": ["/x/a b", "/x/c"]}, FIELDS) == {"train_data_dir": ["a b", "c"]}
+
+
 def test_home_and_variables_are_expanded_in_paths_alone(config, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setenv("RUN", "seven")
     options = parse_yaml(config, "train_data_dir: ~/pictures\nnegative_prompt: ~$RUN", "--output_dir", "$HOME/$RUN")
-    assert (options.train_data_dir, options.output_dir) == ("/home/ann/pictures", "/home/ann/seven")
+    assert (options.train_data_dir, options.output_dir) == (("/home/ann/pictures",), "/home/ann/seven")
     assert options.negative_prompt == "~$RUN"
 
 
@@ -263,7 +274,7 @@ def test_what_cannot_be_read_is_named_with_what_to_do(line, words):
 
 def test_flags_of_diffusers_that_mean_the_same_are_taken(config):
     given = parse_options(["--validation_prompt", "a cat", "--instance_data_dir=pictures"])
-    assert given == replace(Options(), validation_prompts=("a cat",), train_data_dir="pictures")
+    assert given == replace(Options(), validation_prompts=("a cat",), train_data_dir=("pictures",))
     assert parse_yaml(config, "validation_prompt: a cat").validation_prompts == ("a cat",)
 
 

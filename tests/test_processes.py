@@ -40,7 +40,7 @@ SAME_STEPS = {
     "muon": MUON | {"max_train_steps": 5},
     "self": DROPPED | {"alignment": "self", "alignment_teacher": "first stage", "max_train_steps": 4},
     "repa": REPA,
-    "repa-cache": REPA | {"latents_cache": True},
+    "repa-cache": REPA | {"latents_cache": True, "repeats": 2},  # so that both fill the cache before they train
 }
 if find_spec("prodigyopt"):
     SAME_STEPS["prodigy"] = PRODIGY | {"max_train_steps": 5}

@@ -60,6 +60,11 @@ CASES = {
     "cache": (CACHE, (3, 5, 6, 6, 8), 12),
     "cache-one-worker": (CACHE | {"dataloader_num_workers": 1}, (3, 5, 6, 6, 8), 12),
     "cache-three-workers": (CACHE | {"dataloader_num_workers": 3}, (3, 5, 6, 6, 8), 12),
+    "folders-repeated-cache": (
+        EXACT | {"latents_cache": True, "train_data_dir": "folders", "repeats": [2, 1]},
+        (3, 8),
+        12,
+    ),
     "repa-cache": (REPA | {"latents_cache": True}, (3, 5, 8), 12),
     "muon": (ENDING_EXACT | MUON, (2, 4), 8),
     "prodigy": (ENDING_EXACT | PRODIGY, (2, 4), 8),
@@ -68,11 +73,14 @@ CASES = {
 
 
 @pytest.fixture
-def placed(damaged, dit_pipeline, encoders):
+def placed(damaged, halves, dit_pipeline, encoders):
     """Options with the folders that they name for short."""
     folders = {"damaged": lambda: damaged, "dit": dit_pipeline, "dinov2": lambda: encoders("dinov2")}
+    folders["folders"] = lambda: halves
 
     def fill_in(options: dict) -> dict:
+        if "train_data_dir" in options:
+            options = options | {"dataset_name": None}
         return {name: folders[v]() if isinstance(v, str) and v in folders else v for name, v in options.items()}
 
     return fill_in

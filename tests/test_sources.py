@@ -6,7 +6,8 @@ import json
 import pickle
 import shutil
 import tarfile
-from itertools import chain
+from collections import Counter
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import datasets
@@ -16,9 +17,10 @@ import pytest
 import torch
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
-from tests.helpers_data import encode, picture, write_split
+from tests.helpers_data import encode, picture, rows, write_split
 from vaerepa.data import DataError, Preprocessing, SampleReader, TrainingNumbers, open_sources, read_micro_batches
 from vaerepa.data.columns import find_columns
+from vaerepa.data.source import all_captions
 from vaerepa.errors import OptionError
 
 pytestmark = [
@@ -39,7 +41,7 @@ def read_epoch(source, num_workers=0, **kwargs) -> dict[str, list]:
         "seed": 0,
     } | kwargs
     reader = SampleReader(source, SHAPE, Preprocessing(16), TrainingNumbers(0, 0.1), **settings)
-    columns: dict[str, list] = {"labels": [], "captions": [], "moments": [], "pixel_values": []}
+    columns: dict[str, list] = {"labels": [], "captions": [], "moments": [], "pixel_values": [], "row_indices": []}
     for samples in chain.from_iterable(read_micro_batches(reader, num_workers)):
         for name, values in columns.items():
             held = getattr(samples, name)
@@ -185,6 +187,60 @@ def test_files_that_are_damaged_are_an_error_in_one_sentence(tmp_path, name):
     (tmp_path / name).write_bytes(b"neither tar nor parquet " * 100)
     with pytest.raises(OptionError, match=r"cannot be (opened|read)"):
         open_sources(str(tmp_path / name))
+
+
+# ---- several data sets, and repeats
+
+
+@pytest.mark.parametrize("kind", ["images", "parquet", "both"])
+def test_several_data_sets_come_as_often_as_they_are_repeated(image_folder, kind, tmp_path):
+    """In an order that is another in each epoch, and that neither workers nor processes change."""
+    (image_folder / "cat" / "10.txt").write_text("a tabby")
+    parquet = write_split(tmp_path / "rows", rows(range(4)), shards=[3, 1])
+    folders = {"images": ("cat", "dog"), "parquet": ("rows", "rows"), "both": ("cat", "rows")}[kind]
+    folders = [str(image_folder / name) if name != "rows" else str(parquet) for name in folders]
+    given = {"by_caption": True, "instance_prompts": ["sks cat", "sks dog"], "repeats": [3, 1]}
+    source = open_sources(folders, **given).train
+    assert source.storage.random_access == (kind == "images")
+    epochs = [read_epoch(source, first=i * len(source), last=(i + 1) * len(source)) for i in range(2)]
+    for epoch in epochs:
+        assert Counter(epoch["row_indices"]) == {i: 3 if i < 4 else 1 for i in range(source.num_images)}
+        expected = ["sks cat" if i < 4 else "sks dog" for i in epoch["row_indices"]]
+        if kind != "parquet":
+            expected = ["a tabby" if i == 0 else text for i, text in zip(epoch["row_indices"], expected, strict=True)]
+        assert list(chain(*map(all_captions, epoch["captions"]))) == expected
+    assert epochs[0]["row_indices"] != epochs[1]["row_indices"]
+    assert (
+        read_epoch(source, num_workers=2, num_streams=4)["row_indices"]
+        == read_epoch(source, num_streams=4)["row_indices"]
+    )
+    halves = [read_epoch(source, process=i, num_processes=2)["row_indices"] for i in range(2)]
+    assert [i for pair in zip_longest(*halves) for i in pair if i is not None] == epochs[0]["row_indices"]
+
+
+def test_validation_images_of_several_data_sets_come_once(numbered, tmp_path):
+    other = write_split(tmp_path / "other", rows(range(50, 80)))
+    sources = open_sources([str(numbered), str(other)], validation_split="0.3", repeats=[2, 5])
+    train, validation = (read_epoch(source)["row_indices"] for source in (sources.train, sources.validation))
+    assert len({*validation}) == len(validation)
+    assert {*train} | {*validation} == set(range(130))
+    assert not {*train} & {*validation}
+    assert Counter(train) == {i: 2 if i < 100 else 5 for i in train}
+    taken = open_sources([str(numbered), str(other)], max_train_samples=20, repeats=[2, 5]).train
+    assert taken.num_images == len({*read_epoch(taken)["row_indices"]}) == 20
+
+
+def test_classes_of_several_folders_are_those_of_all(image_folder, tmp_path):
+    other = tmp_path / "more"
+    for name in ("bird", "cat"):
+        (other / name).mkdir(parents=True)
+        picture(1).save(other / name / "1.png")
+    (tmp_path / "one").mkdir()
+    for name in ("cat", "dog"):
+        (image_folder / name).rename(tmp_path / "one" / name)
+    sources = open_sources([str(tmp_path / "one"), str(other)], repeats=[1, 2])
+    assert sources.id2label == {0: "bird", 1: "cat", 2: "dog"}
+    assert sorted(read_epoch(sources.train)["labels"]) == [0] * 2 + [1] * 6 + [2] * 3
 
 
 # ---- data sets of latents

@@ -115,14 +115,25 @@ def check_data(options: DataOptions) -> None:
     Raises:
         OptionError: none, two, or no such local data set; a cache where there can be none.
     """
-    if options.dataset_name is None and options.train_data_dir is None:
+    if options.dataset_name is None and not options.train_data_dir:
         raise OptionError(
             "--dataset_name is missing: give a data set's Hub id, or a local folder in the Hub's layout; or --train_data_dir."
         )
-    if options.dataset_name is not None and options.train_data_dir is not None:
-        raise OptionError("--dataset_name and --train_data_dir name two data sets; give one of them.")
-    if options.train_data_dir is not None and not Path(options.train_data_dir).exists():
-        raise OptionError(f"--train_data_dir {options.train_data_dir}: there is no such folder or file.")
+    if options.dataset_name is not None and options.train_data_dir:
+        raise OptionError(
+            "--dataset_name and --train_data_dir name two data sets; give one of them: several that are trained on together are "
+            "folders of --train_data_dir."
+        )
+    for path in options.train_data_dir or ():
+        if not Path(path).exists():
+            raise OptionError(f"--train_data_dir {path}: there is no such folder or file.")
+    num_sets = len(options.train_data_dir or [options.dataset_name])
+    for flag in ("repeats", "instance_prompt"):
+        values = getattr(options, flag)
+        if values is not None and len(values) not in (1, num_sets):
+            raise OptionError(
+                f"--{flag}: {len(values)} values for {num_sets} data sets; expected one, or one for each of --train_data_dir."
+            )
     if options.latents_cache is not None and not options.center_crop:
         raise OptionError("--latents_cache needs --center_crop: a random crop is another image in every epoch.")
     parse_buckets(options, downsampling=8)

@@ -219,10 +219,16 @@ def convert(spec: Field, value: Any) -> Any:
         got = "something else" if spec.metadata["secret"] else repr(value)
         switch = f" --{spec.name} turns it on, --no_{spec.name} off." if spec.type is bool else ""
         raise OptionError(f"--{spec.name}: expected {_describe(spec.type)}, got {got}.{switch}") from error
-    if spec.metadata["path"] and isinstance(converted, str):
-        converted = expand(converted, f"--{spec.name}")
-        return mark_local(converted) if spec.metadata["path"] == "hub" else converted
-    return converted
+    return _expanded(spec, converted) if spec.metadata["path"] else converted
+
+
+def _expanded(spec: Field, path: Any) -> Any:
+    if isinstance(path, tuple):
+        return tuple(_expanded(spec, one) for one in path)
+    if not isinstance(path, str):
+        return path
+    path = expand(path, f"--{spec.name}")
+    return mark_local(path) if spec.metadata["path"] == "hub" else path
 
 
 def _named(value: Any) -> dict[str, Any] | None:
@@ -398,7 +404,10 @@ def _say_unknown(line: list[str], left: list[str], known: dict[str, Field], fore
         return f"`{left[0]}`: expected an option before it, such as --config {left[0]}."
     if before.startswith("--no_"):
         return f"`{left[0]}` after {before}: the flag takes no value; --{before[5:]} turns it on."
-    return f"`{left[0]}` after {before}: the option takes one value; put it in quotes if it has spaces."
+    meaning = known[before[2:]].metadata["help"].split(". ")[0] if before[2:] in known else ""
+    return (
+        f"`{left[0]}` after {before}: the option takes one value; put it in quotes if it has spaces. {meaning}".strip()
+    )
 
 
 def _reason(name: str, what: str, known: dict[str, Field], foreign: dict[str, str]) -> str:

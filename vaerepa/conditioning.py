@@ -236,8 +236,7 @@ class Captions(Conditioning):
 
     def evaluation_choices(self, options: MeasuringOptions, source: Source) -> list[str]:
         count, seed = options.num_eval_samples, options.seed
-        several = source.captions(options.instance_prompt)
-        captions = [choose_caption(one, seed, i) for i, one in enumerate(several)]
+        captions = [choose_caption(one, seed, i) for i, one in enumerate(source.captions())]
         return [captions[place] for place in balanced(count, len(captions), seed)]
 
     def evaluation_images(

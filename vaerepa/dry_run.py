@@ -10,8 +10,9 @@ from torch import nn
 
 from vaerepa import components, defaults, lora, optimization, throughput
 from vaerepa.alignment import METHODS, ScheduledMethod
-from vaerepa.data import ClassesInBatch, classes_in_batch
-from vaerepa.data.options import DataOptions
+from vaerepa.data import ClassesInBatch, Source, classes_in_batch
+from vaerepa.data.options import DataOptions, public_dataset, public_folders
+from vaerepa.data.uncounted import UncountedSource
 from vaerepa.families import Family
 from vaerepa.options import Options
 from vaerepa.vae import shape_of_latents
@@ -50,24 +51,24 @@ def describe(options: Options) -> str:
         OptionError: the run would not start.
     """
     parts = components.open_components(options)
-    num_images = parts.sources.train.num_rows
-    num_steps = defaults.steps_in(options, num_images)
+    source = parts.sources.train
+    num_steps = defaults.steps_in(options, source.num_rows)
     options = defaults.fit_to_run(options, parts.family, num_steps)
     with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
     alignments = components.build_alignments(options, parts, transformer, no_statistics)
     shape = shape_of_latents(parts.vae, options.resolution)
-    sizes = estimate(options, parts.family, transformer, shape, alignments, num_images or 0)
+    sizes = estimate(options, parts.family, transformer, shape, alignments, source.num_images or 0)
     learning_rate = optimization.learning_rate_schedule(options, options.global_batch_size, num_steps)
     classes = classes_in_batch(
-        parts.sources.train,
+        source,
         options.seed,
         options.num_streams,
         options.shuffle_buffer_size,
         options.global_batch_size,
     )
-    return report(options, parts.family, sizes, num_images, num_steps, learning_rate, alignments, classes)
+    return report(options, parts.family, sizes, source, num_steps, learning_rate, alignments, classes)
 
 
 def estimate(
@@ -186,17 +187,27 @@ def saved_bytes(
     return sum(storage.nbytes() for storage in saved.values()) // (2 if half else 1)
 
 
+def rows_by_folder(options: DataOptions, source: Source) -> list[tuple[str, str]]:
+    """A row of the table for each data set: its images, and how often an epoch has them."""
+    names = public_folders(options) or [public_dataset(options)]
+    return [
+        (f"of them in {name}", f"{source.members[rows.start : rows.stop].sum()}, {part.repeats} times an epoch")
+        for name, (part, rows) in zip(names, source.rows_by_part(), strict=True)
+    ]
+
+
 def report(
     options: Options,
     family: Family,
     sizes: Estimate,
-    num_images: int | None,
+    source: Source | UncountedSource,
     num_steps: int,
     learning_rate: Callable[[int], float],
     alignments: list[ScheduledMethod],
     classes: ClassesInBatch | None,
 ) -> str:
     """The table that --dry_run prints, in Markdown."""
+    num_images, epoch = source.num_images, source.num_rows
     frozen = "VAE and text encoders" if family.text_components else "the VAE"
     is_lora, adapter = options.rank is not None, lora.NAMES[options.adapter]
     points = (0, num_steps // 2, num_steps - 1)
@@ -226,9 +237,10 @@ def report(
         (f"a checkpoint{'' if is_lora else f', without {frozen}'}", size_of(sizes.checkpoint_bytes)),
         *([("a latents cache of all images", f"{sizes.latents_cache_bytes / GIB:.2f} GiB")] if num_images else []),
         ("images", f"{num_images or 'counted along the way'}"),
+        *(rows_by_folder(options, source) if epoch != num_images or len(options.train_data_dir or ()) > 1 else []),
         *([("classes in a batch", str(classes))] if classes else []),
         ("steps", f"{num_steps} of {options.global_batch_size} images"),
-        *([("epochs", f"{num_steps * options.global_batch_size / num_images:.2f}")] if num_images else []),
+        *([("epochs", f"{num_steps * options.global_batch_size / epoch:.2f}")] if epoch else []),
         ("training, backward pass included", f"{training_flops(options, sizes, num_images or 0, num_steps):.3g} FLOP"),
         ("learning rate at start, middle, end", ", ".join(f"{learning_rate(step):.3g}" for step in points)),
     ]

@@ -14,6 +14,7 @@ ALIASES = {  # the same meaning under another name
     "network_weights": "pretrained_lora_model_name_or_path",
     "non_ema_revision": "revision",
     "num_epochs": "num_train_epochs",
+    "num_repeats": "repeats",
     "num_workers": "dataloader_num_workers",
     "pre_compute_text_embeddings": "cache_text_embeddings",
     "pretrained_vae_name_or_path": "pretrained_vae_model_name_or_path",
@@ -32,7 +33,6 @@ _INSTEAD = {  # what to do in the place of several flags
     "captions come with the data, a column or a .txt beside each image; --instance_prompt is for those without.": (
         "instance_prompts concepts_list"
     ),
-    "the number of passes is --num_train_epochs, or --max_train_steps.": "repeats",
     "there is no prior preservation; images of the class can be put among the data, with captions of their own.": (
         "class_prompt class_data_dir with_prior_preservation prior_loss_weight prior_generation_precision "
         "num_class_images sample_batch_size real_prior"

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vaerepa.alignment import METHODS, ScheduledMethod, settings
-from vaerepa.data.options import public_dataset
+from vaerepa.data.options import public_dataset, public_folders
 from vaerepa.evaluation import NAMES, Report
 from vaerepa.files import replacing
 from vaerepa.options import FIELDS, Options
@@ -55,9 +55,9 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         vae=plain(public_name(options.pretrained_vae_model_name_or_path or "")),
         text=_task(facts) == TEXT_TASK,
         max_sequence_length=options.max_sequence_length,
-        instance_prompt=plain(options.instance_prompt or ""),
+        instance_prompts=_prompts_by_folder(options),
         prompts=[plain(prompt) for prompt in options.validation_prompts],
-        prompt=json.dumps((*options.validation_prompts, options.instance_prompt or "a prompt")[0]),
+        prompt=json.dumps((*options.validation_prompts, *(options.instance_prompt or ()), "a prompt")[0]),
         negative_prompt=plain(options.negative_prompt),
         base_revision=plain(options.revision or "") if options.pretrained_model_name_or_path else "",
         load=_load_arguments(options, name, facts),
@@ -124,7 +124,7 @@ def card_metadata(options: Options, name: str, facts: dict[str, Any]) -> ModelCa
         datasets=_hub_names(options.dataset_name) or None,
         base_model=next(iter(_hub_names(base)), None) or next(iter(_hub_names(None if base else vae)), None),
         base_model_relation=("adapter" if facts.get("rank") else "finetune") if _hub_names(base) else None,
-        instance_prompt=options.instance_prompt,
+        instance_prompt=options.instance_prompt[0] if options.instance_prompt else None,
         widget=[{"text": text, "output": {"url": url}} for text, url in facts.get("pictures", ())] or None,
         model_name=name,
         eval_results=results or None,
@@ -170,6 +170,13 @@ def _class_list(names: Iterable[str]) -> str:
     return ", ".join(names[:NUM_NAMED_CLASSES]) + (", …" if len(names) > NUM_NAMED_CLASSES else "")
 
 
+def _prompts_by_folder(options: Options) -> list[tuple[str, str]]:
+    """The caption of images without one, and the folder that it is for where there are several."""
+    prompts, folders = options.instance_prompt or (), public_folders(options)
+    each = zip(prompts, folders if len(prompts) > 1 else [""], strict=False)
+    return [(plain(prompt), plain(folder)) for prompt, folder in each if prompt]
+
+
 def _shown_options(options: Options) -> Iterable[tuple[str, object]]:
     """Options for the card's table: SHOWN, and all that are not at their default and are not paths."""
     for name, spec in FIELDS.items():
@@ -177,7 +184,8 @@ def _shown_options(options: Options) -> Iterable[tuple[str, object]]:
         if name == "ema_decay" and not options.use_ema:
             continue
         is_past = spec.metadata["resume"] != "free"
-        if name in SHOWN or (is_past and value != spec.default and not isinstance(value, str)):
+        is_text = isinstance(value, str) or spec.metadata["path"] or name == "instance_prompt"
+        if name in SHOWN or (is_past and value != spec.default and not is_text):
             yield name, " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 

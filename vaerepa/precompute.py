@@ -32,7 +32,7 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
         vae, sources = components.open_vae_and_data(options, family_of(options))
         encoder = components.open_encoder(options)
     check_geometry(options, downsampling_factor(vae), patch_size=1)
-    shape, count = shape_of_latents(vae, options.resolution), len(sources.train)
+    shape, count = shape_of_latents(vae, options.resolution), sources.train.num_images
     with accelerator.main_process_first():
         feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape, vision_encoder=encoder)
     check_shared(feed.cache.folder, accelerator)

@@ -40,7 +40,10 @@ def public_values(values: dict[str, Any], known: dict[str, Field]) -> dict[str, 
         known: fields of the options, whose metadata says what is a path.
     """
     public = {"local": lambda path: Path(path).name, "hub": public_name}
-    return {
-        name: public[kind](value) if (kind := known[name].metadata["path"]) and value is not None else value
-        for name, value in values.items()
-    }
+
+    def show(kind: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [show(kind, one) for one in value]
+        return public[kind](value) if kind and value is not None else value
+
+    return {name: show(known[name].metadata["path"], value) for name, value in values.items()}

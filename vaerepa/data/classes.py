@@ -50,13 +50,14 @@ def classes_in_batch(
 
 
 def _class_counts(source: Source) -> np.ndarray:
-    """Number of rows of each class that occurs."""
+    """Number of rows of an epoch of each class that occurs."""
     labels, counts = source.storage.conditions.labels, np.zeros(0, np.int64)
-    for start in range(0, len(labels), BATCH):
-        some = labels[start : start + BATCH][source.members[start : start + BATCH]]
-        own = np.bincount(some.astype(np.int64) - MISSING_LABEL)
-        counts = np.pad(counts, (0, max(0, len(own) - len(counts))))
-        counts[: len(own)] += own
+    for part, rows in source.rows_by_part():
+        for start in rows[::BATCH]:
+            some = slice(start, min(start + BATCH, rows.stop))
+            own = part.repeats * np.bincount(labels[some][source.members[some]].astype(np.int64) - MISSING_LABEL)
+            counts = np.pad(counts, (0, max(0, len(own) - len(counts))))
+            counts[: len(own)] += own
     return counts[counts > 0]
 
 

@@ -35,6 +35,9 @@ NUM_COMPARED_IMAGES = 16
 PIXELS = "pixel_values"
 
 
+Together = Callable[[Iterator[list[Samples]]], Iterator[list[Samples]]]
+
+
 class Feed:
     """Source of a run's training and validation batches.
 
@@ -77,6 +80,7 @@ class Feed:
         self.needs = frozenset({PIXELS, FEATURES})
         self.num_skipped = 0
         self.first_skipped: SkippedRow | None = None
+        self._num_named = 0
         self._named_shards: set[int] = set()
         self._validation_samples: list[list[Samples]] | None = None  # of data that are not counted
         self._warn_of_few_streams()
@@ -102,16 +106,22 @@ class Feed:
         numbers: Numbers,
         first: int,
         last: int,
-        together: Callable[[Iterator[list[Samples]]], Iterator[list[Samples]]] = iter,
+        together: Together = iter,
     ) -> Iterator[list[Batch]]:
         """Yields this process's micro-batches of the samples `first` to `last`, each a list of batches, one for each shape.
 
-        Until the cache holds every image it is written along the way, and reloaded at the end of each epoch. Skipped images
-        are counted with the micro-batch that they are missing from, however far ahead it was read.
+        Until the cache holds every image it is written along the way, and reloaded at the end of each epoch; where an epoch
+        has images several times, it is filled before. Skipped images are counted with the micro-batch that they are missing
+        from, however far ahead it was read.
 
         Args:
             together: passes on what is read as long as every process can read, see `StopRequest.together`.
         """
+        if self.cache is not None and self.source.num_images < len(self.source) and not self._all_hold_all():
+            logger.info("images are repeated: those that the latents cache does not hold are encoded first")
+            for _ in self.fill_cache(together):
+                pass
+            self.reload_cache()
         while first < last:
             writes, end = self.cache is not None and not self._all_hold_all(), last
             if writes:
@@ -182,12 +192,13 @@ class Feed:
 
     # ---- the cache
 
-    def fill_cache(self) -> Iterator[int]:
+    def fill_cache(self, together: Together = iter) -> Iterator[int]:
         """Encodes this process's images that the cache does not hold; yields the number of images after each micro-batch."""
-        read = self._read(self.source, no_numbers, self.options.train_batch_size, 0, len(self.source), self.cache)
-        for micro_batch in read:
+        source, batch_size = self.source.once(), self.options.train_batch_size
+        for micro_batch in together(self._read(source, no_numbers, batch_size, 0, len(source), self.cache)):
             for samples in micro_batch:
-                self._count_skipped(samples.skipped)
+                for row in samples.skipped:
+                    self._pass_over(row)
                 self._encode(self._to_device(samples), self.cache, with_features=True)
             yield sum(map(len, micro_batch))
 
@@ -202,7 +213,9 @@ class Feed:
         self.accelerator.wait_for_everyone()
         self.cache.reload()
         self.narrow(self.needs)
-        logger.info(f"the latents cache holds {self.cache.count(self.source.members)} of {len(self.source)} images")
+        logger.info(
+            f"the latents cache holds {self.cache.count(self.source.members)} of {self.source.num_images} images"
+        )
 
     def _all_hold_all(self) -> bool:
         """Whether every process sees the cache complete; another run may be writing into it."""
@@ -286,8 +299,8 @@ class Feed:
 
     def _prompts_of(self, samples: Samples, trains: bool) -> list[str]:
         rows = zip(samples.captions, samples.numbers[DROP].tolist(), samples.sample_indices, strict=True)
-        seed, instance_prompt = self.options.seed if trains else None, self.options.instance_prompt
-        return [choose_prompt(caption, drop, seed, i, instance_prompt) for caption, drop, i in rows]
+        seed = self.options.seed if trains else None
+        return [choose_prompt(caption, drop, seed, i) for caption, drop, i in rows]
 
     def _to_device(self, samples: Samples) -> Samples:
         return samples.map_tensors(lambda tensor: to_device(tensor, self.accelerator.device))
@@ -326,10 +339,15 @@ class Feed:
         for row in skipped:
             self.num_skipped += 1
             self.first_skipped = self.first_skipped or row
-            if self.num_skipped <= MAX_NAMED_IMAGES:
-                logger.warning(f"skipped an image that cannot be read: {row}", main_process_only=False)
-            if self.cache is not None:
-                self.cache.add_unreadable(row.row_index, row.reason)
+            self._pass_over(row)
+
+    def _pass_over(self, row: SkippedRow) -> None:
+        """Names one of the first images that cannot be read, and keeps it from being read again where there is a cache."""
+        self._num_named += 1
+        if self._num_named <= MAX_NAMED_IMAGES:
+            logger.warning(f"skipped an image that cannot be read: {row}", main_process_only=False)
+        if self.cache is not None:
+            self.cache.add_unreadable(row.row_index, row.reason)
 
     def _ahead(self, micro_batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         """On a GPU, encodes the next micro-batch on a CUDA stream of its own, while the step trains on the current one."""

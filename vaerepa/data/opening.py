@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from glob import has_magic
@@ -25,10 +25,11 @@ from vaerepa.data.columns import find_columns, find_image_column
 from vaerepa.data.digests import BATCH
 from vaerepa.data.files import UNREADABLE, wait_for_storage
 from vaerepa.data.folders import Folder, look_into, open_image_folder, split_shards
+from vaerepa.data.joined import JoinedRows
 from vaerepa.data.labels import Classes, classes_of, distinct_labels, lacks_labels
 from vaerepa.data.options import FeedOptions
 from vaerepa.data.shards import Collection, Split, open_parquet, open_streamed, open_tabled
-from vaerepa.data.source import Columns, MomentFiles, Source, TableRows
+from vaerepa.data.source import Columns, MomentFiles, Part, Source, TableRows
 from vaerepa.data.survey import temporary_folder, writable_cache
 from vaerepa.data.tars import open_tars
 from vaerepa.data.uncounted import UncountedRows, UncountedSource
@@ -75,6 +76,7 @@ def open_data(options: FeedOptions) -> Sources:
         options.text_conditioning,
         options.instance_prompt,
         options.num_classes,
+        options.repeats,
     )
     if isinstance(sources.train, UncountedSource):
         check_uncounted(options)
@@ -87,8 +89,19 @@ def open_data(options: FeedOptions) -> Sources:
     return sources
 
 
+@dataclass(frozen=True)
+class _DataSet:
+    """A data set that is opened: its split to train on, and the columns that are read."""
+
+    name: str
+    collection: Collection
+    columns: Columns
+    train: Split
+    instance_prompt: str | None
+
+
 def open_sources(
-    name_or_path: str,
+    names_or_paths: str | Sequence[str],
     train_split: str = "train",
     validation_split: str | None = None,
     image_column: str | None = None,
@@ -100,48 +113,52 @@ def open_sources(
     max_train_samples: int | None = None,
     seed: int = 0,
     by_caption: bool = False,
-    instance_prompt: str | None = None,
+    instance_prompts: Sequence[str] = (),
     num_classes: int | None = None,
+    repeats: Sequence[int] = (1,),
 ) -> Sources:
-    """Opens a data set of the Hub, or a local folder or file, for streaming.
+    """Opens a data set of the Hub, or local folders or files, for streaming.
 
     Args:
+        names_or_paths: one data set, or several local ones, whose rows follow one another.
         validation_split: a split's name, or a fraction in (0, 1) taken out of the training split by hash of the row's
             index; None takes the data set's own validation or test split.
         image_column, label_column, caption_column: None finds them by their features and usual names.
         max_train_samples: trains on so many rows, taken at random by `seed`.
         by_caption: captions are needed, and labels are not.
-        instance_prompt: caption of images without one; there may then be no column of them.
+        instance_prompts: caption of images without one, for all data sets or for each; there may then be no column of them.
         num_classes: labels are the numbers from 0 to this minus one; None finds the classes from the labels.
+        repeats: how often an epoch has each image that is trained on, for all data sets or for each.
 
     Raises:
         OptionError: no such data set, split or column; columns of the wrong kind; no rows; labels out of range.
     """
-    collection = open_collection(name_or_path, config_name, revision, cache_dir)
-    splits = list(collection.features)
-    fraction = _as_fraction(validation_split)
-    is_asked_for = validation_split is not None
-    if not is_asked_for:
-        validation_split = next((name for name in VALIDATION_NAMES if name in splits and name != train_split), None)
-    for flag, name in (("train_split", train_split), ("validation_split", None if fraction else validation_split)):
-        if name is not None and name not in splits:
-            raise OptionError(f"--{flag} {name}: {name_or_path} has the splits {', '.join(splits)}.")
-    if validation_split == train_split:
-        raise OptionError(
-            f"--validation_split {train_split} is the training split; give another, or a fraction such as 0.02."
-        )
-
-    features = collection.features[train_split]
-    columns = find_columns(features, image_column, label_column, caption_column, by_caption, instance_prompt)
-    train, classes = _open_split(collection, train_split, columns), Classes({})
+    names = [names_or_paths] if isinstance(names_or_paths, str) else list(names_or_paths)
+    fraction, opened = _as_fraction(validation_split), []
+    for name, prompt in zip(names, _for_each(names, instance_prompts or [None]), strict=True):
+        collection = open_collection(name, config_name, revision, cache_dir)
+        _check_splits(name, list(collection.features), train_split, None if fraction else validation_split)
+        with _naming(name, names):
+            features = collection.features[train_split]
+            columns = find_columns(features, image_column, label_column, caption_column, by_caption, prompt)
+            train = _open_split(collection, train_split, columns)
+        opened.append(_DataSet(name, collection, columns, train, prompt))
+    classes = Classes({})
     if not by_caption:
-        train, classes = _with_classes(train, features[columns.label], num_classes, train_split)
-    columns = replace(columns, class_names=classes.names)
-    source, validation = _source(train, columns, train_split, classes), None
+        opened, classes = _with_classes(opened, num_classes, train_split)
+
+    sources, validations = [], []
+    for one in opened:
+        one = replace(one, columns=replace(one.columns, class_names=classes.names))
+        with _naming(one.name, names):
+            sources.append(_source(one.train, one.columns, train_split, classes, one.instance_prompt))
+            if fraction is None:
+                validations.append(_open_validation(one, train_split, validation_split, classes, by_caption))
+    source = _join(names, sources, _for_each(names, repeats))
+    validations = [one for one in validations if one is not None]
+    validation = _join(names, validations, [1] * len(validations)) if validations else None
     if fraction is not None:
         source, validation = split_at_random(source, fraction)
-    elif validation_split is not None:
-        validation = _open_validation(collection, validation_split, columns, classes, by_caption, is_asked_for)
     if max_train_samples is not None and isinstance(source, UncountedSource):
         raise OptionError(f"--max_train_samples {UNCOUNTED}")
     if not isinstance(source, UncountedSource):
@@ -155,35 +172,82 @@ def check_uncounted(options: FeedOptions) -> None:
     Raises:
         OptionError: one of them is given.
     """
-    for flag in ("latents_cache", "cache_text_embeddings"):
-        if getattr(options, flag):
+    for flag in ("latents_cache", "cache_text_embeddings", "repeats"):
+        if getattr(options, flag) not in (None, False, (1,)):
             raise OptionError(f"--{flag} {UNCOUNTED}")
 
 
-def _with_classes(split: Split, feature: object, num_classes: int | None, name: str) -> tuple[Split, Classes]:
-    """The split and its classes; it is counted where only its labels tell them.
+def _for_each(names: list[str], values: Sequence) -> Sequence:
+    """A value for each name, of values for each or one for all."""
+    return values if len(values) > 1 else [values[0]] * len(names)
+
+
+@contextmanager
+def _naming(name: str, names: list[str]) -> Iterator[None]:
+    """Names the data set in an error, where there are several."""
+    try:
+        yield
+    except OptionError as error:
+        if len(names) == 1:
+            raise
+        raise OptionError(f"--train_data_dir {name}: {error}") from error
+
+
+def _check_splits(name: str, splits: list[str], train_split: str, validation_split: str | None) -> None:
+    """Checks that the splits that are asked for are there, and are two.
 
     Raises:
-        OptionError: labels are missing, are no whole numbers, or are none of the classes.
+        OptionError: they are not.
     """
+    for flag, split in (("train_split", train_split), ("validation_split", validation_split)):
+        if split is not None and split not in splits:
+            raise OptionError(f"--{flag} {split}: {name} has the splits {', '.join(splits)}.")
+    if validation_split == train_split:
+        raise OptionError(
+            f"--validation_split {train_split} is the training split; give another, or a fraction such as 0.02."
+        )
+
+
+def _with_classes(opened: list[_DataSet], num_classes: int | None, train_split: str) -> tuple[list[_DataSet], Classes]:
+    """The data sets and the classes of all; they are counted where only labels tell the classes.
+
+    Raises:
+        OptionError: labels are missing, are no whole numbers, or are none of the classes; data sets have labels of two kinds.
+    """
+    features = [one.collection.features[train_split][one.columns.label] for one in opened]
+    feature, all_names = features[0], [one.name for one in opened]
+    for name, other in zip(all_names, features, strict=True):
+        if other != feature:
+            raise OptionError(
+                f"--train_data_dir {name}: its labels are of another kind, or of other classes, than those of {all_names[0]}; "
+                "expected the same, such as the names of the classes as text, or as folders."
+            )
     names = feature.names if isinstance(feature, ClassLabel) else [*map(str, range(num_classes or 0))]
     is_number = isinstance(feature, Value) and "int" in feature.dtype
     if num_classes and (num_classes != len(names) or (not isinstance(feature, ClassLabel) and not is_number)):
         raise OptionError(f"--num_classes {num_classes}: the labels are {feature}; leave it off.")
-    if split.labels is None and names:
-        return split, Classes(dict(enumerate(names)))
-    if split.labels is None:
+    if any(one.train.labels is None for one in opened):
+        if names:
+            return opened, Classes(dict(enumerate(names)))
         logger.info("all files are read before training, for their labels; --num_classes makes numbers known without")
-        split = _counted(split, name)
-    classes = Classes(dict(enumerate(names))) if num_classes else classes_of(feature, split.labels, name)
-    classes.check(split.labels, name)
-    return split, classes
+        opened = [replace(one, train=_counted(one.train, train_split)) for one in opened]
+    labels = [label for one in opened for label in one.train.labels]
+    classes = Classes(dict(enumerate(names))) if num_classes else classes_of(feature, labels, train_split)
+    for one in opened:
+        with _naming(one.name, all_names):
+            classes.check(one.train.labels, train_split)
+    return opened, classes
 
 
 def _open_validation(
-    collection: Collection, name: str, columns: Columns, classes: Classes, by_caption: bool, is_asked_for: bool
+    opened: _DataSet, train_split: str, validation_split: str | None, classes: Classes, by_caption: bool
 ) -> Source | UncountedSource | None:
-    """The validation split; None for one without labels, or captions, that was not asked for."""
+    """The validation split that was asked for, or the data set's own; None where it has none, or none with labels or captions."""
+    collection, columns, is_asked_for = opened.collection, opened.columns, validation_split is not None
+    own = (name for name in VALIDATION_NAMES if name in collection.features and name != train_split)
+    name = validation_split or next(own, None)
+    if name is None:
+        return None
     features = collection.features[name]
     if not by_caption and columns.caption not in features:
         columns = replace(columns, caption=None)
@@ -195,7 +259,7 @@ def _open_validation(
         if by_caption or split.labels is None or not lacks_labels(split.labels):
             if not by_caption and split.labels is not None:
                 classes.check(split.labels, name)
-            return _source(split, columns, name, classes)
+            return _source(split, columns, name, classes, opened.instance_prompt)
         lacking = ["label for some or all of its images (none, or -1)"]
     if is_asked_for:
         raise OptionError(
@@ -404,15 +468,46 @@ def _readable(split: str) -> Iterator[None]:
         raise OptionError(f"the split `{split}` cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _source(split: Split, columns: Columns, name: str, classes: Classes | None = None) -> Source | UncountedSource:
+def _source(
+    split: Split,
+    columns: Columns,
+    name: str,
+    classes: Classes | None = None,
+    instance_prompt: str | None = None,
+) -> Source | UncountedSource:
     with _readable(name):
         storage = split.build(columns)
     if isinstance(storage, UncountedRows):
-        return UncountedSource(storage, len(classes.id2label) or None)
-    source = Source(storage)
+        return UncountedSource(storage, len(classes.id2label) or None, instance_prompt=instance_prompt)
+    source = Source(storage, [Part(len(storage.block_rows), instance_prompt=instance_prompt)])
     if len(source) == 0:
         raise OptionError(f"the split `{name}` has no rows.")
     return source
+
+
+def _join(
+    names: list[str], sources: list[Source | UncountedSource], repeats: Sequence[int]
+) -> Source | UncountedSource:
+    """One source of the rows of all, each as often in an epoch as its repeats say.
+
+    Raises:
+        OptionError: some hold images and others latents; one of several is not counted.
+    """
+    if len(sources) == 1 and isinstance(sources[0], UncountedSource):
+        return sources[0]
+    for name, source in zip(names, sources, strict=False):
+        if isinstance(source, UncountedSource):
+            raise OptionError(
+                f"--train_data_dir {name}: its shards lie elsewhere; of several data sets all must lie here."
+            )
+        if source.holds_latents != sources[0].holds_latents:
+            raise OptionError(
+                f"--train_data_dir {name} holds {'latents' if source.holds_latents else 'images'}, {names[0]} does not; "
+                "several data sets must hold the same."
+            )
+    storages = [source.storage for source in sources]
+    parts = [part._replace(repeats=n) for source, n in zip(sources, repeats, strict=True) for part in source.parts]
+    return Source(storages[0] if len(storages) == 1 else JoinedRows(storages), parts)
 
 
 def split_at_random(
@@ -425,22 +520,22 @@ def split_at_random(
     """
     if isinstance(source, UncountedSource):
         return source.split(fraction)
-    is_validation = np.empty(len(source), dtype=bool)
-    for start in range(0, len(source), BATCH):
-        some = range(start, min(start + BATCH, len(source)))
+    is_validation = np.empty(source.num_images, dtype=bool)
+    for start in range(0, source.num_images, BATCH):
+        some = range(start, min(start + BATCH, source.num_images))
         # "held out" names these random numbers: with another name the images would change sides
         is_validation[some.start : some.stop] = draw_uniforms(0, "held out", some) < fraction
-    if not 0 < is_validation.sum() < len(source):
+    if not 0 < is_validation.sum() < source.num_images:
         raise OptionError(
-            f"--validation_split {fraction} takes {is_validation.sum()} of {len(source)} images; "
+            f"--validation_split {fraction} takes {is_validation.sum()} of {source.num_images} images; "
             "expected at least one on either side."
         )
-    return source.subset(~is_validation), source.subset(is_validation)
+    return source.subset(~is_validation), source.subset(is_validation).once()
 
 
 def take_at_random(source: Source, count: int | None, seed: int = 0) -> Source:
     """`count` rows at random, or all rows if `count` is None or larger than their number."""
-    if count is None or count >= len(source):
+    if count is None or count >= source.num_images:
         return source
     rows = np.flatnonzero(source.members)
     taken = np.zeros_like(source.members)

@@ -34,17 +34,23 @@ class DataOptions:
 
     dataset_name: str | None = option(
         None,
-        "Data set: a Hub id, or a local folder in the Hub's layout. It is streamed.",
+        "One data set: a Hub id, or a local folder in the Hub's layout; --train_data_dir takes several folders. It is streamed.",
         resume="content",
         group="Data",
         path="hub",
     )
-    train_data_dir: str | None = option(
+    train_data_dir: tuple[str, ...] | None = option(
         None,
         "Local data instead of --dataset_name: a folder of images in folders by class, of parquet files, of webdataset tar "
-        "shards, what save_to_disk wrote, the vae-sd layout of REPA and SRA, or one such file.",
+        "shards, what save_to_disk wrote, the vae-sd layout of REPA and SRA, or one such file; or several of these.",
         resume="content",
         path="local",
+    )
+    repeats: tuple[int, ...] = option(
+        (1,),
+        "How often an epoch has each image that is trained on: one number, or one for each of --train_data_dir.",
+        resume="fixed",
+        above=0,
     )
     dataset_config_name: str | None = option(None, "Config of the data set, when it has several.", resume="content")
     dataset_revision: str | None = option(None, "Revision of the data set on the Hub.", resume="content")
@@ -80,9 +86,10 @@ class DataOptions:
         "found from the features.",
         resume="content",
     )
-    instance_prompt: str | None = option(
+    instance_prompt: tuple[str, ...] | None = option(
         None,
-        "Caption of images that have none, so that folders of images alone train too.",
+        "Caption of images that have none, so that folders of images alone train too: one, or one for each of "
+        "--train_data_dir.",
         resume="fixed",
         goes_with="text_conditioning",
     )
@@ -155,8 +162,13 @@ class BatchOptions:
 
 
 def public_dataset(options: DataOptions) -> str:
-    """Name of the data set as others may see it: a Hub id, or the last part of a path; empty where there is none."""
-    return Path(options.train_data_dir).name if options.train_data_dir else public_name(options.dataset_name or "")
+    """Name of the data set as others may see it: a Hub id, or the last part of each path; empty where there is none."""
+    return ", ".join(public_folders(options)) or public_name(options.dataset_name or "")
+
+
+def public_folders(options: DataOptions) -> list[str]:
+    """The last part of each path of --train_data_dir."""
+    return [Path(path).name for path in options.train_data_dir or ()]
 
 
 class FeedOptions(TextOptions, DataOptions, SeedOptions, BatchOptions):

@@ -194,19 +194,16 @@ class EmbeddingsCache:
             raise OptionError(f"--cache_text_embeddings: {path} cannot be written: {error}.") from error
 
 
-def choose_prompt(
-    caption: str | list[str] | None, drop: bool, seed: int | None, sample_index: int, instance_prompt: str | None
-) -> str:
+def choose_prompt(caption: str | list[str] | None, drop: bool, seed: int | None, sample_index: int) -> str:
     """The prompt of a sample: the empty one where its caption is dropped, else one of its captions.
 
     Args:
         caption: as the data have it.
         seed: of the choice among several captions; None takes the first.
-        instance_prompt: caption of images without one.
     """
     if drop:
         return ""
-    captions = all_captions(caption, instance_prompt)
+    captions = all_captions(caption)
     return captions[0] if seed is None else choose_caption(captions, seed, sample_index)
 
 

@@ -1,7 +1,7 @@
 """Rows of a split, from files of all kinds: with random access, or in blocks that are read from their start."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
@@ -38,6 +38,14 @@ class Row(NamedTuple):
     caption: str | list[str] | None = None
     vision_features: np.ndarray | None = None  # of a vision encoder, beside moments from the cache
     error: str | None = None  # why nothing but the number is known
+
+    def prompted(self, instance_prompt: str | None) -> "Row":
+        """The row with the instance prompt, if there is one, in the place of captions that are missing or empty."""
+        if instance_prompt is None:
+            return self
+        if isinstance(self.caption, list):
+            return self._replace(caption=[text or instance_prompt for text in self.caption or [None]])
+        return self._replace(caption=self.caption or instance_prompt)
 
 
 @dataclass(frozen=True)
@@ -107,35 +115,60 @@ class Storage(Protocol):
         """The row of this number; where there is random access."""
 
 
+class Part(NamedTuple):
+    """Consecutive blocks of a storage whose rows are taken alike.
+
+    Attributes:
+        num_blocks: number of the storage's blocks.
+        repeats: how often an epoch has each row.
+        instance_prompt: caption of rows without one.
+    """
+
+    num_blocks: int
+    repeats: int = 1
+    instance_prompt: str | None = None
+
+
 class Source:
     """The rows of a storage that belong together: those to train on, or those for validation.
 
+    An epoch has the blocks of each part as often as the part is repeated.
+
     Args:
         storage: storage of the rows.
+        parts: parts of the storage, in the order of its blocks.
         members: mask of the storage's rows that belong to this source, boolean, shape (number of rows,).
     """
 
-    def __init__(self, storage: Storage, members: np.ndarray | None = None):
+    def __init__(self, storage: Storage, parts: Sequence[Part] = (), members: np.ndarray | None = None):
         self.storage = storage
+        self.parts = tuple(parts) or (Part(len(storage.block_rows)),)
         self.block_starts = np.cumsum([0, *storage.block_rows])
         self.members = np.ones(self.block_starts[-1], dtype=bool) if members is None else members
         counts = [np.count_nonzero(self.members[start:end]) for start, end in pairwise(self.block_starts.tolist())]
-        self.block_sizes = np.array(counts, dtype=np.int64)
+        ends = np.cumsum([part.num_blocks for part in self.parts])
+        blocks = [
+            np.tile(np.arange(end - p.num_blocks, end), p.repeats) for end, p in zip(ends, self.parts, strict=True)
+        ]
+        self._blocks = np.concatenate(blocks)  # of the storage, in the order of an epoch before it is shuffled
+        self._part_ends = self.block_starts[ends].tolist()
+        self.block_sizes = np.array(counts, dtype=np.int64)[self._blocks]
         self._block_ends = np.cumsum(self.block_sizes)
         self._length = int(self.block_sizes.sum())  # asked for with every sample
+        self.num_images = sum(counts)
 
     def __len__(self) -> int:
         return self._length
 
     @property
     def num_rows(self) -> int:
-        """Number of rows in an epoch."""
+        """Number of rows in an epoch, repeats included; `num_images` is without them."""
         return self._length
 
     @property
     def max_streams(self) -> int:
         """Number of streams beyond which to begin in the midst of blocks, read from their start, costs more than the rest."""
-        return 2 * len(self.storage.block_rows)
+        return 2 * len(self._blocks)
 
     def at_most(self, count: int) -> int:
         """`count`, or the number of rows where these are fewer."""
@@ -148,28 +181,36 @@ class Source:
 
     def subset(self, members: np.ndarray) -> "Source":
         """The rows that `members` marks, of those in this source."""
-        return Source(self.storage, self.members & members)
+        return Source(self.storage, self.parts, self.members & members)
+
+    def once(self) -> "Source":
+        """These rows, each once in an epoch."""
+        return Source(self.storage, [part._replace(repeats=1) for part in self.parts], self.members)
+
+    def rows_by_part(self) -> Iterator[tuple[Part, range]]:
+        """Yields each part with the numbers of its rows in the storage."""
+        yield from zip(self.parts, map(range, [0, *self._part_ends[:-1]], self._part_ends), strict=True)
 
     def without_content(self) -> "Source":
         """These rows without their images, for use with moments from the cache."""
-        return Source(ConditionRows(self.storage), self.members)
+        return Source(ConditionRows(self.storage), self.parts, self.members)
 
-    def captions(self, instance_prompt: str | None = None) -> Iterator[list[str]]:
-        """Yields the captions of each member, in the order of the rows; of one without any the instance prompt."""
+    def captions(self) -> Iterator[list[str]]:
+        """Yields the captions of each member once, in the order of the rows; of one without any the instance prompt."""
         conditions = self.storage.conditions
         for index in np.flatnonzero(self.members).tolist():
-            yield all_captions(conditions.row(index).caption, instance_prompt)
+            yield all_captions(self._prompted(conditions.row(index)).caption)
 
     def row(self, place: int) -> Row:
         """The member at a place among all; where the storage has random access."""
         index = place
-        if self._length < len(self.members):
+        if not self._length == self.num_images == len(self.members):
             block = int(np.searchsorted(self._block_ends, place, side="right"))
-            first, end = self.block_starts[block : block + 2]
+            first, end = self._rows_of(block)
             within = place - (self._block_ends[block] - self.block_sizes[block])
             index = int(first + np.flatnonzero(self.members[first:end])[within])
         try:
-            return self.storage.row(index)
+            return self._prompted(self.storage.row(index))
         except Exception as error:  # damaged; each format raises in its own way
             return Row(index, -1, error=str(error))
 
@@ -179,12 +220,13 @@ class Source:
         Raises:
             DataError: a file that is far away, and is not gone for good, cannot be read; that may pass.
         """
-        first, end = self.block_starts[block : block + 2]
+        first, end = self._rows_of(block)
         places = np.flatnonzero(self.members[first:end])[start:]
         if not len(places):
             return
-        rows = self.storage.read(block, int(places[0]))
-        rows, num_read, reason = (row for row in rows if self.members[row.index]), 0, "there are fewer rows than before"
+        rows = self.storage.read(int(self._blocks[block]), int(places[0]))
+        rows = (self._prompted(row) for row in rows if self.members[row.index])
+        num_read, reason = 0, "there are fewer rows than before"
         try:
             for row in islice(rows, len(places)):
                 yield row
@@ -195,6 +237,14 @@ class Source:
                 raise DataError(f"the data cannot be read: {reason}") from error
         for index in (first + places[num_read:]).tolist():
             yield Row(index, -1, error=reason)
+
+    def _rows_of(self, block: int) -> tuple[int, int]:
+        """The first row of a block in the storage, and the first after it."""
+        first, end = self.block_starts[self._blocks[block] : self._blocks[block] + 2]
+        return int(first), int(end)
+
+    def _prompted(self, row: Row) -> Row:
+        return row.prompted(self.parts[bisect_right(self._part_ends, row.index)].instance_prompt)
 
 
 class StreamedRows:
@@ -456,10 +506,10 @@ def stored_image(image: bytes | dict | None) -> dict | None:
     return image and {"bytes": image.get("bytes"), "path": image.get("path")}
 
 
-def all_captions(caption: str | list[str] | None, instance_prompt: str | None = None) -> list[str]:
-    """The captions of a row, at least one; where one is missing or empty, the instance prompt, else an empty one."""
+def all_captions(caption: str | list[str] | None) -> list[str]:
+    """The captions of a row, at least one; an empty one where one is missing."""
     several = caption if isinstance(caption, list) else [caption]
-    return [text or instance_prompt or "" for text in several or [""]]
+    return [text or "" for text in several or [""]]
 
 
 def arrays_of(column: pa.ChunkedArray) -> list[np.ndarray | None]:

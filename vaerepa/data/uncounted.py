@@ -83,6 +83,7 @@ class UncountedSource:
         num_classes: labels go from 0 to this minus one; None where rows have no labels.
         fraction: of the rows that are for validation. A row's side follows from its shard's name and its place in it.
         validates: whether those rows belong to this source, and not the others.
+        instance_prompt: caption of rows without one.
 
     Attributes:
         finished: number of rows of this source in the shards that were read to their end, by the place of the reading in
@@ -91,11 +92,19 @@ class UncountedSource:
         lost: shards that are gone or damaged.
     """
 
-    def __init__(self, storage: UncountedRows, num_classes: int | None, fraction: float = 0.0, validates: bool = False):
+    def __init__(
+        self,
+        storage: UncountedRows,
+        num_classes: int | None,
+        fraction: float = 0.0,
+        validates: bool = False,
+        instance_prompt: str | None = None,
+    ):
         self.storage = storage
         self.num_classes = num_classes
         self.fraction = fraction
         self.validates = validates
+        self.instance_prompt = instance_prompt
         self.finished: dict[int, int] = {}
         self.lost: set[int] = set()
 
@@ -122,6 +131,11 @@ class UncountedSource:
         counts = [self.finished.get(reading) for reading in range(self.num_shards)]
         return None if None in counts else sum(counts)
 
+    @property
+    def num_images(self) -> int | None:
+        """Number of images; all of them come once in an epoch."""
+        return self.num_rows
+
     def at_most(self, count: int) -> int:
         """`count`, or about the number of rows where these are fewer, by the sizes of the files."""
         if self.storage.num_bytes is None:
@@ -134,8 +148,8 @@ class UncountedSource:
 
     def split(self, fraction: float) -> tuple["UncountedSource", "UncountedSource"]:
         """The rows to train on, and those for validation."""
-        parts = [UncountedSource(self.storage, self.num_classes, fraction, validates) for validates in (False, True)]
-        return parts[0], parts[1]
+        about = self.storage, self.num_classes, fraction
+        return tuple(UncountedSource(*about, validates, self.instance_prompt) for validates in (False, True))
 
     def record(self, shards: list[FinishedShard]) -> None:
         """Adds what a reader has learned."""
@@ -171,4 +185,4 @@ class UncountedSource:
             row = row._replace(image={"bytes": row.image["bytes"], "path": f"{name}, row {row.index}"})
         if self.num_classes is not None and not 0 <= row.label < self.num_classes:
             return row._replace(error=f"its label {row.label} is none of the {self.num_classes} classes")
-        return row
+        return row.prompted(self.instance_prompt)

@@ -89,7 +89,8 @@ def _say_count(source: Source | UncountedSource | None) -> str:
     if isinstance(source, UncountedSource):
         known = f", about {source.num_rows} images" if source.num_rows else ", whose images are counted along the way"
         return f"{source.num_shards} shards{known}"
-    return f"{source.num_rows if source else 0} images"
+    repeated = f", {source.num_rows} with repeats" if source and source.num_rows > source.num_images else ""
+    return f"{source.num_images if source else 0} images{repeated}"
 
 
 def _announce_classes(setup: Setup) -> None:

@@ -206,7 +206,7 @@ def prepare_prompts(setup: Setup) -> None:
         encoder.to(accelerator.device, _half_precision(accelerator))
     if options.cache_text_embeddings:
         sources = (setup.sources.train, setup.sources.validation)
-        each = chain.from_iterable(source.captions(options.instance_prompt) for source in sources if source)
+        each = chain.from_iterable(source.captions() for source in sources if source)
         captions = set(chain.from_iterable(each))
         own = {"", options.negative_prompt, *options.validation_prompts}
         prompts.replace_encoders(Path(options.latents_cache or options.output_dir), captions | own, accelerator)
