@@ -17,6 +17,8 @@ import scipy.linalg
 import torch
 import yaml
 from accelerate import Accelerator
+from datasets import load_dataset
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -24,6 +26,7 @@ from benchmarks import guidance
 from tests.conftest import ROOT, launcher, read_metrics
 from tests.helpers_runs import command_line
 from vaerepa import evaluate
+from vaerepa.data.images import cut
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.extractor import PUBLISHED_WEIGHTS, open_extractor
 from vaerepa.evaluation.features import Measured, measure
@@ -205,6 +208,32 @@ def test_a_run_says_what_its_numbers_depend_on(flow_pipeline, data, weights, tmp
             assert part in line
         assert report["extractor"] in line
         assert report["samples"]["weights"] in line
+
+
+def test_reconstructions_of_the_reference_are_the_vaes(flow_pipeline, data, weights, tmp_path, capsys):
+    options = {
+        "pretrained_model_name_or_path": flow_pipeline,
+        "reference": data,
+        "inception_weights": weights,
+        "output_dir": tmp_path / "samples",
+        "cache_dir": tmp_path,
+        "num_samples": 40,
+        "batch_size": 7,
+        "reconstructions": True,
+    }
+    assert evaluate.main(command_line(options)) == 0
+    report = json.loads((tmp_path / "samples/evaluation.json").read_text())
+    assert report["samples"]["sampler"] == "none: reconstructions of the reference"
+    vae = DiffusionPipeline.from_pretrained(flow_pipeline).vae
+    pictures = load_dataset(str(data), split="train")["image"]
+    pixels = torch.stack([torch.from_numpy(np.array(cut(picture, (16, 16)))) for picture in pictures])
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1.0).latent_dist.mode()).sample
+    expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    made = np.stack([np.array(Image.open(path)) for path in sorted((tmp_path / "samples/images").iterdir())])
+    assert np.abs(made.astype(int) - expected).max() <= 1
+    assert evaluate.main(command_line(options | {"num_samples": 41, "output_dir": tmp_path / "more"})) == 2
+    assert "the reference has 40 images" in capsys.readouterr().err
 
 
 def test_two_processes_measure_what_one_measures(flow_pipeline, data, weights, tmp_path):

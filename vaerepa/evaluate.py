@@ -25,13 +25,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline
+from PIL import Image
 
 from pipeline_vaerepa import DEFAULT_STEPS, HEAD_GUIDANCE_INTERVAL, GuidingHead
 from vaerepa import checkpoints, evaluation, objectives
 from vaerepa.alignment import HeadGuidance
 from vaerepa.data import Prompts, Source, open_images
+from vaerepa.data.opening import take_at_random
 from vaerepa.data.prompts import choose_caption
 from vaerepa.errors import OptionError
+from vaerepa.evaluation.reference import read_images
 from vaerepa.evaluation.samples import (
     NPZ,
     GenerateImages,
@@ -52,7 +55,7 @@ from vaerepa.logs import set_up_logging
 from vaerepa.output_dir import check_shared, locked_output_dir
 from vaerepa.privacy import mark_local, public_name, redact
 from vaerepa.system import num_cores
-from vaerepa.vae import downsampling_factor
+from vaerepa.vae import decode, downsampling_factor, encode_moments, latent_channels, sample_latents
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +134,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="Tokens of a prompt. Default: the stock pipeline's; give what was trained.",
     )
     add("--resolution", type=int, help="Pixels of text-to-image samples. Default: what the transformer was made for.")
+    add(
+        "--reconstructions",
+        action="store_true",
+        help="Measure what the VAE makes of images of the reference, in place of generated ones: the FID that its latents allow.",
+    )
     add("--npz", action="store_true", help="Also write samples.npz (arr_0), which the evaluator of ADM takes.")
     add(
         "--reference",
@@ -181,7 +189,8 @@ def evaluate(args: argparse.Namespace) -> None:
         pipeline.to(accelerator.device)
         pipeline.vae.to(memory_format=torch.channels_last)  # its convolutions take a third less time
         precision = f"{pipeline.transformer.dtype}, mixed precision {accelerator.mixed_precision}".replace("torch.", "")
-        subject = open_subject(args, pipeline, family, reference)
+        opened = open_reconstructions if args.reconstructions else open_subject
+        subject = opened(args, pipeline, family, reference)
         settings = subject.settings | {"seed": args.seed, "precision": precision}
         with accelerator.main_process_first():
             claim_folder(folder, settings)
@@ -214,6 +223,44 @@ def open_subject(
     captioned = family.conditioning == "captions"
     subject = open_texts(args, pipeline, family, reference) if captioned else open_classes(args, pipeline, family)
     return replace(subject, settings=settings | subject.settings)
+
+
+def open_reconstructions(
+    args: argparse.Namespace, pipeline: DiffusionPipeline, family: Family, reference: Path | Source | None
+) -> Subject:
+    """Images of the reference, chosen at random, through the pipeline's VAE: from the means of their posteriors.
+
+    Raises:
+        OptionError: the reference has no images, or fewer than --num_samples, or the pipeline is one of text to image.
+    """
+    if family.conditioning == "captions":
+        raise OptionError("--reconstructions goes with class-conditional pipelines.")
+    if not isinstance(reference, Source):
+        raise OptionError("--reconstructions needs --reference with a data set: its images go through the VAE.")
+    if args.num_samples > len(reference):
+        raise OptionError(
+            f"--num_samples {args.num_samples}: the reference has {len(reference)} images to reconstruct."
+        )
+    vae = pipeline.vae
+    resolution = family.fixed_size(pipeline.transformer) * downsampling_factor(vae)
+    images = read_images(take_at_random(reference, args.num_samples, args.seed), resolution)
+
+    def generate(numbers: list[int]) -> list[Image.Image]:
+        found: dict[int, torch.Tensor] = {}  # asked for and read in rising order
+        while len(found) < len(numbers):
+            number, pixels = next(images, (None, None))
+            if number is None:
+                raise OptionError(
+                    f"an image of --reference {args.reference} cannot be read; its log line above says why."
+                )
+            if number in numbers:
+                found[number] = pixels
+        moments = encode_moments(vae, torch.stack(list(found.values())).to(vae.device))
+        return decode(vae, sample_latents(vae, moments[:, : latent_channels(vae)], None))
+
+    return Subject(
+        generate, resolution, describe(args, pipeline) | {"sampler": "none: reconstructions of the reference"}
+    )
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
+from PIL import Image
 from torch import nn
 
 from vaerepa import frozen
@@ -164,6 +166,13 @@ def sample_latents(vae: ModelMixin, moments: torch.Tensor, posterior_noise: torc
     mean, *std = moments.to(vae.dtype).split(latent_channels(vae), dim=1)
     sampled = mean + std[0] * posterior_noise.to(vae.dtype) if std else mean
     return latent_space(vae).scale(vae, sampled)
+
+
+@torch.no_grad()
+def decode(vae: ModelMixin, scaled: torch.Tensor) -> list[Image.Image]:
+    """Pictures of scaled latents (B, C, h, w)."""
+    unscaled = scaled.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    return VaeImageProcessor().postprocess(vae.decode(unscaled).sample.float().cpu(), "pil")
 
 
 def agrees_in_bf16(vae: ModelMixin, pixel_values: torch.Tensor, tolerance: float = 0.01) -> bool:

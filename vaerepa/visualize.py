@@ -24,7 +24,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
 
@@ -40,7 +39,7 @@ from vaerepa.logs import set_up_logging
 from vaerepa.privacy import redact
 from vaerepa.randomness import draw_noise
 from vaerepa.sampling import grid_labels, labelled_grid
-from vaerepa.vae import downsampling_factor, encode_moments, latent_channels, load_vae, sample_latents
+from vaerepa.vae import decode, downsampling_factor, encode_moments, latent_channels, load_vae, sample_latents
 
 logger = logging.getLogger(__name__)
 
@@ -300,13 +299,6 @@ def predicted_clean(
         x - t * (x_next - x) / (t_next - t)
         for (x, x_next), (t, t_next) in zip(pairwise(states), pairwise(ode_times(num_steps)), strict=True)
     ]
-
-
-@torch.no_grad()
-def decode(vae: nn.Module, scaled: torch.Tensor) -> list[Image.Image]:
-    """Pictures of scaled latents (B, C, h, w)."""
-    unscaled = scaled.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-    return VaeImageProcessor().postprocess(vae.decode(unscaled).sample.float().cpu(), "pil")
 
 
 # ---- grids

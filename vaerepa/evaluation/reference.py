@@ -52,7 +52,7 @@ def measure_source(
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vaerepa-reference" / f"{key}.npz"
     if accelerator.gather(torch.tensor([path.is_file()], device=accelerator.device)).all():
         return read_statistics(path, extractor)
-    images = _images(source, about["resolution"], accelerator.process_index, accelerator.num_processes)
+    images = read_images(source, about["resolution"], accelerator.process_index, accelerator.num_processes)
     try:
         measured = measure(accelerator, extractor, images, len(source), keep_every=-(-len(source) // MAX_KEPT))
     except ValueError as error:
@@ -152,7 +152,7 @@ def write_statistics(path: Path, reference: Reference) -> None:
         np.savez(file, **arrays)
 
 
-def _images(source: Source, resolution: int, index: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+def read_images(source: Source, resolution: int, index: int = 0, count: int = 1) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields image numbers and uint8 tensors of shape (3, R, R), of every `count`-th block from the `index`-th on."""
     starts, to_square = np.cumsum([0, *source.block_sizes]), Preprocessing(resolution)
     for block in range(index, len(source.block_sizes), count):
