@@ -186,11 +186,16 @@ def test_a_failed_run_is_named(run_compare, monkeypatch, capsys):
     assert "none-0 has failed (exit code 1)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", ["configs/compare_digits.yaml", "configs/imagenet256/ablations.yaml"])
+SHIPPED = ["compare_digits.yaml", "clothing128/rows.yaml", "imagenet256/ablations.yaml"]
+SHIPPED += [f"tiny_imagenet64/{name}.yaml" for name in ("rows", "ablations", "gpu")]
+
+
+@pytest.mark.parametrize("path", SHIPPED)
 def test_the_shipped_rows_can_be_compared(path, tmp_path):
-    rows = compare.read_rows(ROOT / path)
+    rows = compare.read_rows(ROOT / "configs" / path)
     options = {}
     for name, values in rows.items():
+        values.setdefault("dataset_name", "somebody/latents")
         (tmp_path / "row.yaml").write_text(yaml.safe_dump(values))
         options[name] = parse_options(compare.command_line(tmp_path / "row.yaml", [], 0, tmp_path / name))
     compare.check_rows(options)
