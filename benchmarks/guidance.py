@@ -4,13 +4,15 @@
 
 The first argument is the --output_dir of benchmarks.compare. The YAML file has `samples`, options of vaerepa.evaluate for all
 ways, and `ways`: of each its row in the comparison, and further options. Of equal seed all ways start from equal noise and
-labels. What was evaluated is not evaluated again, so the same command goes on; several may run beside one another, a seed each.
+labels. --results holds the report of each way and seed: what is there is not evaluated again, so the same command goes on, and
+of whole results draws table and plot without the runs. Several may run beside one another, a seed each.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -34,57 +36,63 @@ from matplotlib import pyplot
 
 METRICS = {"fid": "FID", "kid": "KID x 1000", "precision": "precision", "recall": "recall"}
 NUM_PICTURES = 10  # of each way in the grid
+COSTS = "costs.json"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="Output folder of benchmarks.compare; a run is ROW-SEED in it.")
     parser.add_argument("--ways", type=Path, required=True, help="YAML file with `samples` and `ways`.")
+    parser.add_argument("--results", type=Path, required=True, help="Folder for reports, costs, plot and pictures.")
     parser.add_argument("--reference", required=True, help="Data set of the real images.")
     parser.add_argument("--inception_weights", help="File of the FID Inception's weights. Default: downloaded.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="Names of ways; default: all.")
-    parser.add_argument("--rounds", type=int, default=0, help="Time so many batches of each way, in turn (default: 0).")
-    parser.add_argument("--results", type=Path, help="JSON file with every number, to write.")
+    parser.add_argument("--rounds", type=int, help="Count FLOPs, and time so many batches of each way, in turn.")
     args = parser.parse_args(arguments)
     table = yaml.safe_load(args.ways.read_text(encoding="utf-8"))
+    samples = table["samples"]
     ways = {name: way for name, way in table["ways"].items() if name in (args.only or table["ways"])}
+    args.results.mkdir(parents=True, exist_ok=True)
 
-    folders: dict[str, list[Path]] = {}
     for seed in args.seeds:
         for name, way in ways.items():
-            folder = args.runs / "guidance" / f"{re.sub('[^a-z0-9.]+', '-', name)}-{seed}"
-            folders.setdefault(name, []).append(folder)
-            if not (folder / REPORT).is_file():
-                print(f"--- {name}, seed {seed}", flush=True)
-                measured = ["--reference", args.reference, "--output_dir", str(folder)]
-                measured += ["--inception_weights", args.inception_weights] if args.inception_weights else []
-                evaluate.evaluate(parse(args.runs, way, table["samples"], seed, measured))
-    reports = {
-        name: [json.loads((folder / REPORT).read_text(encoding="utf-8")) for folder in of_way]
-        for name, of_way in folders.items()
-    }
-    costs = {name: open_way(args.runs, way, table["samples"], args.seeds[0]) for name, way in ways.items()}
-    seconds, flops = time_in_turn(costs, table["samples"]["batch_size"], args.rounds), {}
-    for name, generate in costs.items():
-        with FlopCounterMode(display=False) as counter:
-            generate([0])
-        flops[name] = counter.get_total_flops()
-    print("\n".join(describe(reports, seconds, flops)))
-    plot(reports, args.runs / "guidance.png")
-    save_grid({name: of_way[0] for name, of_way in folders.items()}, args.runs / "guidance_pictures.png")
-    if args.results:
-        rows = [
-            {"way": name, "seed": seed, "settings": report["samples"], **report["metrics"]}
-            for name, of_way in reports.items()
-            for seed, report in zip(args.seeds, of_way, strict=True)
-        ]
-        about = {
-            key: next(iter(reports.values()))[0][key] for key in ("num_samples", "reference", "extractor", "versions")
-        }
-        about |= {"seconds_of_an_image": seconds, "flops_of_an_image": flops}
-        with replacing(args.results) as unfinished:
-            unfinished.write_text(json.dumps(about | {"rows": rows}, indent=1), encoding="utf-8")
+            folder, report = args.runs / "guidance" / file_name(name, seed), report_path(args.results, name, seed)
+            if report.is_file():
+                continue
+            print(f"--- {name}, seed {seed}", flush=True)
+            measured = ["--reference", args.reference, "--output_dir", str(folder)]
+            measured += ["--inception_weights", args.inception_weights] if args.inception_weights else []
+            evaluate.evaluate(parse(args.runs, way, samples, seed, measured))
+            with replacing(report) as unfinished:
+                shutil.copyfile(folder / REPORT, unfinished)
+    reports = {name: [read_json(report_path(args.results, name, seed)) for seed in args.seeds] for name in ways}
+    if args.rounds is not None:
+        costs = measure_costs(
+            {name: open_way(args.runs, way, samples, args.seeds[0]) for name, way in ways.items()},
+            samples["batch_size"],
+            args.rounds,
+        )
+        with replacing(args.results / COSTS) as unfinished:
+            unfinished.write_text(json.dumps(costs, indent=1), encoding="utf-8")
+    costs = read_json(args.results / COSTS) if (args.results / COSTS).is_file() else {}
+    print("\n".join(describe(reports, costs)))
+    plot(reports, args.results / "fid.png")
+    folders = {name: args.runs / "guidance" / file_name(name, args.seeds[0]) for name in ways}
+    if all(folder.is_dir() for folder in folders.values()):
+        save_grid(folders, args.results / "pictures.png")
+
+
+def file_name(way: str, seed: int) -> str:
+    return f"{re.sub('[^a-z0-9.]+', '-', way)}-{seed}"
+
+
+def report_path(results: Path, way: str, seed: int) -> Path:
+    return results / f"{file_name(way, seed)}.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def parse(runs: Path, way: dict[str, Any], samples: dict[str, Any], seed: int, more: list[str]) -> argparse.Namespace:
@@ -104,34 +112,42 @@ def open_way(runs: Path, way: dict[str, Any], samples: dict[str, Any], seed: int
     return evaluate.open_subject(args, pipeline, family, None).generate
 
 
-def time_in_turn(generates: dict[str, evaluate.GenerateImages], batch_size: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds to sample an image in each way, a number for each round; the ways take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in generates}
-    for place in range(rounds + 1 if rounds else 0):
+def measure_costs(
+    generates: dict[str, evaluate.GenerateImages], batch_size: int, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """FLOPs to sample an image in each way, and seconds of each round; the ways take turns."""
+    costs: dict[str, dict[str, Any]] = {}
+    for name, generate in generates.items():
+        with FlopCounterMode(display=False) as counter:
+            generate([0])  # warms up, too
+        costs[name] = {"flops": counter.get_total_flops(), "seconds": []}
+    for _ in range(rounds):
         for name, generate in generates.items():
             start = time.perf_counter()
             generate(list(range(batch_size)))
-            if place:  # the first warms up
-                seconds[name].append((time.perf_counter() - start) / batch_size)
-    return seconds
+            costs[name]["seconds"].append((time.perf_counter() - start) / batch_size)
+    return costs
 
 
-def describe(
-    reports: dict[str, list[dict[str, Any]]], seconds: dict[str, list[float]], flops: dict[str, int]
-) -> list[str]:
-    """Table in Markdown: mean over the seeds and each seed; time and arithmetic of sampling an image."""
+def describe(reports: dict[str, list[dict[str, Any]]], costs: dict[str, dict[str, Any]]) -> list[str]:
+    """Table in Markdown: mean over the seeds and each seed; arithmetic and time of sampling an image."""
     first = next(iter(reports))
     metrics = {key: name for key, name in METRICS.items() if key in reports[first][0]["metrics"]}
-    lines = [f"| way | {' | '.join(metrics.values())} | GFLOP to sample an image | time over `{first}` |"]
-    lines.append("|---" * (len(metrics) + 3) + "|")
+    lines = [f"| way | {' | '.join(metrics.values())} | GFLOP to sample an image | ms | time over `{first}` |"]
+    lines.append("|---" * (len(metrics) + 4) + "|")
     for name, of_way in reports.items():
         cells = []
         for metric in metrics:
             values = [report["metrics"][metric] * (1000 if metric == "kid" else 1) for report in of_way]
             digits = 1 if metric in ("fid", "kid") else 3
             cells.append(f"{statistics.mean(values):.{digits}f} ({', '.join(f'{v:.{digits}f}' for v in values)})")
-        over = [own / others for own, others in zip(seconds[name], seconds[first], strict=True)]
-        cells += [f"{flops[name] / 1e9:.3g}", f"{statistics.median(over):.2f}" if over else "not measured"]
+        seconds = costs.get(name, {}).get("seconds")
+        cells.append(f"{costs[name]['flops'] / 1e9:.3g}" if name in costs else "not measured")
+        if seconds:
+            over = [own / others for own, others in zip(seconds, costs[first]["seconds"], strict=True)]
+            cells += [f"{1000 * statistics.median(seconds):.0f}", f"{statistics.median(over):.2f}"]
+        else:
+            cells += ["not measured"] * 2
         lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
 
