@@ -10,10 +10,15 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning CPU threads stall each step while a data worker runs
 
+import gc
+
+gc.disable()  # until all is imported: modules do not become garbage, and to look for it takes a tenth of the time
+
 import logging
 
 logging.getLogger("xformers").setLevel(logging.ERROR)  # or it warns as soon as diffusers is imported, used or not
 
+import atexit
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -51,6 +56,9 @@ from vaerepa.training.teacher import frozen_teacher_tokens, teacher_tokens
 from vaerepa.training.validation import evaluate, plot_grid, validate
 
 logger = get_logger(__name__)
+gc.enable()
+gc.freeze()  # or each full collection, in the middle of a step, looks at all modules again
+atexit.register(gc.unfreeze)  # what is not collected at the end triton takes for a leak, and says so at length
 
 
 @unbroken_output()

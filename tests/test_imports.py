@@ -41,6 +41,13 @@ def test_importing_our_modules_changes_nothing():
     assert changed.strip() == "[]"
 
 
+def test_the_trainer_imports_nothing_that_few_runs_use_and_collects_garbage_again():
+    late = {"matplotlib", "tensorboard", "sklearn", "aiohttp", "torch_fidelity"}
+    look = f"import gc, sys, train_vaerepa; print(gc.isenabled(), gc.get_freeze_count() > 0, {late} & {{*sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["True", "True", "set()"]
+
+
 def test_a_wheel_holds_the_library_and_not_the_trainer(tmp_path):
     """The trainer reads model_card_template.md, which lies at the top of the repository and cannot be part of a package."""
     source = tmp_path / "source"
