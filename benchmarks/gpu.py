@@ -3,7 +3,7 @@
     python -m benchmarks.gpu --output_dir outputs/gpu
 
 Each leg is a process and leaves a JSON file; one that fails leaves its error, and the next runs. Given again, the command takes
-the legs that are not there or have failed. On an H100 all take about ten minutes.
+the legs that are not there or have failed. They are sized for ten minutes on an H100, which was not tried.
 """
 
 import argparse
