@@ -7,6 +7,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from vaerepa import cli, evaluation
 from vaerepa.alignment import settings
+from vaerepa.base_precision import QUANTISATIONS, check_base_precision
 from vaerepa.data import parse_buckets
 from vaerepa.data.options import DataOptions
 from vaerepa.errors import OptionError
@@ -57,6 +58,8 @@ def check_adapter(options: Options) -> None:
         raise OptionError(
             f"--compile does not go with --adapter {options.adapter}: peft's layers of it do not compile."
         )
+    if not options.dry_run:  # which quantises nothing
+        check_base_precision(options.base_precision, options.mixed_precision, options.adapter)
     if options.lora_format == "comfyui" and options.adapter != "lora":
         raise OptionError(f"--lora_format comfyui goes with --adapter lora, not with {options.adapter}.")
 
@@ -70,6 +73,8 @@ def check_sharded(options: Options) -> None:
     refused = {
         f"--optimizer {options.optimizer}": options.optimizer != "adamw" and "needs whole matrices: take adamw",
         "--use_8bit_adam": options.use_8bit_adam and "cannot be sharded: leave it out, the moments are sharded anyway",
+        f"--base_precision {options.base_precision}": options.base_precision in QUANTISATIONS
+        and "cannot be sharded: take bf16",
         "--offload_ema": options.offload_ema and "cannot be had: leave it out, the EMA weights are sharded anyway",
         "--aspect_ratio_buckets": options.aspect_ratio_buckets
         and "gives processes different numbers of forward passes, which all must take part in: leave it out",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -50,7 +50,7 @@ def describe(options: Options) -> str:
     Raises:
         OptionError: the run would not start.
     """
-    parts = components.open_components(options)
+    parts = components.open_components(replace(options, base_precision=None))  # its sizes are computed
     source = parts.sources.train
     num_steps = defaults.steps_in(options, source.num_rows)
     options = defaults.fit_to_run(options, parts.family, num_steps)

@@ -74,6 +74,14 @@ class LoRAOptions:
         path="hub",
         goes_with="rank",
     )
+    base_precision: Literal["bf16", "nf4", "int8"] | None = option(
+        None,
+        "Load the frozen weights under the adapter in bfloat16, or with their Linear layers quantised by bitsandbytes on a GPU "
+        "(nf4 as in QLoRA, arXiv 2305.14314; int8 as in LLM.int8(), arXiv 2208.07339). They compute in the half precision of "
+        "--mixed_precision. Default: they are cast to that, too.",
+        resume="fixed",
+        goes_with="rank",
+    )
 
 
 def add_lora(

@@ -3,8 +3,10 @@
 from torch import nn
 
 from vaerepa import families
+from vaerepa.acceleration import AccelerationOptions
 from vaerepa.alignment import settings
 from vaerepa.alignment.options import AlignmentOptions
+from vaerepa.base_precision import loading_arguments
 from vaerepa.data.buckets import parse_buckets
 from vaerepa.data.options import DataOptions
 from vaerepa.errors import OptionError
@@ -16,7 +18,7 @@ from vaerepa.lora import LoRAOptions
 CUSTOM_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "patch_size")
 
 
-class TransformerOptions(ModelOptions, TextOptions, LoRAOptions, DataOptions, AlignmentOptions):
+class TransformerOptions(ModelOptions, TextOptions, LoRAOptions, DataOptions, AlignmentOptions, AccelerationOptions):
     """Options that decide what is trained, and whether images and alignment fit it."""
 
 
@@ -131,7 +133,8 @@ def open_pretrained(options: TransformerOptions) -> Pretrained | None:
     """
     name = options.pretrained_model_name_or_path
     if name:
-        return load_pretrained(name, conditioning_of(options), _remedy(options), **_where(options))
+        loading = loading_arguments(options.base_precision, options.mixed_precision)
+        return load_pretrained(name, conditioning_of(options), _remedy(options), loading, **_where(options))
     family, encoders = family_of_preset(options), options.pretrained_text_encoder_model_name_or_path
     return load_text_encoders(encoders, family, **_where(options)) if family.text_components else None
 

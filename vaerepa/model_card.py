@@ -27,6 +27,7 @@ SHOWN = (
     "lr_scheduler",
     "ema_decay",
     "mixed_precision",
+    "base_precision",
 )
 NUM_NAMED_CLASSES = 20
 
@@ -181,7 +182,7 @@ def _shown_options(options: Options) -> Iterable[tuple[str, object]]:
     """Options for the card's table: SHOWN, and all that are not at their default and are not paths."""
     for name, spec in FIELDS.items():
         value = getattr(options, name)
-        if name == "ema_decay" and not options.use_ema:
+        if (name == "ema_decay" and not options.use_ema) or (name == "base_precision" and value is None):
             continue
         is_past = spec.metadata["resume"] != "free"
         is_text = isinstance(value, str) or spec.metadata["path"] or name == "instance_prompt"

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vaerepa.alignment import AlignedTransformer
+from vaerepa.base_precision import with_plain_layers
 from vaerepa.families import Family
 
 # dense bf16 peak without sparsity, FLOP/s, from NVIDIA's and AMD's data sheets; the first name found in the device's counts
@@ -118,14 +119,17 @@ def count_flops(
 
 
 def on_meta(module: nn.Module) -> nn.Module:
-    """Copy of a module on the meta device, which takes no memory; in one precision, for autocast does not work there."""
+    """Copy of a module on the meta device, which takes no memory; in one precision, for autocast does not work there.
+
+    Quantised layers become plain ones.
+    """
 
     def copy_of(tensor: torch.Tensor) -> torch.Tensor:
         dtype = torch.get_default_dtype() if tensor.is_floating_point() else tensor.dtype
         return torch.empty_like(tensor, dtype=dtype, device="meta")
 
     tensors = (*module.parameters(), *module.buffers())
-    return copy.deepcopy(module, {id(tensor): copy_of(tensor) for tensor in tensors})
+    return with_plain_layers(copy.deepcopy(module, {id(tensor): copy_of(tensor) for tensor in tensors}))
 
 
 def describe_machine(accelerator: Accelerator) -> str:

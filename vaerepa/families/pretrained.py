@@ -43,18 +43,25 @@ class Pretrained:
     id2label: dict[int, str] | None = None
 
 
-def load_pretrained(name: str, conditioning: ConditionKind, remedy: str = "", **where: str | None) -> Pretrained:
+def load_pretrained(
+    name: str,
+    conditioning: ConditionKind,
+    remedy: str = "",
+    loading: dict[str, Any] | None = None,
+    **where: str | None,
+) -> Pretrained:
     """Loads a stock pipeline for fine-tuning, without its VAE.
 
     Args:
         remedy: what the user can do about a pipeline of the other conditioning.
+        loading: arguments of `from_pretrained` that say in which precision; by default torch's default dtype.
         where: revision, variant and cache_dir, as `from_pretrained` takes them.
 
     Raises:
         OptionError: nothing there, a pipeline of another kind, or not all of it.
     """
     family, index = find_family(name, (conditioning,), remedy, **where)
-    pipeline = _load_whole(FLAG, name, family, index, ("vae", "id2label"), **where)
+    pipeline = _load_whole(FLAG, name, family, index, ("vae", "id2label"), loading, **where)
     return Pretrained(
         family,
         type(pipeline),
@@ -163,7 +170,13 @@ def load_index(
 
 
 def _load_whole(
-    flag: str, name: str, family: Family, index: dict[str, Any], unwanted: tuple[str, ...], **where: str | None
+    flag: str,
+    name: str,
+    family: Family,
+    index: dict[str, Any],
+    unwanted: tuple[str, ...],
+    loading: dict[str, Any] | None = None,
+    **where: str | None,
 ) -> DiffusionPipeline:
     """The stock pipeline without the parts that are not wanted, and without those that it never had."""
     wanted = {"transformer", "scheduler", *family.text_components} - set(unwanted)
@@ -181,7 +194,9 @@ def _load_whole(
     unwanted = {*unwanted, *pipeline_class._optional_components} - set(family.text_components)
     left_out = dict.fromkeys(part for part in parts if part in unwanted or _is_missing(index, part))
     try:  # weights in safetensors, or in files that torch opens with weights_only
-        return pipeline_class.from_pretrained(name, **left_out, dtype=torch.get_default_dtype(), **where)
+        return pipeline_class.from_pretrained(
+            name, **left_out, **(loading or {"dtype": torch.get_default_dtype()}), **where
+        )
     except UNREADABLE as error:
         raise OptionError(f"--{flag} {name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
 

@@ -13,6 +13,7 @@ from torch import nn
 from vaerepa import defaults, model_card, objectives, past
 from vaerepa.alignment import ScheduledMethod, settings
 from vaerepa.alignment.stored_heads import StoredHeads
+from vaerepa.base_precision import HALF
 from vaerepa.components import Components, build_alignments, build_transformer, open_components
 from vaerepa.conditioning import Captions, ClassLabels, Conditioning
 from vaerepa.data import Feed, Prompts, Sources, TrainingNumbers
@@ -105,7 +106,10 @@ def build_setup(options: Options, engine: Engine, trainer_state: dict[str, Any])
             "--num_validation_images 0 and no --eval_steps, or train with plain data parallelism."
         )
     vae = components.vae.to(accelerator.device)
-    transformer = engine.place(build_transformer(options, components))
+    transformer = build_transformer(options, components)
+    if not options.base_precision:
+        cast_frozen_weights(transformer, HALF.get(accelerator.mixed_precision))  # before they take memory of the device
+    transformer = engine.place(transformer)
     latent_shape = shape_of_latents(vae, options.resolution)
     conditioning, export, prompts = build_conditioning(options, accelerator, components, transformer, latent_shape)
     feed = Feed(options, accelerator, vae, sources.train, latent_shape, prompts, components.encoder)
@@ -168,11 +172,11 @@ def build_conditioning(
         pipeline = family.build_pipeline(family.pipeline_class(), transformer, vae, scheduler, id2label=id2label)
         export = StockExport(output_dir, family, pipeline, {"vae": vae}, PIPELINE_FILE)
         return ClassLabels(options, family, vae, scheduler, id2label), export, None
-    pipeline = build_text_pipeline(accelerator, components, transformer)
-    frozen_parts = {"vae": vae, **components.given.text_components}
-    export = StockExport(output_dir, family, pipeline, frozen_parts)
+    pipeline = build_text_pipeline(components, transformer)
     if options.rank:
         export = LoRAExport(type(pipeline), transformer, options)
+    else:
+        export = StockExport(output_dir, family, pipeline, {"vae": vae, **components.given.text_components})
     length = options.max_sequence_length or family.max_sequence_length
     prompts = Prompts(family, pipeline, length, accelerator.device)
     factor = downsampling_factor(vae)
@@ -181,12 +185,16 @@ def build_conditioning(
     return Captions(options, pipeline, prompts, image_size, left_out), export, prompts
 
 
-def build_text_pipeline(accelerator: Accelerator, components: Components, transformer: nn.Module) -> DiffusionPipeline:
-    """Stock pipeline around a text-to-image transformer; frozen weights (of a LoRA's base) are cast to half precision."""
-    half, given = _half_precision(accelerator), components.given
-    for parameter in transformer.parameters():
+def cast_frozen_weights(module: nn.Module, half: torch.dtype | None) -> None:
+    """Casts weights that do not train, as those of a LoRA's base, to half precision, in place; None leaves them."""
+    for parameter in module.parameters():
         if half and not parameter.requires_grad:  # what does not train needs no more
             parameter.data = parameter.data.to(half)
+
+
+def build_text_pipeline(components: Components, transformer: nn.Module) -> DiffusionPipeline:
+    """Stock pipeline around a text-to-image transformer."""
+    given = components.given
     pipeline = components.family.build_pipeline(
         given.pipeline_class, transformer, components.vae, components.objective.scheduler, given.text_components
     )
@@ -203,7 +211,7 @@ def prepare_prompts(setup: Setup) -> None:
     if prompts is None:
         return
     for encoder in prompts.encoders.values():
-        encoder.to(accelerator.device, _half_precision(accelerator))
+        encoder.to(accelerator.device, HALF.get(accelerator.mixed_precision))
     if options.cache_text_embeddings:
         sources = (setup.sources.train, setup.sources.validation)
         each = chain.from_iterable(source.captions() for source in sources if source)
@@ -227,7 +235,3 @@ def measure_latents(options: Options, accelerator: Accelerator, feed: Feed, fami
             "loss may swamp the denoising loss, or vanish beside it. --alignment_normalize normalises its target per channel."
         )
     return on_main_process(accelerator, lambda: statistics)
-
-
-def _half_precision(accelerator: Accelerator) -> torch.dtype | None:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
