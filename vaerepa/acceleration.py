@@ -5,15 +5,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
 from vaerepa.cli import option
 from vaerepa.ema import EMAOptions
@@ -27,6 +29,7 @@ from vaerepa.training.options import OutputOptions
 logger = get_logger(__name__)
 
 PROFILED_STEPS = 10
+RECOMPUTE = partial(checkpoint, use_reentrant=False)
 RECOMPILE_LIMIT = 64  # of a block whose shapes vary: a few graphs, in which what has varied so far is a symbol
 # in the order in which they cost least; each with its advice
 MEMORY_LEVERS = {
@@ -45,6 +48,12 @@ class AccelerationOptions:
     )
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", resume="schedule")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    gradient_checkpointing_interval: int = option(
+        1,
+        "Recompute those of every Nth block only: more memory, less arithmetic.",
+        above=0,
+        goes_with="gradient_checkpointing",
+    )
     compile: bool = option(False, "Compile each block with torch.compile.", resume="schedule")
     enable_xformers_memory_efficient_attention: bool = option(
         False, "Use xformers' attention instead of torch's own (SDPA).", resume="schedule"
@@ -103,7 +112,7 @@ def apply_switches(
         OptionError: xformers does not run here.
     """
     if options.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(checkpointing(blocks, options.gradient_checkpointing_interval))
     if options.enable_xformers_memory_efficient_attention:
         probe_xformers(device)
         transformer.enable_xformers_memory_efficient_attention()
@@ -121,6 +130,16 @@ def apply_switches(
             is_whole = not any(isinstance(part, FSDPModule) for part in block.modules() if part is not block)
             # the forward alone: hooks, which tap the hidden states, stay outside; names of weights do not change
             block.forward = torch.compile(block.forward, fullgraph=is_whole, dynamic=None if shapes_vary else False)
+
+
+def checkpointing(blocks: nn.ModuleList, interval: int, run: Callable = RECOMPUTE) -> Callable:
+    """Function by which a diffusers transformer calls its layers: every Nth block, and what is no block, through `run`."""
+    plain = set(blocks) - set(blocks[::interval])
+
+    def call(layer: nn.Module, *inputs: Any) -> Any:
+        return layer(*inputs) if layer in plain else run(layer, *inputs)
+
+    return call
 
 
 def probe_xformers(device: torch.device) -> None:
