@@ -112,7 +112,8 @@ def train(options: Options) -> None:
     accelerator = acceleration.build_accelerator(options)
     options = defaults.resolve_batch_sizes(options, accelerator.num_processes)
     if options.dry_run:
-        on_main_process(accelerator, lambda: print(dry_run.describe(options)))
+        num_shards = accelerator.num_processes // sharding.num_replicas if sharding else 1
+        on_main_process(accelerator, lambda: print(dry_run.describe(options, num_shards)))
         return
     if options.precompute_latents_only:
         precompute_latents(options, accelerator)

@@ -174,6 +174,15 @@ def test_activations_are_estimated_as_measured_on_the_cpu(arguments):
     assert batch * sizes.activation_memory == pytest.approx(measured, rel=0.1)
 
 
+def test_what_is_sharded_is_counted_in_parts(arguments):
+    options, parts, transformer, alignments = estimate_of(arguments(ema_decay=[0.9]))
+    whole, part = (
+        dry_run.estimate(options, parts.family, transformer, (4, 8, 8), alignments, 40, shards) for shards in (1, 8)
+    )
+    assert whole.state_memory // 8 == part.state_memory
+    assert (whole.activation_memory, whole.checkpoint_bytes) == (part.activation_memory, part.checkpoint_bytes)
+
+
 def test_frozen_models_are_counted(arguments, hub):
     methods = {"alignment": ["vae", "repa", "sra"], "alignment_encoder": hub["facebook/dinov2-base"]}
     given, _, transformer, alignments = estimate_of(arguments(**methods))

@@ -26,9 +26,11 @@ from vaerepa import throughput
 from vaerepa.alignment import AlignedTransformer, AlignmentContext, GuidingHead, HeadGuidance, VAEAlignment
 from vaerepa.data import TrainingNumbers, open_sources
 from vaerepa.data.prompts import choose_caption
+from vaerepa.dry_run import frozen_bytes
 from vaerepa.families import Size, family_of_pipeline, parse_preset, pipelines_of
 
 CLASSES = {"text_conditioning": None, "max_sequence_length": None}  # in place of captions
+BASES = ("bf16", "int8", "nf4")
 
 
 @pytest.mark.parametrize("family", text_models.FAMILIES)
@@ -386,6 +388,31 @@ def test_a_dry_run_of_an_adapter_counts_what_trains_in_half_precision(adapter, f
     size = sum(tensor.numel() for tensor in tensors)
     assert f"| of them the {adapter} of rank 2, which trains | {size / 1e6:.3g} M |" in dry_run
     assert f"| exported {adapter} | {4 * size / 2**20:.2f} MiB |" in dry_run
+
+
+def test_a_dry_run_says_on_which_card_a_lora_trains(finetune, capsys):
+    peaks = []
+    for interval in (1, 2):
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_interval": interval}
+        finetune("flux", rank=2, mixed_precision="bf16", train_batch_size=8, dry_run=True, **checkpointing)
+        row = r"--base_precision (\w+), about \| (.*) MiB, (.*); checkpointing (.*) MiB, (.*) \|"
+        found = re.findall(row, capsys.readouterr().out)
+        assert [(row[0], row[2], row[4]) for row in found] == [(name, "fits 8 GB", "fits 8 GB") for name in BASES]
+        peaks += [[float(row[place]) for row in found] for place in (1, 3)]
+    without, every, same, second = peaks
+    assert without == same
+    for one, other, least in zip(without, second, every, strict=True):
+        assert one > other > least > 0
+    for sizes in (without, every, second):
+        assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_frozen_weights_take_their_bits_and_their_scales():
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.LayerNorm(32)).requires_grad_(False)
+    beside = 2 * (32 + 64)  # bias and norm in half precision
+    scales = 32 * 1 + 32 / 256 * 4  # of 64 weights one in 8 bits, and of 256 of these one in float32
+    sizes = {"float32": 4 * 2144, "bf16": 2 * 2144, "int8": 2048 + 32 * 4 + beside, "nf4": 1024 + scales + beside}
+    assert frozen_bytes(layers) == pytest.approx(sizes, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from vaerepa import components, defaults, lora, optimization, throughput
+from vaerepa import acceleration, components, defaults, lora, optimization, throughput
 from vaerepa.alignment import METHODS, ScheduledMethod
+from vaerepa.base_precision import HALF
 from vaerepa.data import ClassesInBatch, Source, classes_in_batch
 from vaerepa.data.options import DataOptions, public_dataset, public_folders
 from vaerepa.data.uncounted import UncountedSource
@@ -19,13 +21,16 @@ from vaerepa.vae import shape_of_latents
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 GIB = 2.0**30
+CARDS = (8, 12, 16, 24)  # GiB of usual graphics cards
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Sizes of a run: numbers of parameters, FLOPs of one image's forward pass, bytes.
 
-    `training_passes` is the cost of a training step in forward passes; `frozen_flops` and `head_flops` are by method.
+    `training_passes` is the cost of a training step in forward passes; `frozen_flops` and `head_flops` are by method,
+    `frozen_memory` is by precision, `state_memory` holds that of the run's own. `checkpointed_memory` is what activations take
+    with gradient checkpointing.
     """
 
     parameters: int
@@ -37,15 +42,20 @@ class Estimate:
     head_flops: dict[str, int]
     frozen_flops: dict[str, int]
     state_memory: int
+    frozen_memory: dict[str, int]
     encoder_memory: int
     activation_memory: int
+    checkpointed_memory: int
     pipeline_bytes: int
     checkpoint_bytes: int
     latents_cache_bytes: int
 
 
-def describe(options: Options) -> str:
+def describe(options: Options, num_shards: int = 1) -> str:
     """Works out the run that the options ask for and returns it as a table in Markdown.
+
+    Args:
+        num_shards: number of processes that weights are sharded over.
 
     Raises:
         OptionError: the run would not start.
@@ -59,7 +69,7 @@ def describe(options: Options) -> str:
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
     alignments = components.build_alignments(options, parts, transformer, no_statistics)
     shape = shape_of_latents(parts.vae, options.resolution)
-    sizes = estimate(options, parts.family, transformer, shape, alignments, source.num_images or 0)
+    sizes = estimate(options, parts.family, transformer, shape, alignments, source.num_images or 0, num_shards)
     learning_rate = optimization.learning_rate_schedule(options, options.global_batch_size, num_steps)
     classes = classes_in_batch(
         source,
@@ -78,12 +88,14 @@ def estimate(
     latent_shape: tuple[int, int, int],
     alignments: list[ScheduledMethod],
     num_images: int,
+    num_shards: int = 1,
 ) -> Estimate:
     """Works out a run from its transformer in training form, on the meta device or not.
 
     Args:
         num_images: of the training split, for the latents cache: mean and deviation of each posterior in half precision, the
             vision encoder's features, and both of the flipped images.
+        num_shards: number of processes that each hold a part of weights, gradients, moments and EMA weights.
     """
     forward = throughput.OneForward(family, transformer.to("meta"), latent_shape)
     with torch.device("meta"):
@@ -98,7 +110,8 @@ def estimate(
     size, stock_size, head_sizes = count(transformer), count(stock), {name: count(head) for name, head in heads.items()}
     own = count(transformer, trained=True)  # all of it, or its LoRA
     trained = own + sum(head_sizes.values())
-    frozen_memory = (size - own) * (FLOAT16 if options.mixed_precision in ("bf16", "fp16") else FLOAT32)
+    frozen = frozen_bytes(transformer)
+    precision = options.base_precision or ("bf16" if options.mixed_precision in HALF else "float32")
     exported = own if options.rank else stock_size
     num_emas = len(options.ema_decay) if options.use_ema else 0
     moments = optimization.state_bytes(options, trained, sum(m.numel() for m in family.matrices(transformer)))
@@ -113,13 +126,18 @@ def estimate(
         flops=plain,
         head_flops=head_flops,
         frozen_flops=frozen_flops(forward, alignments, options.resolution),
-        state_memory=trained * 2 * FLOAT32
-        + (size * FLOAT32 if any("frozen_teacher" in a.method.needs for a in alignments) else 0)
-        + moments
-        + frozen_memory
-        + (0 if options.offload_ema else num_emas * size * FLOAT32),
+        state_memory=(
+            trained * 2 * FLOAT32
+            + moments
+            + frozen[precision]
+            + (0 if options.offload_ema else num_emas * size * FLOAT32)
+        )
+        // num_shards
+        + (size * FLOAT32 if any("frozen_teacher" in a.method.needs for a in alignments) else 0),
+        frozen_memory=frozen,
         encoder_memory=sum(count(encoder.model) * FLOAT16 for encoder in encoders),
         activation_memory=saved_bytes(options, forward, heads, block_of),
+        checkpointed_memory=saved_bytes(options, forward, heads, block_of, options.gradient_checkpointing_interval),
         pipeline_bytes=exported * FLOAT32,
         checkpoint_bytes=exported * FLOAT32 + trained * FLOAT32 + moments + num_emas * size * FLOAT32,
         latents_cache_bytes=kept * FLOAT16 * num_images * variants_of(options),
@@ -163,13 +181,36 @@ def size_of(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:.2f} MiB"
 
 
+def frozen_bytes(transformer: nn.Module) -> dict[str, int]:
+    """Bytes of the weights that do not train, by their precision; bitsandbytes quantises those of Linear layers.
+
+    In nf4 a weight has 4 bits, and of each 64 a scale of 8 bits, of 256 of which one in float32, as in QLoRA (arXiv 2305.14314);
+    in int8 each row has a scale in float32.
+    """
+    every = [p for p in transformer.parameters() if not p.requires_grad]
+    layers = [m.weight for m in transformer.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    total, quantised = (sum(weight.numel() for weight in weights) for weights in (every, layers))
+    rest = FLOAT16 * (total - quantised)
+    return {
+        "float32": FLOAT32 * total,
+        "bf16": FLOAT16 * total,
+        "int8": rest + quantised + FLOAT32 * sum(len(weight) for weight in layers),
+        "nf4": rest + round(quantised * (4 + (8 + 32 / 256) / 64) / 8),
+    }
+
+
 def saved_bytes(
     options: Options,
     forward: throughput.OneForward,
     heads: dict[str, nn.Module],
     block_of: dict[str, int],
+    interval: int | None = None,
 ) -> int:
-    """Bytes that one image's forward pass keeps for the backward pass; half precision halves them."""
+    """Bytes that one image's forward pass keeps for the backward pass; half precision halves them.
+
+    Args:
+        interval: of gradient checkpointing, which keeps what a block takes in, and recomputes one block at a time; None is none.
+    """
     saved: dict[int, torch.UntypedStorage] = {}
     modules = [forward.transformer, *heads.values()]
     weights = {parameter.untyped_storage()._cdata for module in modules for parameter in module.parameters()}
@@ -180,11 +221,30 @@ def saved_bytes(
             saved[storage._cdata] = storage  # held, so that no other takes its place
         return tensor
 
+    recomputed = [0]
+
+    def run_checkpointed(layer: nn.Module, *inputs: Any) -> Any:
+        nonlocal saved
+        for tensor in inputs:
+            if isinstance(tensor, torch.Tensor):
+                keep(tensor)
+        outside, saved = saved, dict(saved)
+        output = layer(*inputs)
+        recomputed.append(sum(storage.nbytes() for key, storage in saved.items() if key not in outside))
+        saved = outside
+        return output
+
+    transformer = forward.transformer
+    if interval:
+        blocks = forward.family.blocks(transformer)
+        transformer.enable_gradient_checkpointing(acceleration.checkpointing(blocks, interval, run_checkpointed))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = forward.through(heads, block_of)()
     del outputs
-    half = options.mixed_precision in ("bf16", "fp16")
-    return sum(storage.nbytes() for storage in saved.values()) // (2 if half else 1)
+    if interval:
+        transformer.disable_gradient_checkpointing()
+    num_bytes = sum(storage.nbytes() for storage in saved.values()) + max(recomputed)
+    return num_bytes // (2 if options.mixed_precision in HALF else 1)
 
 
 def rows_by_folder(options: DataOptions, source: Source) -> list[tuple[str, str]]:
@@ -225,14 +285,16 @@ def report(
         if name in sizes.frozen_flops:
             frozen_gflops = sizes.frozen_flops[name] / 1e9
             rows.append((f"frozen models of `{name}`, one image", f"{frozen_gflops:.1f} GFLOP, forward only"))
-    activations = 0 if options.gradient_checkpointing else options.train_batch_size * sizes.activation_memory
+    of_one = sizes.checkpointed_memory if options.gradient_checkpointing else sizes.activation_memory
+    activations = options.train_batch_size * of_one
     memory = (sizes.state_memory + sizes.encoder_memory + activations) / GIB
     rows.append(("weights, gradients, optimizer and EMA weights, per device", size_of(sizes.state_memory)))
     if sizes.encoder_memory:
         rows.append(("vision encoder, in half precision, per device", f"{sizes.encoder_memory / GIB:.2f} GiB"))
     rows += [
-        ("activations, one image", f"{sizes.activation_memory / GIB:.3f} GiB"),
+        ("activations, one image", f"{of_one / GIB:.3f} GiB"),
         (f"memory per device at batch {options.train_batch_size}, without {frozen}, about", f"{memory:.1f} GiB"),
+        *(bases_of_lora(options, sizes) if is_lora else ()),
         (f"exported {adapter if is_lora else f'pipeline, without {frozen}'}", size_of(sizes.pipeline_bytes)),
         (f"a checkpoint{'' if is_lora else f', without {frozen}'}", size_of(sizes.checkpoint_bytes)),
         *([("a latents cache of all images", f"{sizes.latents_cache_bytes / GIB:.2f} GiB")] if num_images else []),
@@ -249,3 +311,22 @@ def report(
         rows.append((f"weight of `{alignment.name}` on block {alignment.block} at start, middle, end", weights))
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join(table + ([f"\nwarning: {classes.warning}"] if classes and classes.warning else []))
+
+
+def bases_of_lora(options: Options, sizes: Estimate) -> list[tuple[str, str]]:
+    """Rows of the table: the peak over a base in each precision, with gradient checkpointing and without, in half precision.
+
+    VAE and text encoders are taken to be off the device, as they are once all is cached.
+    """
+    own = options.base_precision or ("bf16" if options.mixed_precision in HALF else "float32")
+    beside = sizes.state_memory - sizes.frozen_memory[own] + sizes.encoder_memory
+    halving = 1 if options.mixed_precision in HALF else 2
+    rows = []
+    for precision in ("bf16", "int8", "nf4"):
+        peaks = []
+        for of_one in (sizes.activation_memory, sizes.checkpointed_memory):
+            peak = beside + sizes.frozen_memory[precision] + options.train_batch_size * of_one / halving
+            card = next((f"fits {size} GB" for size in CARDS if peak <= size * GIB), f"over {CARDS[-1]} GB")
+            peaks.append(f"{size_of(peak)}, {card}")
+        rows.append((f"peak with --base_precision {precision}, about", f"{peaks[0]}; checkpointing {peaks[1]}"))
+    return rows
