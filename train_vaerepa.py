@@ -225,7 +225,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, upl
                         prediction, outputs = state.model(noisy, **inputs)  # (B, C, H, W), each (B, N, c)
                         if guidance and guidance.is_active(state.step):  # v + W (v_full - v_head), without gradient
                             target = guidance.target(target, prediction, outputs, noisy, objective.timesteps(t))
-                        loss = objective.loss(prediction, target, t).mean()
+                        loss = objective.loss(prediction, target, t, batch.mask).mean()
                         losses = {"denoising_loss": loss}
                         context = AlignmentContext(
                             latents=clean,
@@ -236,6 +236,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, upl
                             numbers=batch.numbers,
                             teacher=partial(teacher_tokens, setup, state.ema, batch),
                             frozen_teacher=partial(frozen_teacher_tokens, setup, batch),
+                            mask=batch.mask,
                             outputs=outputs,
                         )
                         for alignment in state.alignments:

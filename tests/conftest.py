@@ -207,13 +207,14 @@ def finetune(train, tuning):
 
 @pytest.fixture(scope="session")
 def rectangles(tmp_path_factory) -> Path:
-    """40 captioned pictures: upright, wide and nearly square."""
+    """40 captioned pictures with masks: upright, wide and nearly square."""
     folder, random = tmp_path_factory.mktemp("rectangles"), np.random.default_rng(2)
     pictures = [
         random.integers(0, 256, ((30, 20), (20, 34), (23, 24))[i % 3] + (3,), dtype=np.uint8) for i in range(40)
     ]
-    rows = {"image": pictures, "text": [CAPTIONS[i % len(CAPTIONS)] for i in range(40)]}
-    features = Features({"image": Image(), "text": Value("string")})
+    masks = [255 * random.integers(0, 2, picture.shape[:2], dtype=np.uint8) for picture in pictures]
+    rows = {"image": pictures, "mask": masks, "text": [CAPTIONS[i % len(CAPTIONS)] for i in range(40)]}
+    features = Features({"image": Image(), "mask": Image(), "text": Value("string")})
     Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
     return folder
 
@@ -239,6 +240,21 @@ def halves(data, tmp_path_factory) -> list[Path]:
     for path in (data / "data").glob("train-*"):
         shutil.copy(path, folders[not path.name.startswith("train-00000")])
     return folders
+
+
+@pytest.fixture(scope="session")
+def masked(tmp_path_factory) -> Path:
+    """40 labelled pictures of 16 pixels with an alpha channel, opaque or transparent, in every fourth transparent all over; and
+    a column of masks that are others."""
+    folder, random = tmp_path_factory.mktemp("masked"), np.random.default_rng(3)
+    pictures = random.integers(0, 256, (40, 16, 16, 4), dtype=np.uint8)
+    pictures[..., 3] = 255 * (pictures[..., 3] > 100)
+    pictures[::4, ..., 3] = 0
+    cutouts = 255 * random.integers(0, 2, (40, 16, 16), dtype=np.uint8)
+    rows = {"image": list(pictures), "cutout": list(cutouts), "label": [i % 3 for i in range(40)]}
+    features = Features({"image": Image(), "cutout": Image(), "label": Value("int64")})
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return folder
 
 
 @pytest.fixture(scope="session")

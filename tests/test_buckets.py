@@ -86,8 +86,9 @@ def test_the_loss_of_a_step_is_the_mean_over_samples_of_all_shapes(family, finet
         assert line["train/denoising_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
-def test_a_cache_of_rectangles_changes_no_bit(finetune, rectangles, tmp_path):
-    options = BUCKETS | {"dataset_name": rectangles, "latents_cache": tmp_path / "cache", "random_flip": True}
+@pytest.mark.parametrize("masks", [{}, {"masked_loss": True}])
+def test_a_cache_of_rectangles_changes_no_bit(finetune, rectangles, tmp_path, masks):
+    options = BUCKETS | {"dataset_name": rectangles, "latents_cache": tmp_path / "cache", "random_flip": True, **masks}
     options |= {"max_train_steps": 12, "dataloader_num_workers": 2}
     writing = finetune("sd3", output_dir=tmp_path / "writing", **options)
     reading = finetune("sd3", output_dir=tmp_path / "reading", **options)

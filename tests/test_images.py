@@ -13,7 +13,8 @@ from datasets import Features, Value
 from PIL import Image, ImageOps
 
 from tests.conftest import read_metrics
-from vaerepa.data import images
+from vaerepa.data import Preprocessing, images
+from vaerepa.data.source import Row
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -91,6 +92,29 @@ def test_a_strip_looks_alike_however_it_is_cut(monkeypatch):
     enlarged = np.asarray(images.cut(image, (32, 32), 0.5, 0.3)).astype(int)
     monkeypatch.setattr(images, "MAX_ENLARGED_PIXELS", 1)
     assert np.abs(np.asarray(images.cut(image, (32, 32), 0.5, 0.3)) - enlarged).mean() < 2
+
+
+@pytest.mark.parametrize("sample_index", range(4))
+def test_a_mask_is_cut_and_flipped_as_its_image(sample_index):
+    grey = noise(40, 31).convert("L")
+    layers = {"image": encode(grey.convert("RGB")), "mask": encode(grey), "smaller": encode(noise(40, 30))}
+    stored = {name: {"bytes": content, "path": None} for name, content in layers.items()}
+    cut = Preprocessing(16, center_crop=False, random_flip=True, masked=True)
+    red, *_, mask = cut(Row(0, 0, stored["image"], mask=stored["mask"]), sample_index)
+    assert (red == mask).all()
+    assert (red != red.flip(-1)).any()
+    with pytest.raises(ValueError, match="mask has 30 x 40 pixels"):
+        cut(Row(0, 0, stored["image"], mask=stored["smaller"]), sample_index)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("LA", (7, 0)), ("RGBA", (7, 7, 7, 0)), ("L", 7)])
+def test_transparency_is_a_mask_and_the_picture_lies_on_white(mode, colour):
+    picture = Image.new(mode, (16, 16), colour)
+    options = {"transparency": 7} if mode == "L" else {}  # a grey that stands for it
+    for stored, shown in ((encode(picture, **options), 0), (encode(noise(16, 16)), 255)):
+        pixels = Preprocessing(16, masked=True)(Row(0, 0, {"bytes": stored, "path": None}), 0)
+        assert (pixels[3] == shown).all()
+        assert shown or (pixels[:3] == 255).all()
 
 
 def truncated(content: bytes, keep: float = 0.5) -> bytes:

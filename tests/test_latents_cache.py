@@ -122,6 +122,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(train, options, tmp_path, m
     [
         ({"resolution": 32}, ["--resolution 16", "another shape"]),
         ({"random_flip": True}, ["--no_random_flip"]),
+        ({"masked_loss": True}, ["no --masked_loss"]),
         ({"dataset_name": "other data"}, ["other images"]),
         ({"pretrained_vae_model_name_or_path": "other VAE"}, ["another VAE"]),
     ],
@@ -235,7 +236,8 @@ def pictures(tmp_path_factory):
 def test_latents_in_a_data_set_cannot_be_flipped_or_cached_again_or_seen(refused, pictures, vae, tmp_path):
     write_moments(pictures, vae, tmp_path / "moments")
     needs_images = ({"alignment": "repa"}, {"alignment_target": "vae_mid_block"})
-    for option in ({"random_flip": True}, {"latents_cache": tmp_path / "cache"}, *needs_images):
+    masks = {"masked_loss": True}
+    for option in ({"random_flip": True}, {"latents_cache": tmp_path / "cache"}, masks, *needs_images):
         refused("holds latents", dataset_name=None, train_data_dir=tmp_path / "moments", **option)
 
 

@@ -334,6 +334,39 @@ def test_tar_samples_of_several_kinds(tmp_path):
     assert list(source.captions()) == [[""], [""], ["in json"], ["in text"]]
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+def test_masks_lie_beside_images_and_count_as_content(tmp_path, kind, caplog):
+    pictures, masks = [png(i) for i in range(3)], [png(100), png(101), None]
+    path = write(tmp_path, *(f"{i}.png" for i in range(3)))
+    digests = set()
+    for change in (None, png(102)):
+        masks[1] = change or masks[1]
+        if kind == "tar":
+            path = tmp_path / f"{bool(change)}.tar"
+            samples = [{"png": pictures[i], "cls": b"0", "mask.png": masks[i]} for i in range(3)]
+            tar(path, [{name: content for name, content in sample.items() if content} for sample in samples])
+        elif kind == "parquet":
+            path = tmp_path / f"{bool(change)}.parquet"
+            pq.write_table(pa.table({"image": pictures, "label": [0, 0, 0], "mask": masks}), path)
+        else:
+            lines = []
+            for i in range(3):
+                (tmp_path / f"{i}.png").write_bytes(pictures[i])
+                (tmp_path / f"m{i}.png").write_bytes(masks[i] or b"")
+                lines.append(
+                    {"file_name": f"{i}.png", "mask_file_name": f"m{i}.png" if masks[i] else None, "label": "a"}
+                )
+            write(tmp_path, "metadata.jsonl", content="\n".join(map(json.dumps, lines)))
+        source = open_sources(str(path), masked=True).train
+        found = [row.mask for block in range(len(source.block_sizes)) for row in source.read_block(block)]
+        found = [mask and (mask["bytes"] or (mask["path"] and Path(mask["path"]).read_bytes())) for mask in found]
+        assert found == masks
+        digests.add(source.storage.images)
+    assert len(digests) == 2
+    if kind == "folder":
+        assert "1 images that no metadata file names" in caplog.text  # the mask that none names, and no other
+
+
 def shards(folder: Path, kind: str) -> Path:
     """Three shards, of which the second is returned."""
     if kind == "tar":

@@ -44,7 +44,7 @@ SAME_STEPS = {
 }
 if find_spec("prodigyopt"):
     SAME_STEPS["prodigy"] = PRODIGY | {"max_train_steps": 5}
-RECTANGLES = {"aspect_ratio_buckets": "16,16;12,20;20,12", "learning_rate": 1e-4}
+RECTANGLES = {"aspect_ratio_buckets": "16,16;12,20;20,12", "learning_rate": 1e-4, "masked_loss": True}
 RESTARTS = {
     "plain": {**EXACT, "dataloader_num_workers": 2},
     "accumulation": {**EXACT, "dataloader_num_workers": 2, "gradient_accumulation_steps": 2},

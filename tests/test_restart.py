@@ -65,6 +65,7 @@ CASES = {
         (3, 8),
         12,
     ),
+    "masks-cache": ({**CACHE, "dataset_name": "masked", "masked_loss": True}, (3,), 6),
     "repa-cache": (REPA | {"latents_cache": True}, (3, 5, 8), 12),
     "muon": (ENDING_EXACT | MUON, (2, 4), 8),
     "prodigy": (ENDING_EXACT | PRODIGY, (2, 4), 8),
@@ -73,10 +74,10 @@ CASES = {
 
 
 @pytest.fixture
-def placed(damaged, halves, dit_pipeline, encoders):
+def placed(damaged, masked, halves, dit_pipeline, encoders):
     """Options with the folders that they name for short."""
     folders = {"damaged": lambda: damaged, "dit": dit_pipeline, "dinov2": lambda: encoders("dinov2")}
-    folders["folders"] = lambda: halves
+    folders |= {"folders": lambda: halves, "masked": lambda: masked}
 
     def fill_in(options: dict) -> dict:
         if "train_data_dir" in options:
@@ -117,7 +118,7 @@ TEXT_CASES = {
     "sd3-buckets": ("sd3", BUCKETS, {}, WORKERS),
     "sd3-5": ("sd3_5", {}, {}, {}),
     "z-image": ("z_image", {}, CACHED, {}),
-    "z-image-buckets": ("z_image", BUCKETS, {}, WORKERS),
+    "z-image-buckets": ("z_image", BUCKETS | {"masked_loss": True}, {}, WORKERS),
     "flux2": ("flux2", {}, CACHED, WORKERS),
     "flux": ("flux", {}, CACHED, WORKERS),
     "chroma": ("chroma", {}, CACHED, WORKERS),

@@ -3,9 +3,12 @@
 import json
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,17 +17,48 @@ from tests.conftest import read_metrics
 from tests.helpers_data import read_samples
 from vaerepa import throughput
 from vaerepa.alignment import VAEAlignment
-from vaerepa.data import TrainingNumbers, open_sources
+from vaerepa.data import Preprocessing, TrainingNumbers, open_sources
 from vaerepa.families import Size
 from vaerepa.families.dit import initialize, new_transformer
 from vaerepa.vae import sample_latents
 
 
-def test_the_first_step_computes_the_papers_loss(train, data, vae):
-    run = train(max_train_steps=1, seed=3)
+def weights_by(column: str | None, folder: Path, rows: list[int], flipped: list[bool]) -> np.ndarray:
+    """Fraction of each latent's 2 x 2 pixels that a mask shows, shape (B, 1, 8, 8); ones without masks."""
+    if column is None:
+        return np.ones((len(rows), 1, 8, 8), np.float32)
+    stored = load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train")
+    masks = [np.asarray(stored[row][column].split()[-1]) for row in rows]
+    masks = [mask[:, ::-1] if flip else mask for mask, flip in zip(masks, flipped, strict=True)]
+    return np.stack(masks).reshape(-1, 1, 8, 2, 8, 2).mean((3, 5), dtype=np.float32) / 255
+
+
+def mean_under(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Mean over samples of sum(weight * value) / sum(weight), 0 where nothing weighs."""
+    weights = weights.broadcast_to(values.shape)
+    sums = [(w.sum(), (w * v).sum()) for w, v in zip(weights, values, strict=True)]
+    return torch.stack([of_values / of_weights if of_weights else of_weights for of_weights, of_values in sums]).mean()
+
+
+@pytest.mark.parametrize(
+    ("column", "options"),
+    [
+        (None, {}),
+        ("image", {"masked_loss": True, "random_flip": True}),  # by its alpha channel
+        ("cutout", {"masked_loss": True, "mask_column": "cutout"}),
+    ],
+)
+def test_the_first_step_computes_the_papers_loss(train, data, masked, vae, column, options):
+    """Under a mask over latents and tokens, where one is asked for."""
+    folder = data if column is None else masked
+    run = train(dataset_name=folder, max_train_steps=1, seed=3, **options)
     logged = read_metrics(run, "train/loss", "train/denoising_loss", "train/alignment_loss_vae")[0]
-    source = open_sources(str(data)).train
-    samples = read_samples(source, TrainingNumbers(3, 0.1), seed=3)
+    source = open_sources(str(folder)).train
+    preprocessing = Preprocessing(16, random_flip="random_flip" in options, seed=3)
+    samples = read_samples(source, TrainingNumbers(3, 0.1), seed=3, preprocessing=preprocessing)
+    weights = torch.from_numpy(weights_by(column, folder, samples.row_indices, samples.flipped))
+    assert (column is None) == (weights.min() > 0)
+    assert (column == "image") == (weights.flatten(1).max(1).values.min() == 0)  # nothing of a picture shows
     numbers, t = samples.numbers, samples.numbers["t"].view(-1, 1, 1, 1)
     transformer = new_transformer(Size(4, 32, 2), 2, 4, 8, 3)
     initialize(transformer, 3)
@@ -38,9 +72,10 @@ def test_the_first_step_computes_the_papers_loss(train, data, vae):
         velocity = transformer(
             (1 - t) * z + t * numbers["noise"], timestep=1000 * t.flatten(), class_labels=labels
         ).sample
-        denoising = (velocity - (numbers["noise"] - z)).square().mean()
+        denoising = mean_under(weights, (velocity - (numbers["noise"] - z)).square())
         aligned = torch.einsum("nhwpqc->nchpwq", head(tokens[0]).view(8, 4, 4, 2, 2, 4)).reshape(8, 4, 8, 8)
-        alignment = torch.nn.functional.smooth_l1_loss(aligned, z, beta=0.05)
+        of_tokens = weights.view(8, 1, 4, 2, 4, 2).mean((3, 5)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        alignment = mean_under(of_tokens, torch.nn.functional.smooth_l1_loss(aligned, z, reduction="none", beta=0.05))
     assert logged["train/denoising_loss"] == pytest.approx(denoising.item(), rel=1e-5)
     assert logged["train/alignment_loss_vae"] == pytest.approx(alignment.item(), rel=1e-5)
     assert logged["train/loss"] == pytest.approx((denoising + alignment).item(), rel=1e-5)

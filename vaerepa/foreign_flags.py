@@ -1,6 +1,7 @@
 """Flags of diffusers' own training scripts, and of launchers, that this trainer spells otherwise or does not have."""
 
 ALIASES = {  # the same meaning under another name
+    "alpha_mask": "masked_loss",
     "caption_dropout": "proportion_empty_prompts",
     "ddpm_num_inference_steps": "validation_num_inference_steps",
     "ema_max_decay": "ema_decay",

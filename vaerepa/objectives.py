@@ -14,6 +14,7 @@ from diffusers import (
 
 from pipeline_vaerepa import head_velocity
 from vaerepa.cli import option
+from vaerepa.masks import weighted_mean
 from vaerepa.randomness import draw_normal, draw_uniform
 
 NUM_TIMESTEPS = 1000  # stock schedulers count timesteps from 0 to 999
@@ -91,8 +92,10 @@ class Objective(Protocol):
     def corrupt(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Noisy latents and the target of the prediction, each (B, C, H, W)."""
 
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Loss of each sample, shape (B,)."""
+    def loss(
+        self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Loss of each sample, shape (B,), under masks (B, 1, H, W), if there are any."""
 
     def head_prediction(
         self,
@@ -133,8 +136,10 @@ class FlowMatching:
         t = t.view(-1, 1, 1, 1)
         return (1.0 - t) * latents + t * noise, noise - latents
 
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        loss = squared_error(prediction, target)
+    def loss(
+        self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        loss = squared_error(prediction, target, mask)
         return loss * t.to(loss.dtype).square() if self.precondition_outputs else loss
 
     def head_prediction(self, noisy, output, timesteps, target, mean=0.0, std=1.0) -> torch.Tensor:
@@ -166,8 +171,10 @@ class NoisePrediction:
         signal = self._signal(t).to(latents.dtype).view(-1, 1, 1, 1)
         return signal.sqrt() * latents + (1.0 - signal).sqrt() * noise, noise
 
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        loss = squared_error(prediction, target)
+    def loss(
+        self, prediction: torch.Tensor, target: torch.Tensor, t: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        loss = squared_error(prediction, target, mask)
         if self.snr_gamma is None:
             return loss
         signal = self._signal(t).to(loss.dtype)
@@ -217,9 +224,9 @@ def of_scheduler(scheduler: SchedulerMixin) -> Objective:
     return NoisePrediction(scheduler) if name_of(scheduler) == "ddpm" else FlowMatching(scheduler)
 
 
-def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample in float32 (float64 stays), shape (B,)."""
-    return (prediction.to(target.dtype) - target).square().flatten(1).mean(1)
+def squared_error(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error of each sample in float32 (float64 stays), shape (B,), under a mask, see `masks`."""
+    return weighted_mean((prediction.to(target.dtype) - target).square(), mask)
 
 
 def sample_timestep(

@@ -103,11 +103,11 @@ class DispersiveAlignment(AlignmentMethod):
         """An empty tensor in the precision of the loss, which has no target."""
         return context.latents.new_empty(0)
 
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Log of the mean of exp(-distance / tau) over all pairs of a group, to each of its samples, shape (B,).
 
         Distances of tokens (B, N, d) are squared and means over N and d; a sample's distance 0 to itself counts, as in the
-        paper's code. B is a multiple of the group size.
+        paper's code. B is a multiple of the group size. All tokens count, also those of no weight: none has a target.
         """
         # sample i of B is in group i mod B/G: devices that take samples in turn have whole groups
         samples = prediction.to(target.dtype).flatten(1).unflatten(0, (self.group_size, -1)).transpose(0, 1)

@@ -66,7 +66,7 @@ class LayerSyncAlignment(AlignmentMethod):
         """Tokens of the deeper block, shape (B, N, d)."""
         return context.outputs[self.target_blocks[0]].to(context.latents.dtype)
 
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Distance of tokens (B, N, d), mean per sample, shape (B,); cosine is minus the similarity."""
-        losses = super().loss(prediction, target)
+        losses = super().loss(prediction, target, weights)
         return losses - 1.0 if self.distance == "cosine" else losses

@@ -11,6 +11,7 @@ from torch import nn
 
 from vaerepa.alignment.distances import distance
 from vaerepa.errors import OptionError
+from vaerepa.masks import over_tokens
 
 
 @dataclass
@@ -28,6 +29,7 @@ class AlignmentContext:
             under the same noise and the same condition, dropped where the student's is.
         frozen_teacher: image tokens (B, N, d) that the frozen teacher has after a block, counted from 1, for this batch, with
             classifier-free guidance of a scale in them; of a sample whose condition is dropped without.
+        mask: weight of each latent in the losses, shape (B, 1, H, W); None weighs all alike.
         outputs: what `AlignedTransformer` returns beside the prediction; by the numbers of the method's `target_blocks` it holds
             image tokens (B, N, d) of this forward pass, without gradient.
     """
@@ -40,6 +42,7 @@ class AlignmentContext:
     numbers: dict[str, torch.Tensor] = field(default_factory=dict)
     teacher: Callable[[torch.Tensor, int], torch.Tensor] | None = None
     frozen_teacher: Callable[[int, float], torch.Tensor] | None = None
+    mask: torch.Tensor | None = None
     outputs: dict[str | int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -230,9 +233,13 @@ class AlignmentMethod(ABC):
     def target(self, context: AlignmentContext) -> torch.Tensor:
         """Tokens (B, N, c) in float32 (float64 stays), without gradient."""
 
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Distance of the head's output (B, N, c) to the target, mean per sample, shape (B,), in the target's dtype."""
-        return distance(prediction, target, self.distance, self.beta)
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Distance of the head's output (B, N, c) to the target, mean per sample, shape (B,), in the target's dtype.
+
+        Args:
+            weights: of the tokens in the mean, shape (B, N): what is not to be learned is not aligned either.
+        """
+        return distance(prediction, target, self.distance, self.beta, weights)
 
     def frozen_forward(
         self, blocks: nn.ModuleList, forward: Callable[[], object], resolution: int
@@ -274,7 +281,8 @@ class ScheduledMethod:
 
     def sample_losses(self, prediction: torch.Tensor, context: AlignmentContext) -> torch.Tensor:
         """The method's loss of each sample, shape (B,), whatever its t."""
-        return self.method.loss(prediction, self.method.target(context))
+        weights = None if context.mask is None else over_tokens(context.mask, prediction.shape[1])
+        return self.method.loss(prediction, self.method.target(context), weights)
 
     def loss(self, sample_losses: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Mean over the whole batch, samples outside `t_range` counting as zero.

@@ -151,9 +151,9 @@ class REPAAlignment(AlignmentMethod):
             tokens = (tokens - tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + 1e-6)
         return tokens
 
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Distance of the head's output (B, N, z) to the target, mean per sample, shape (B,); cosine is minus the similarity."""
-        losses = super().loss(prediction, target)
+        losses = super().loss(prediction, target, weights)
         return losses - 1.0 if self.distance == "cosine" else losses
 
     def frozen_forward(

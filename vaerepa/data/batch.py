@@ -54,6 +54,7 @@ class Samples(_Tensors):
             they are kept in; None where no sample has them.
         vision_features: those of the images behind the moments, shape (M, z, h', w'); None where the cache keeps none.
         pixel_values: images after crop and flip, uint8, shape (B - M, 3, H, W); None where all samples have moments.
+        masks: masks of the loss after crop and flip, from 0 to 1, float16, shape (B, h, w); None without --masked_loss.
         finished: shards that were read to their end on the way, where they are not counted.
     """
 
@@ -69,6 +70,7 @@ class Samples(_Tensors):
     moments: torch.Tensor | None
     vision_features: torch.Tensor | None
     pixel_values: torch.Tensor | None
+    masks: torch.Tensor | None = None
     finished: list[FinishedShard] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -92,6 +94,8 @@ class Batch(_Tensors):
             transformer is conditioned on labels.
         pixel_values: the images behind the latents, uint8, shape (B, 3, H, W); None where no alignment method reads them.
         vision_features: those of these images, shape (B, z, h', w'); None where no alignment method reads them.
+        mask: weight of each latent in the losses, from 0 to 1, shape (B, 1, h, w), in the dtype of the latents; None without
+            --masked_loss.
         skipped: rows that some of these samples replace.
     """
 
@@ -106,6 +110,7 @@ class Batch(_Tensors):
     text: dict[str, Any] | None = None
     pixel_values: torch.Tensor | None = None
     vision_features: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     skipped: Sequence[SkippedRow] = ()
 
 

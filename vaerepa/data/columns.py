@@ -13,10 +13,12 @@ IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "cls", "class", "class_label", "fine_label")
 MOMENTS_NAMES = ("moments", "latents")
 CAPTION_NAMES = ("caption", "captions", "text", "txt", "prompt")
+MASK_NAMES = ("mask", "masks", "mask.png")
 WHAT_FITS = {
     "image_column": "an Image feature, or the bytes of encoded images",
     "label_column": "ClassLabel, whole numbers, true and false, or the classes' names",
     "caption_column": "text",
+    "mask_column": "an Image feature, or the bytes of encoded images",
 }
 
 
@@ -52,6 +54,16 @@ def find_columns(
     if moments is not None and image_column is None:
         return Columns(label, moments=moments, caption=caption)
     return Columns(label, image=image_column or find_image_column(features), caption=caption)
+
+
+def find_mask_column(features: Features, given: str | None) -> str | None:
+    """The column of masks that is given, or else the one that is named so; None where there is none.
+
+    Raises:
+        OptionError: there is no such column, or it holds something else.
+    """
+    given = _given(features, "mask_column", given, _is_image)
+    return given or next(iter(_named(features, MASK_NAMES, _is_image)), None)
 
 
 def find_image_column(features: Features, given: str | None = None) -> str:

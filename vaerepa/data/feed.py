@@ -243,6 +243,7 @@ class Feed:
             options.random_flip and not validates,
             options.seed,
             self.buckets,
+            options.masked_loss,
         )
         reader = SampleReader(
             source,
@@ -292,6 +293,7 @@ class Feed:
                     text=text,
                     pixel_values=samples.pixel_values if PIXELS in self.needs and trains else None,
                     vision_features=encoded.get(FEATURES) if FEATURES in self.needs else None,
+                    mask=None if samples.masks is None else samples.masks.unsqueeze(1).to(clean.dtype),
                     skipped=samples.skipped,
                 )
             )

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -324,12 +325,12 @@ def _read_metadata(folder: Folder, prefix: str, splits: dict[str, str]) -> dict[
     images = set(folder.images)
     for metadata in folder.metadata:
         with named(folder.path(metadata)):
-            table, names = _metadata_table(folder, metadata)
+            table, names, others = _metadata_table(folder, metadata)
         is_there = [name in images or os.path.isfile(folder.path(name)) for name in names]
         for name, there in zip(names, is_there, strict=True):
             if not there:
                 folder.leave_out(name, f"images that {metadata} names and that are not there")
-        listed.update(names)
+        listed |= {*names, *others}
         of_split = [_split_of(name, metadata, prefix, splits) for name in names]
         for split in dict.fromkeys(of_split):
             rows = pa.array([own == split and there for own, there in zip(of_split, is_there, strict=True)])
@@ -349,8 +350,8 @@ def _split_of(image: str, metadata: str, prefix: str, splits: dict[str, str]) ->
     return "train"
 
 
-def _metadata_table(folder: Folder, metadata: str) -> tuple[pa.Table, list[str]]:
-    """The columns of a metadata file, names of files as images; and the paths of the images, relative to the folder."""
+def _metadata_table(folder: Folder, metadata: str) -> tuple[pa.Table, list[str], set[str]]:
+    """The columns of a metadata file, names of files as images; the paths of the images in the folder, and of others there."""
     table = _READERS[os.path.splitext(metadata)[1].lower()](folder.path(metadata))
     below = metadata.rpartition("/")[0]
     names = {name: name.casefold() for name in table.column_names}
@@ -359,15 +360,16 @@ def _metadata_table(folder: Folder, metadata: str) -> tuple[pa.Table, list[str]]
     if main is None:
         raise ValueError(f"there are the columns {', '.join(names)}; expected file_name, the images' paths, among them")
     columns: dict[str, pa.Array | pa.ChunkedArray] = {}
-    paths: dict[str, list[str]] = {}
+    paths: dict[str, list[str | None]] = {}
     for name, lower in names.items():
         if name == main or lower.endswith("_file_name"):
-            paths[name] = [_path_of(file_name, below) for file_name in table.column(name).to_pylist()]
-            images = _as_images([folder.path(path) for path in paths[name]])
+            files = table.column(name).to_pylist()
+            paths[name] = [_path_of(file, below) if file or name == main else None for file in files]
+            images = _as_images([path and folder.path(path) for path in paths[name]])
             columns["image" if lower == "file_name" else name[: -len("_file_name")]] = images
         elif lower != "image":
             columns[name] = table.column(name)
-    return pa.table(columns), paths[main]
+    return pa.table(columns), paths.pop(main), {*chain.from_iterable(paths.values())}
 
 
 def _path_of(file_name: object, below: str) -> str:

@@ -51,14 +51,33 @@ def read_image(image: dict | None) -> Image.Image:
         Exception: there is no image, or it is damaged or far too large. Each format's decoder raises in its own way, so
             whatever is raised is the fault of this one image.
     """
+    return decode_image(_read_bytes(image))
+
+
+def read_masked(image: dict | None, mask: dict | None) -> tuple[Image.Image, Image.Image]:
+    """Decodes an image as `read_image`, and its mask, in grey: that of a column or, where it has none, the image's transparency.
+
+    Raises:
+        Exception: as of `read_image`, of either; or they are of different sizes.
+    """
+    decoded = _decode(_read_bytes(image))
+    grey = decode_image(_read_bytes(mask)).convert("L") if any((mask or {}).values()) else alpha_of(decoded)
+    if grey.size != decoded.size:
+        raise ValueError(
+            f"the mask has {grey.width} x {grey.height} pixels, the image {decoded.width} x {decoded.height}"
+        )
+    return on_white(decoded), grey
+
+
+def _read_bytes(image: dict | None) -> bytes:
     content, path = (image or {}).get("bytes"), (image or {}).get("path")
     if content is not None:
-        return decode_image(content)
+        return content
     if path is None:
         raise ValueError("the row holds no image")
     is_url = "://" in path  # fsspec would take other characters of a local path for its own
     with fsspec.open(path, "rb") if is_url else open(path, "rb") as file:
-        return decode_image(file.read())
+        return file.read()
 
 
 def decode_image(encoded: bytes) -> Image.Image:
@@ -67,6 +86,25 @@ def decode_image(encoded: bytes) -> Image.Image:
     Raises:
         Exception: the bytes are no image, an incomplete one, or a far too large one.
     """
+    return on_white(_decode(encoded))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """The image in RGB, its transparency laid on white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def alpha_of(image: Image.Image) -> Image.Image:
+    """The alpha channel of an image in grey, white where it has none."""
+    if image.has_transparency_data:
+        return image.convert("RGBA").getchannel("A")
+    return Image.new("L", image.size, "white")
+
+
+def _decode(encoded: bytes) -> Image.Image:
     try:
         image = Image.open(BytesIO(encoded))
     except UnidentifiedImageError as error:
@@ -77,10 +115,7 @@ def decode_image(encoded: bytes) -> Image.Image:
         image = image.transpose(UPRIGHT[orientation])
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image
 
 
 def orientation_of(image: Image.Image) -> int | None:
@@ -120,5 +155,5 @@ def cut(image: Image.Image, size: tuple[int, int], horizontal: float = 0.5, vert
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """An RGB image as a uint8 tensor of shape (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    """An RGB image as a uint8 tensor of shape (3, H, W), one in grey as (1, H, W)."""
+    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).contiguous()

@@ -1,9 +1,10 @@
 """The latents cache: moments of each image's VAE posterior, in Arrow files on disk that are mapped into memory.
 
 A row holds the moments (mean, then deviation, unscaled) with their height and width, so that each epoch samples the posterior
-again; with REPA also features of the vision encoder; both also of the flipped image where images are flipped. For an image
-that cannot be read it holds the reason instead. Labels and captions are stored for users who read the shards as a data set;
-training takes them from the data set itself. Several processes, or runs, may write shards side by side.
+again; with REPA also features of the vision encoder; both also of the flipped image where images are flipped; with
+--masked_loss the mask over the latents. For an image that cannot be read it holds the reason instead. Labels and captions are
+stored for users who read the shards as a data set; training takes them from the data set itself. Several processes, or runs, may
+write shards side by side.
 """
 
 import json
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 KEY = "key.json"
 ROWS_PER_SHARD, BYTES_PER_SHARD = 4096, 2**28
 DTYPE = np.float16
-MOMENTS, FEATURES = "moments", "vision_features"
+MOMENTS, FEATURES, MASK = "moments", "vision_features", "mask"
 FLIPPED = "_flipped"
 
 
@@ -49,12 +50,13 @@ class CacheKey:
     buckets: tuple[tuple[int, int], ...] = ()  # sizes other than the square
     encoder: str | None = None  # checksum of the vision encoder's weights, and how it prepares images
     features_shape: tuple[int, int, int] | None = None
+    masks: str | None = None  # column that they come from, or alpha
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the arrays of each image: those of the image as it is, then those of the flipped image."""
+        """Names of the arrays of each image: those of the image as it is, those of the flipped image, its mask."""
         kinds = (MOMENTS,) if self.encoder is None else (MOMENTS, FEATURES)
-        return (*kinds, *(kind + FLIPPED for kind in kinds if self.flips))
+        return (*kinds, *(kind + FLIPPED for kind in kinds if self.flips), *((MASK,) if self.masks else ()))
 
 
 class CachedRow(NamedTuple):
@@ -63,6 +65,7 @@ class CachedRow(NamedTuple):
     moments: np.ndarray | None
     error: str | None = None
     features: np.ndarray | None = None
+    mask: torch.Tensor | None = None
 
 
 def open_cache(
@@ -93,6 +96,7 @@ def open_cache(
         flips=options.random_flip,
         shape=(channels * (2 if has_posterior(vae) else 1), height, width),
         buckets=buckets,
+        masks=(source.storage.columns.mask or "alpha") if options.masked_loss else None,
         **features,
     )
     return LatentsCache(folder, key, len(source.members))
@@ -186,11 +190,13 @@ class LatentsCache:
         seen, mirrored = (
             {kind: tensor.cpu().numpy() for kind, tensor in tensors.items()} for tensors in (seen, mirrored)
         )
-        labels = samples.labels.tolist()
+        labels, masks = samples.labels.tolist(), None if samples.masks is None else samples.masks.cpu().numpy()
         for place, i in enumerate(with_pixels):
             plain, flipped = (mirrored, seen) if samples.flipped[i] else (seen, mirrored)
             arrays = {kind: array[place] for kind, array in plain.items()}
             arrays |= {kind + FLIPPED: array[place] for kind, array in flipped.items()}
+            if masks is not None:
+                arrays[MASK] = masks[i, :, ::-1] if samples.flipped[i] else masks[i]
             self.add(samples.row_indices[i], arrays, labels[i], samples.captions[i])
 
     def flush(self) -> None:
@@ -227,6 +233,7 @@ class _Shard:
         self.starts = {name: column.offsets.to_numpy() for name, column in lists.items()}
         self.values = {name: column.values.to_numpy(zero_copy_only=True) for name, column in lists.items()}
         self.has_errors = self.errors.null_count < len(self.errors)
+        self.has_masks = key.masks is not None
 
     def read(self, place: int, flipped: bool, with_features: bool) -> CachedRow:
         error = self.errors[place].as_py() if self.has_errors else None
@@ -234,7 +241,11 @@ class _Shard:
             return CachedRow(None, error)
         moments = self._array(MOMENTS, place, flipped).reshape(self.channels, *self.sizes[place])
         features = self._array(FEATURES, place, flipped).reshape(self.features_shape) if with_features else None
-        return CachedRow(moments, features=features)
+        mask = None
+        if self.has_masks:
+            mask = torch.tensor(self._array(MASK, place, False).reshape(self.sizes[place]))
+            mask = mask.flip(-1) if flipped else mask
+        return CachedRow(moments, features=features, mask=mask)
 
     def _array(self, kind: str, place: int, flipped: bool) -> np.ndarray:
         name = kind + FLIPPED if flipped else kind
@@ -282,6 +293,7 @@ def _check_key(folder: Path, key: CacheKey) -> None:
         "flips": "--random_flip" if found.get("flips") else "--no_random_flip",
         "shape": f"latents of another shape, {found.get('shape')}",
         "buckets": f"--aspect_ratio_buckets {found.get('buckets')}" if found.get("buckets") else "squares only",
+        "masks": f"--masked_loss by {found.get('masks')}" if found.get("masks") else "no --masked_loss",
         "encoder": "features of a vision encoder, as --alignment repa keeps them in a folder in the cache",
     }
     stale = [reason for name, reason in reasons.items() if found.get(name) != wanted[name]]

@@ -21,7 +21,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import RepoCard
 
-from vaerepa.data.columns import find_columns, find_image_column
+from vaerepa.data.columns import find_columns, find_image_column, find_mask_column
 from vaerepa.data.digests import BATCH
 from vaerepa.data.files import UNREADABLE, wait_for_storage
 from vaerepa.data.folders import Folder, look_into, open_image_folder, split_shards
@@ -77,11 +77,17 @@ def open_data(options: FeedOptions) -> Sources:
         options.instance_prompt,
         options.num_classes,
         options.repeats,
+        options.masked_loss,
+        options.mask_column,
     )
     if isinstance(sources.train, UncountedSource):
         check_uncounted(options)
     if sources.train.holds_latents and options.random_flip:
         raise OptionError("--random_flip: the data set holds latents, which cannot be flipped; leave it off.")
+    if sources.train.holds_latents and options.masked_loss:
+        raise OptionError(
+            "--masked_loss: the data set holds latents, and masks go with images (--image_column names them)."
+        )
     if sources.train.holds_latents and options.latents_cache:
         raise OptionError("--latents_cache: the data set holds latents already; leave it off.")
     if sources.train.holds_latents and options.aspect_ratio_buckets:
@@ -116,6 +122,8 @@ def open_sources(
     instance_prompts: Sequence[str] = (),
     num_classes: int | None = None,
     repeats: Sequence[int] = (1,),
+    masked: bool = False,
+    mask_column: str | None = None,
 ) -> Sources:
     """Opens a data set of the Hub, or local folders or files, for streaming.
 
@@ -129,6 +137,8 @@ def open_sources(
         instance_prompts: caption of images without one, for all data sets or for each; there may then be no column of them.
         num_classes: labels are the numbers from 0 to this minus one; None finds the classes from the labels.
         repeats: how often an epoch has each image that is trained on, for all data sets or for each.
+        masked: reads masks too, where there is a column of them.
+        mask_column: None finds it by its name.
 
     Raises:
         OptionError: no such data set, split or column; columns of the wrong kind; no rows; labels out of range.
@@ -141,6 +151,8 @@ def open_sources(
         with _naming(name, names):
             features = collection.features[train_split]
             columns = find_columns(features, image_column, label_column, caption_column, by_caption, prompt)
+            if masked:
+                columns = replace(columns, mask=find_mask_column(features, mask_column))
             train = _open_split(collection, train_split, columns)
         opened.append(_DataSet(name, collection, columns, train, prompt))
     classes = Classes({})

@@ -86,6 +86,18 @@ class DataOptions:
         "found from the features.",
         resume="content",
     )
+    masked_loss: bool = option(
+        False,
+        "Learn only from the part of each image that its mask shows: white is learned, black is not. The mask is that of "
+        "--mask_column or, where there is none, the image's alpha channel.",
+        resume="fixed",
+    )
+    mask_column: str | None = option(
+        None,
+        "Column with the masks, images of the size of theirs. Default: a column `mask`, if there is one.",
+        resume="content",
+        goes_with="masked_loss",
+    )
     instance_prompt: tuple[str, ...] | None = option(
         None,
         "Caption of images that have none, so that folders of images alone train too: one, or one for each of "

@@ -22,6 +22,7 @@ from vaerepa.data.source import Row, Source
 from vaerepa.data.uncounted import UncountedSource
 from vaerepa.data.workers import run_workers
 from vaerepa.errors import DataError
+from vaerepa.masks import over_latents
 from vaerepa.randomness import draw_uniform
 
 MAX_REPLACEMENTS = 1000  # more damaged images in a row are no accident
@@ -34,6 +35,7 @@ class Preprocessing:
     Args:
         resolution: side of a square image in pixels.
         buckets: heights and widths in pixels instead of a square; each image is cut to the nearest.
+        masked: reads the images' masks too.
     """
 
     resolution: int
@@ -41,15 +43,17 @@ class Preprocessing:
     random_flip: bool = False
     seed: int = 0
     buckets: tuple[tuple[int, int], ...] = ()
+    masked: bool = False
 
     def __call__(self, row: Row, sample_index: int) -> torch.Tensor:
-        """The row's image as uint8 pixels, shape (3, height, width)."""
-        image = images.read_image(row.image)
+        """The row's image as uint8 pixels, shape (3, height, width); its mask is a fourth channel if there are masks."""
+        layers = images.read_masked(row.image, row.mask) if self.masked else (images.read_image(row.image),)
+        image = layers[0]
         size = self.size_of(image.height, image.width)
         places = (0.5, 0.5)
         if not self.center_crop:
             places = [draw_uniform(self.seed, f"crop {axis}", sample_index) for axis in "xy"]
-        pixels = images.to_pixels(images.cut(image, size, *places))
+        pixels = torch.cat([images.to_pixels(images.cut(layer, size, *places)) for layer in layers])
         return pixels.flip(-1) if self.flips(sample_index) else pixels
 
     def size_of(self, height: int, width: int) -> tuple[int, int]:
@@ -64,10 +68,11 @@ class Preprocessing:
 
 
 class _Content(NamedTuple):
-    """A row that could be read, its pixels (3, H, W) or moments (2C or C, h, w), and the row that it replaces, if any."""
+    """A row that could be read, its pixels (3, H, W) or moments (2C or C, h, w), its mask (h, w), and the row it replaces."""
 
     row: Row
     values: torch.Tensor | np.ndarray
+    mask: torch.Tensor | None
     skipped: SkippedRow | None
 
 
@@ -163,6 +168,7 @@ class SampleReader(IterableDataset):
         moments = [c.values for c in contents.values() if isinstance(c.values, np.ndarray)]
         pixels = [c.values for c in contents.values() if isinstance(c.values, torch.Tensor)]
         features = [row.vision_features for row in rows if row.vision_features is not None]
+        masks = [content.mask for content in contents.values() if content.mask is not None]
         has_posterior = len(moments[0]) == 2 * shape[0] if moments else self.has_posterior
         return Samples(
             latent_shape=shape,
@@ -177,6 +183,7 @@ class SampleReader(IterableDataset):
             moments=torch.from_numpy(np.stack(moments)) if moments else None,
             vision_features=torch.from_numpy(np.stack(features)) if features else None,
             pixel_values=torch.stack(pixels) if pixels else None,
+            masks=torch.stack(masks) if masks else None,
         )
 
     def _latent_shape_of(self, values: torch.Tensor | np.ndarray) -> Shape:
@@ -205,19 +212,22 @@ class SampleReader(IterableDataset):
         path = (row.image or {}).get("path") if row.moments is None else row.moments
         return str(path or "embedded image")
 
-    def _read_row(self, row: Row, sample_index: int) -> tuple[Row, torch.Tensor | np.ndarray]:
-        """The row, with vision features where the cache keeps them, and its pixels or moments."""
+    def _read_row(self, row: Row, sample_index: int) -> tuple[Row, torch.Tensor | np.ndarray, torch.Tensor | None]:
+        """The row, with vision features where the cache keeps them, its pixels or moments, and its mask, if there are masks."""
         if row.error is not None:
             raise ValueError(row.error)
         if self.cache is not None and row.index in self.cache:
             cached = self.cache.read(row.index, self.preprocessing.flips(sample_index))
             if cached.error is not None:
                 raise ValueError(cached.error)
-            return row._replace(vision_features=cached.features), cached.moments
+            return row._replace(vision_features=cached.features), cached.moments, cached.mask
         if row.moments is None:
-            return row, self.preprocessing(row, sample_index)
+            pixels = self.preprocessing(row, sample_index)
+            if not self.preprocessing.masked:
+                return row, pixels, None
+            return row, pixels[:3], over_latents(pixels[3], self._latent_shape_of(pixels)[1:])
         array = row.moments if isinstance(row.moments, np.ndarray) else np.load(row.moments, allow_pickle=False)
-        return row, to_moments(array, self.latent_shape, f"row {row.index}")
+        return row, to_moments(array, self.latent_shape, f"row {row.index}"), None
 
 
 def to_moments(array: np.ndarray, latent_shape: Shape, where: str) -> np.ndarray:
@@ -307,6 +317,7 @@ def _join_samples(parts: list[Samples], pin_memory: bool) -> Samples:
         moments=tensors_of_some("moments", True),
         vision_features=tensors_of_some("vision_features", True),
         pixel_values=tensors_of_some("pixel_values", False),
+        masks=None if parts[0].masks is None else tensors([part.masks for part in parts], places),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ class Footer(NamedTuple):
 
     group: RowGroup
     labels: list[Label]  # those that occur, or of class numbers the smallest and the largest
-    images: list[Place]  # of the columns with images or moments
+    images: list[Place]  # of the columns with images or moments, and masks
     conditions: list[Place]  # of those with labels and captions
 
 
@@ -150,7 +151,7 @@ def open_parquet(files: dict[str, list[str]], cache_dir: str | None, declared: F
         rows = [footer.group.num_rows for footer in footers]
         images = _digest_places([rows, about], [(footer.group.path, footer.images) for footer in footers])
         conditions = [(footer.group.path, footer.conditions) for footer in footers]
-        key = _digest_places([images, vars(columns), states_of(paths) if are_local else []], conditions)
+        key = _digest_places([images, columns.facts(), states_of(paths) if are_local else []], conditions)
 
         def read_conditions() -> pa.Table:
             path, wanted = kept_folder(cache_dir) / f"{key}.arrow", conditions_of(schema.empty_table(), columns).schema
@@ -183,7 +184,7 @@ def _open_footers(
     """
     kept, path = None, None
     if states and all(states):
-        path = kept_folder(cache_dir) / f"{key_of('footers', states, vars(columns), is_class_label)}.json"
+        path = kept_folder(cache_dir) / f"{key_of('footers', states, columns.facts(), is_class_label)}.json"
         kept = _read_json(path)
     if kept is not None:
         schemas = [pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(schema))) for schema in kept["schemas"]]
@@ -203,7 +204,7 @@ def _open_footers(
 
 def _read_footers(path: str, columns: Columns, is_class_label: bool) -> tuple[pa.Schema, list[Footer]]:
     """The schema of the columns that are read, and the row groups."""
-    content = columns.image or columns.moments
+    content = columns.content()
     with named(path), open_file(path) as file:
         parquet = pq.ParquetFile(file)
         schema = parquet.schema_arrow
@@ -213,7 +214,7 @@ def _read_footers(path: str, columns: Columns, is_class_label: bool) -> tuple[pa
                 f"there is no column `{missing[0]}`, which other files have, but {', '.join(schema.names)}"
             )
         leaves = [parquet.schema.column(i).path.split(".") for i in range(len(parquet.schema))]
-        of_images = [i for i, leaf in enumerate(leaves) if leaf[0] == content and leaf[-1] != "path"]
+        of_images = [i for i, leaf in enumerate(leaves) if leaf[0] in content and leaf[-1] != "path"]
         has_small_pages = b"content_defined_chunking" in (parquet.metadata.metadata or {})  # as `datasets` writes now
         of_conditions = [i for i, leaf in enumerate(leaves) if leaf[0] in (columns.label, columns.caption)]
         footers = []
@@ -296,11 +297,11 @@ def open_counted(
 
     def open_split(name: str, columns: Columns) -> Split:
         paths, schema = list(files[name]), schema_of(features[name], columns)
-        has_places = with_places and columns.image is not None and all(map(is_local, paths))
+        has_places = with_places and columns.content() == [columns.image] and all(map(is_local, paths))
         is_class_label = columns.label is not None and isinstance(features[name][columns.label], ClassLabel)
         local = [path for path in paths if is_local(path)]
         heads = [digest_of(read_file(local[i], 0, limit)) for i, limit in samples(len(local))]
-        path = kept_folder(cache_dir) / f"{key_of(paths, states_of(local), heads, vars(columns), str(schema))}.json"
+        path = kept_folder(cache_dir) / f"{key_of(paths, states_of(local), heads, columns.facts(), str(schema))}.json"
 
         def count() -> Split:
             conditions, found = open_kept(path.with_suffix(".arrow")), _read_json(path)
@@ -328,7 +329,7 @@ def open_counted(
             about = in_threads(_about, paths)
             sizes, names = [one.get("size") for one in about], [posixpath.basename(path) for path in paths]
             images = key_of(names, [_content_of(one) for one in about])
-            conditions = key_of(images, vars(columns), str(schema))
+            conditions = key_of(images, columns.facts(), str(schema))
             rows = count_rows(paths) or (num_rows or {}).get(name)
             probe = next((table for table in read_part(parts[name][0], schema) if table.num_rows), None)
             if probe is None:
@@ -368,8 +369,9 @@ def _survey(
         num_bytes, heads, conditions = 0, [], [_without_images(schema.empty_table(), columns)]
         for table in read_part(part, schema):
             num_bytes += table.nbytes
-            images = table.column(columns.image or columns.moments)
-            heads += [_digest_image(images.slice(place, 1).combine_chunks()) for place in range(table.num_rows)]
+            contents = [table.column(name) for name in columns.content()]
+            places = product(range(table.num_rows), contents)
+            heads += [_digest_image(content.slice(place, 1).combine_chunks()) for place, content in places]
             conditions.append(_without_images(table, columns))
         return num_bytes, b"".join(heads), pa.concat_tables(conditions)
 

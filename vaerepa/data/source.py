@@ -38,6 +38,7 @@ class Row(NamedTuple):
     caption: str | list[str] | None = None
     vision_features: np.ndarray | None = None  # of a vision encoder, beside moments from the cache
     error: str | None = None  # why nothing but the number is known
+    mask: dict | None = None  # of the image, as that is stored
 
     def prompted(self, instance_prompt: str | None) -> "Row":
         """The row with the instance prompt, if there is one, in the place of captions that are missing or empty."""
@@ -61,9 +62,18 @@ class Columns:
     moments: str | None = None
     caption: str | None = None
     class_names: tuple[str, ...] | None = None
+    mask: str | None = None
 
     def names(self) -> list[str]:
-        return [name for name in (self.label, self.image, self.moments, self.caption) if name is not None]
+        return [name for name in (self.label, *self.content(), self.caption) if name is not None]
+
+    def content(self) -> list[str]:
+        """Those of images, or of what a VAE made of them, and of masks."""
+        return [name for name in (self.image, self.moments, self.mask) if name is not None]
+
+    def facts(self) -> dict[str, Any]:
+        """All that is known of them, for keys, which are the same without masks as before there were any."""
+        return {name: value for name, value in vars(self).items() if name != "mask" or value is not None}
 
 
 class Conditions:
@@ -384,7 +394,8 @@ class TableRows:
 
     @cached_property
     def images(self) -> str:
-        return digest_images(self.dataset[:].column(self.columns.image or self.columns.moments))
+        images, *masks = (digest_images(self.dataset[:].column(name)) for name in self.columns.content())
+        return digest_of(images.encode(), *map(str.encode, masks)) if masks else images
 
     @cached_property
     def digests(self) -> Digests:
@@ -490,13 +501,14 @@ def narrowed(numbers: np.ndarray) -> np.ndarray:
 def rows_of(table: pa.Table, first: int, columns: Columns) -> Iterator[Row]:
     """The rows of an Arrow table, the first of which has the number `first`."""
     nothing = [None] * table.num_rows
-    images, captions = (
-        table.column(name).to_pylist() if name else nothing for name in (columns.image, columns.caption)
+    images, captions, masks = (
+        table.column(name).to_pylist() if name else nothing for name in (columns.image, columns.caption, columns.mask)
     )
     moments = arrays_of(table.column(columns.moments)) if columns.moments else nothing
     labels = class_numbers(conditions_of(table, columns).column("label"), columns.class_names).tolist()
-    for place, (label, image, array, caption) in enumerate(zip(labels, images, moments, captions, strict=True)):
-        yield Row(first + place, label, stored_image(image), array, caption)
+    contents = zip(labels, images, moments, captions, masks, strict=True)
+    for place, (label, image, array, caption, mask) in enumerate(contents):
+        yield Row(first + place, label, stored_image(image), array, caption, mask=stored_image(mask))
 
 
 def stored_image(image: bytes | dict | None) -> dict | None:

@@ -58,7 +58,7 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
             f"alignment `{alignment.name}` of block {alignment.block} with {alignment.method.target_name}, weight "
             f"{alignment.weight}{until}"
         )
-    logger.info(f"times t are {options.timestep_sampling}, shifted by {setup.numbers.timestep_shift:.3g}")
+    logger.info(f"times t are {options.timestep_sampling}")
     logger.info(
         f"{throughput.describe_machine(accelerator)}; {setup.max_train_steps} steps into {setup.output_dir}, with a log line "
         f"every {options.logging_steps} and a checkpoint every {options.checkpointing_steps}"

@@ -72,7 +72,7 @@ def _losses_of(setup: Setup, transformer: nn.Module, batch: Batch) -> tuple[torc
     inputs = setup.family.inputs(setup.transformer, setup.objective.timesteps(batch.t), batch)
     with setup.accelerator.autocast():
         prediction = setup.family.predict(transformer.eval(), noisy, **inputs)
-    return setup.objective.loss(prediction, target, batch.t), batch.t
+    return setup.objective.loss(prediction, target, batch.t, batch.mask), batch.t
 
 
 def evaluate(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
