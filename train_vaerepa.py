@@ -30,6 +30,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaerepa import acceleration, checkpoints, checks, defaults, dry_run, past
 from vaerepa.alignment import AlignmentContext
+from vaerepa.class_images import generate_class_images
 from vaerepa.cli import write_config
 from vaerepa.command import command_to_go_on
 from vaerepa.data.images import quiet_pillow
@@ -146,6 +147,8 @@ def run(
     """Trains in an output folder that belongs to this run, from the checkpoint on if there is one."""
     # ---- build ---------------------------------------------------------------------------------------------------
     accelerator = engine.accelerator
+    if options.with_prior_preservation:
+        generate_class_images(options, accelerator)
     setup = build_setup(options, engine, trainer_state)
     state = TrainingState(setup, trainer_state.get("step", 0))
     if checkpoint:
@@ -225,7 +228,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, upl
                         prediction, outputs = state.model(noisy, **inputs)  # (B, C, H, W), each (B, N, c)
                         if guidance and guidance.is_active(state.step):  # v + W (v_full - v_head), without gradient
                             target = guidance.target(target, prediction, outputs, noisy, objective.timesteps(t))
-                        loss = objective.loss(prediction, target, t, batch.mask).mean()
+                        loss = batch.weighted(objective.loss(prediction, target, t, batch.mask)).mean()
                         losses = {"denoising_loss": loss}
                         context = AlignmentContext(
                             latents=clean,
@@ -241,7 +244,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, upl
                         )
                         for alignment in state.alignments:
                             sample_losses = alignment.sample_losses(outputs[alignment.name], context)  # (B,)
-                            alignment_loss = alignment.loss(sample_losses, t)
+                            alignment_loss = alignment.loss(batch.weighted(sample_losses), t)
                             losses[f"alignment_loss_{alignment.name}"] = alignment_loss
                             losses[f"alignment_by_t_{alignment.name}"] = by_noise_level(sample_losses, t)
                             loss = loss + alignment.weight_at(state.step) * alignment_loss

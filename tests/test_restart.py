@@ -109,6 +109,7 @@ def test_restarts_are_exact(train, placed, tmp_path, case):
 
 LORA = {"rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 1e-2}
 BUCKETS = {"dataset_name": "rectangles", "aspect_ratio_buckets": "16,16;12,20;20,12", "gradient_accumulation_steps": 2}
+PRIOR = {"with_prior_preservation": True, "class_data_dir": True, "class_prompt": "a photo", "num_class_images": 3}
 CACHED, WORKERS = {"cache_text_embeddings": True}, {"dataloader_num_workers": 2}
 # name: family, options, options of the interrupted run, options of it after the stop
 TEXT_CASES = {
@@ -117,6 +118,7 @@ TEXT_CASES = {
     "sd3": ("sd3", {}, CACHED, {}),
     "sd3-buckets": ("sd3", BUCKETS, {}, WORKERS),
     "sd3-5": ("sd3_5", {}, {}, {}),
+    "sd3-5-prior": ("sd3_5", PRIOR | {"latents_cache": True}, CACHED, WORKERS),
     "z-image": ("z_image", {}, CACHED, {}),
     "z-image-buckets": ("z_image", BUCKETS | {"masked_loss": True}, {}, WORKERS),
     "flux2": ("flux2", {}, CACHED, WORKERS),
@@ -144,6 +146,8 @@ def test_a_text_model_restarts_exactly_and_generates_in_stock_as_in_training(
     options, base = dict(options), pipelines(family)
     if "dataset_name" in options:
         options["dataset_name"] = rectangles
+    if "class_data_dir" in options:
+        options["class_data_dir"] = tmp_path / "class"
     if "model" in options:
         options["pretrained_vae_model_name_or_path"] = vae
         options["pretrained_text_encoder_model_name_or_path"] = base

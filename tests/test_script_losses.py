@@ -1,16 +1,21 @@
 """The loss of a step is that of diffusers' train_dreambooth_lora_{sd3,flux,flux2}.py, whose formulas are written out here."""
 
+import logging
 from functools import partial
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from tests.conftest import read_metrics
-from tests.helpers_data import read_samples
-from vaerepa.data import TrainingNumbers, open_sources
+from tests.helpers_data import picture, read_samples
+from vaerepa.data import TrainingNumbers, open_images, open_sources
+from vaerepa.data.prior import pair
 from vaerepa.data.prompts import choose_caption
+from vaerepa.randomness import generator
 
 SEED = 3
 LOGIT_NORMAL = {"timestep_sampling": "logit_normal", "logit_mean": 0.3, "logit_std": 1.2}
@@ -108,3 +113,60 @@ def test_the_loss_is_that_of_the_script(
         loss = torch.mean((weighting.float() * (model_pred - target) ** 2).reshape(target.shape[0], -1), 1).mean()
     logged = read_metrics(run, "train/loss")[0]["train/loss"]
     assert logged == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["sd3", "pixart_alpha"])
+def test_prior_preservation_has_the_loss_of_the_script_on_pictures_that_the_stock_pipeline_generates_once(
+    family, finetune, captioned, pipelines, tmp_path, caplog
+):
+    """Of the three pictures of the class one is there."""
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "class"
+    folder.mkdir()
+    picture(0).save(folder / "own.png")
+    prior = {
+        "with_prior_preservation": True,
+        "class_data_dir": folder,
+        "class_prompt": "a photo",
+        "num_class_images": 3,
+    }
+    options = prior | {"prior_loss_weight": 0.3, "proportion_empty_prompts": 0.0, "seed": SEED, "max_train_steps": 1}
+    run = finetune(family, alignment="none", **options)
+    assert "generating 2 pictures of `a photo`" in caplog.text
+    generated = sorted(folder.glob("images/*"))
+    assert [path.name for path in generated] == ["000000.png", "000001.png"]
+    pipeline = DiffusionPipeline.from_pretrained(pipelines(family))
+    call = {"height": 16, "width": 16, "max_sequence_length": 24}
+    call |= {} if family == "sd3" else {"use_resolution_binning": False}
+    expected = pipeline("a photo", generator=generator(SEED, "class image", 1), **call).images[0]
+    assert np.array_equal(np.asarray(PIL.Image.open(generated[1])), np.asarray(expected))
+
+    before = [path.stat().st_mtime_ns for path in generated]
+    caplog.clear()
+    again = finetune(family, output_dir=tmp_path / "again", alignment="vae", alignment_weight=2.0, **options)
+    assert "generating" not in caplog.text
+    assert [path.stat().st_mtime_ns for path in sorted(folder.glob("images/*"))] == before
+
+    source = pair(open_sources(str(captioned), by_caption=True).train, open_images(str(folder)), "a photo")
+    channels, density = pipeline.vae.config.latent_channels, "logit_normal" if family == "sd3" else "uniform"
+    numbers = TrainingNumbers(SEED, 0.0, density, timestep_shift=pipeline.scheduler.config.get("shift", 1.0))
+    samples = read_samples(source, numbers, SEED, latent_shape=(channels, 8, 8))
+    captions = [
+        choose_caption(c if isinstance(c, list) else [c], SEED, i)
+        for c, i in zip(samples.captions, samples.sample_indices, strict=True)
+    ]
+    assert captions[1::2] == ["a photo"] * 4
+    assert "a photo" not in captions[::2]
+    if family == "sd3":
+        noise, sigmas = samples.numbers["noise"], samples.numbers["t"].view(-1, 1, 1, 1)
+        with torch.no_grad():
+            model_input = encode(pipeline, samples.pixel_values, samples.numbers["posterior"])
+            noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise
+            model_pred = predict_sd3(pipeline, noisy_model_input, 1000 * samples.numbers["t"], captions)
+        squares = (model_pred - (noise - model_input)) ** 2
+        loss = squares[::2].mean() + 0.3 * squares[1::2].mean()
+        logged = read_metrics(run, "train/loss")[0]["train/loss"]
+        assert logged == pytest.approx(loss.item(), rel=1e-6)
+    (line,) = read_metrics(again, "train/loss", "train/denoising_loss", "train/alignment_loss_vae")
+    total = line["train/denoising_loss"] + 2.0 * line["train/alignment_loss_vae"]
+    assert line["train/loss"] == pytest.approx(total, rel=1e-5)

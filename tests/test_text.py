@@ -29,6 +29,7 @@ from vaerepa.data.prompts import choose_caption
 from vaerepa.dry_run import frozen_bytes
 from vaerepa.families import Size, family_of_pipeline, parse_preset, pipelines_of
 
+PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo", "class_data_dir": "{nothing}"}
 CLASSES = {"text_conditioning": None, "max_sequence_length": None}  # in place of captions
 BASES = ("bf16", "int8", "nf4")
 
@@ -488,6 +489,14 @@ def test_the_cards_code_runs_as_printed(family, adapter, finetune, stock, pipeli
         ({"pretrained_model_name_or_path": "{without_clip}"}, ["has no text_encoder_2, tokenizer_2"]),
         ({"rank": 2, "lora_layers": ["no_such"]}, ["--lora_layers no_such", "attn.to_k"]),
         ({"lora_layers": ["to_k"]}, ["--lora_layers goes with --rank"]),
+        ({"class_prompt": "a photo"}, ["--class_prompt goes with --with_prior_preservation"]),
+        ({"with_prior_preservation": True, "class_prompt": "a photo"}, ["needs --class_data_dir"]),
+        ({"with_prior_preservation": True, "class_data_dir": "{nothing}"}, ["needs --class_prompt"]),
+        (PRIOR | {"class_data_dir": "{file}"}, ["--class_data_dir", "is a file"]),
+        (PRIOR | {"global_batch_size": 7}, ["--with_prior_preservation", "even --global_batch_size"]),
+        (PRIOR | {"dry_run": True}, ["--class_data_dir", "lacks 100 of 100", "--dry_run"]),
+        (PRIOR | {"pretrained_model_name_or_path": None}, ["needs --pretrained_model_name_or_path"]),
+        ({**CLASSES, **PRIOR}, ["--with_prior_preservation goes with --text_conditioning"]),
         ({"adapter": "dora"}, ["--adapter goes with --rank"]),
         ({"rank": 2, "adapter": "lokr", "lora_dropout": 0.1}, ["--lora_dropout", "--adapter lokr"]),
         ({"rank": 2, "adapter": "dora", "compile": True}, ["--compile", "--adapter dora"]),
@@ -523,6 +532,7 @@ def test_options_that_do_not_fit_a_text_model_are_refused(
     options, words, finetune, refused, data, vae, pipelines, tmp_path
 ):
     folders = {"{nothing}": tmp_path / "nothing", "{classes}": data, "{vae}": vae, "{flux}": pipelines("flux")}
+    folders["{file}"] = vae / "config.json"
     for name, change in (
         ("sana", {"_class_name": "SanaPipeline"}),
         ("without_clip", {"tokenizer_2": [None, None], "text_encoder_2": [None, None]}),

@@ -41,6 +41,7 @@ def check_options(options: Options) -> None:
         evaluation.check(options.num_eval_samples, options.eval_reference)
     access.check_names(options)
     check_data(options)
+    check_prior(options)
     check_model(options)
 
 
@@ -142,6 +143,21 @@ def check_data(options: DataOptions) -> None:
     if options.latents_cache is not None and not options.center_crop:
         raise OptionError("--latents_cache needs --center_crop: a random crop is another image in every epoch.")
     parse_buckets(options, downsampling=8)
+
+
+def check_prior(options: Options) -> None:
+    """Checks that prior preservation has what it needs.
+
+    Raises:
+        OptionError: it has not.
+    """
+    if not options.with_prior_preservation:
+        return
+    for flag in ("class_data_dir", "class_prompt", "pretrained_model_name_or_path"):
+        if not getattr(options, flag):
+            raise OptionError(f"--with_prior_preservation needs --{flag} too.")
+    if Path(options.class_data_dir).is_file():
+        raise OptionError(f"--class_data_dir {options.class_data_dir} is a file; expected a folder of pictures.")
 
 
 def check_tracker(name: str) -> None:

@@ -56,6 +56,11 @@ def resolve_batch_sizes(options: Options, num_processes: int) -> Options:
             f"--global_batch_size {total} is not a multiple of {num_processes} processes x batch size "
             f"{options.train_batch_size or 1} x accumulation {options.gradient_accumulation_steps or 1}; change one of them."
         )
+    if options.with_prior_preservation and total % 2:
+        raise OptionError(
+            f"--with_prior_preservation: of {total} images in a step no half can be of the class; give an even "
+            "--global_batch_size, or --train_batch_size."
+        )
     return replace(
         options, train_batch_size=per_device, gradient_accumulation_steps=accumulation, global_batch_size=total
     )

@@ -12,6 +12,7 @@ from torch import nn
 from vaerepa import acceleration, components, defaults, lora, optimization, throughput
 from vaerepa.alignment import METHODS, ScheduledMethod
 from vaerepa.base_precision import HALF
+from vaerepa.class_images import check_complete
 from vaerepa.data import ClassesInBatch, Source, classes_in_batch
 from vaerepa.data.options import DataOptions, public_dataset, public_folders
 from vaerepa.data.uncounted import UncountedSource
@@ -60,6 +61,8 @@ def describe(options: Options, num_shards: int = 1) -> str:
     Raises:
         OptionError: the run would not start.
     """
+    if options.with_prior_preservation:
+        check_complete(options)
     parts = components.open_components(replace(options, base_precision=None))  # its sizes are computed
     source = parts.sources.train
     num_steps = defaults.steps_in(options, source.num_rows)

@@ -34,10 +34,8 @@ _INSTEAD = {  # what to do in the place of several flags
     "captions come with the data, a column or a .txt beside each image; --instance_prompt is for those without.": (
         "instance_prompts concepts_list"
     ),
-    "there is no prior preservation; images of the class can be put among the data, with captions of their own.": (
-        "class_prompt class_data_dir with_prior_preservation prior_loss_weight prior_generation_precision "
-        "num_class_images sample_batch_size real_prior"
-    ),
+    "pictures of the class are generated one by one, in the precision of --mixed_precision; --class_data_dir may "
+    "hold real ones.": "prior_generation_precision sample_batch_size real_prior",
     "text encoders stay frozen; the transformer trains, or with --rank a LoRA of it.": (
         "train_text_encoder train_text_encoder_frac text_encoder_lr adam_weight_decay_text_encoder "
         "skip_save_text_encoder fsdp_text_encoder"

@@ -10,7 +10,7 @@ from vaerepa.acceleration import AccelerationOptions, MachineOptions
 from vaerepa.alignment.options import AlignmentOptions, GuidanceOptions
 from vaerepa.cli import Resume, as_plain
 from vaerepa.data.numbers import NumberOptions
-from vaerepa.data.options import BatchOptions, DataOptions, FeedOptions, PromptOptions
+from vaerepa.data.options import BatchOptions, DataOptions, FeedOptions, PriorOptions, PromptOptions
 from vaerepa.ema import EMAOptions
 from vaerepa.evaluation.options import EvaluationOptions, MeasuringOptions
 from vaerepa.families.options import ModelOptions, TextOptions
@@ -39,6 +39,7 @@ class Options(
     ModelOptions,
     TextOptions,
     PromptOptions,
+    PriorOptions,
     LoRAOptions,
     DataOptions,
     ObjectiveOptions,

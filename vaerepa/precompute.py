@@ -7,6 +7,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vaerepa import checks, components
+from vaerepa.class_images import generate_class_images
 from vaerepa.command import command_again
 from vaerepa.data import DataError, Feed
 from vaerepa.logs import get_logger
@@ -28,6 +29,8 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
         OptionError: VAE, data or cache cannot be opened, or do not fit.
         DataError: too many images cannot be read.
     """
+    if options.with_prior_preservation:
+        generate_class_images(options, accelerator)
     with accelerator.main_process_first():
         vae, sources = components.open_vae_and_data(options, family_of(options))
         encoder = components.open_encoder(options)

@@ -1,11 +1,10 @@
 """Data: from files to latents on the device, one module after the other.
 
 folders, shards, tars and index (what lies where), columns and labels (what it means), source (rows, in blocks), joined (those of
-several storages), uncounted (rows of shards far away) and opening (which data sets, training and validation split) -> order
-(permutation, or streams) and classes (how many a batch holds) -> images (decoding, crop), buckets (their sizes) and numbers
-(random ones, by name) -> reading, by workers (samples of all processes) -> encoding (VAE, vision encoder), latents_cache and
-prompts -> feed (batches of a run).
-`batch` says what a batch is.
+several storages), prior (with a class beside them), uncounted (rows of shards far away) and opening (which data sets, training
+and validation split) -> order (permutation, or streams) and classes (how many a batch holds) -> images (decoding, crop), buckets
+(their sizes) and numbers (random ones, by name) -> reading, by workers (samples of all processes) -> encoding (VAE, vision
+encoder), latents_cache and prompts -> feed (batches of a run). `batch` says what a batch is.
 """
 
 from vaerepa.data.batch import Batch

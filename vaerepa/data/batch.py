@@ -96,6 +96,8 @@ class Batch(_Tensors):
         vision_features: those of these images, shape (B, z, h', w'); None where no alignment method reads them.
         mask: weight of each latent in the losses, from 0 to 1, shape (B, 1, h, w), in the dtype of the latents; None without
             --masked_loss.
+        loss_weights: weight of each sample in the losses, shape (B,), 1 in the mean of a global batch of which half are pictures
+            of a class to remember; None weighs all alike.
         skipped: rows that some of these samples replace.
     """
 
@@ -111,7 +113,12 @@ class Batch(_Tensors):
     pixel_values: torch.Tensor | None = None
     vision_features: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    loss_weights: torch.Tensor | None = None
     skipped: Sequence[SkippedRow] = ()
+
+    def weighted(self, losses: torch.Tensor) -> torch.Tensor:
+        """Losses of the samples, shape (B,), times their weights."""
+        return losses if self.loss_weights is None else self.loss_weights * losses
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

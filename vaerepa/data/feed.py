@@ -21,6 +21,7 @@ from vaerepa.data.latents_cache import FEATURES, MOMENTS, LatentsCache, open_cac
 from vaerepa.data.numbers import DROP, NOISE, POSTERIOR, Numbers, PosteriorNumbers, T, ValidationNumbers, no_numbers
 from vaerepa.data.options import FeedOptions
 from vaerepa.data.order import stream_sizes
+from vaerepa.data.prior import PairedSource, loss_weights
 from vaerepa.data.prompts import Prompts, choose_prompt
 from vaerepa.data.reading import Preprocessing, SampleReader, read_micro_batches
 from vaerepa.data.source import Source
@@ -117,8 +118,8 @@ class Feed:
         Args:
             together: passes on what is read as long as every process can read, see `StopRequest.together`.
         """
-        if self.cache is not None and self.source.num_images < len(self.source) and not self._all_hold_all():
-            logger.info("images are repeated: those that the latents cache does not hold are encoded first")
+        if self.cache is not None and self.source.num_images != len(self.source) and not self._all_hold_all():
+            logger.info("an epoch is not each image once: those that the latents cache does not hold are encoded first")
             for _ in self.fill_cache(together):
                 pass
             self.reload_cache()
@@ -280,6 +281,10 @@ class Feed:
             samples = self._to_device(samples)
             encoded = self._encode(samples, self.cache if trains else None, with_features=trains)
             clean, numbers = self._latents_of(samples, encoded), dict(samples.numbers)
+            weights = None
+            if trains and isinstance(self.source, PairedSource):
+                weights = loss_weights(samples.sample_indices, self.options.prior_loss_weight)
+                weights = to_device(torch.tensor(weights, dtype=clean.dtype), clean.device)
             batches.append(
                 Batch(
                     sample_indices=samples.sample_indices,
@@ -294,6 +299,7 @@ class Feed:
                     pixel_values=samples.pixel_values if PIXELS in self.needs and trains else None,
                     vision_features=encoded.get(FEATURES) if FEATURES in self.needs else None,
                     mask=None if samples.masks is None else samples.masks.unsqueeze(1).to(clean.dtype),
+                    loss_weights=weights,
                     skipped=samples.skipped,
                 )
             )

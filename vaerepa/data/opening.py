@@ -28,6 +28,7 @@ from vaerepa.data.folders import Folder, look_into, open_image_folder, split_sha
 from vaerepa.data.joined import JoinedRows
 from vaerepa.data.labels import Classes, classes_of, distinct_labels, lacks_labels
 from vaerepa.data.options import FeedOptions
+from vaerepa.data.prior import PairedSource, pair
 from vaerepa.data.shards import Collection, Split, open_parquet, open_streamed, open_tabled
 from vaerepa.data.source import Columns, MomentFiles, Part, Source, TableRows
 from vaerepa.data.survey import temporary_folder, writable_cache
@@ -92,7 +93,19 @@ def open_data(options: FeedOptions) -> Sources:
         raise OptionError("--latents_cache: the data set holds latents already; leave it off.")
     if sources.train.holds_latents and options.aspect_ratio_buckets:
         raise OptionError("--aspect_ratio_buckets: the data set holds latents of one size; leave it off.")
+    if options.with_prior_preservation:
+        return replace(sources, train=_with_class(sources.train, options))
     return sources
+
+
+def _with_class(source: Source, options: FeedOptions) -> PairedSource:
+    """Rows to train on, and beside each a picture of --class_data_dir."""
+    if source.holds_latents:
+        raise OptionError(
+            "--with_prior_preservation: the data set holds latents, and the class is of images; leave it off."
+        )
+    prior = open_images(options.class_data_dir, cache_dir=options.cache_dir, max_images=options.num_class_images)
+    return pair(source, prior, options.class_prompt)
 
 
 @dataclass(frozen=True)
@@ -184,7 +197,7 @@ def check_uncounted(options: FeedOptions) -> None:
     Raises:
         OptionError: one of them is given.
     """
-    for flag in ("latents_cache", "cache_text_embeddings", "repeats"):
+    for flag in ("latents_cache", "cache_text_embeddings", "repeats", "with_prior_preservation"):
         if getattr(options, flag) not in (None, False, (1,)):
             raise OptionError(f"--{flag} {UNCOUNTED}")
 

@@ -29,6 +29,47 @@ class PromptOptions:
 
 
 @dataclass
+class PriorOptions:
+    """Prior preservation: what the model is to remember of a class while it learns instances of it."""
+
+    with_prior_preservation: bool = option(
+        False,
+        "Prior preservation as in DreamBooth: half of each batch, which --train_batch_size counts too, are pictures of "
+        "--class_data_dir.",
+        resume="fixed",
+        goes_with="text_conditioning",
+    )
+    class_data_dir: str | None = option(
+        None,
+        "Folder of pictures of the class. Where there are fewer than --num_class_images, the pipeline that is fine-tuned "
+        "generates the others into it, before it trains.",
+        resume="content",
+        path="local",
+        goes_with="with_prior_preservation",
+    )
+    class_prompt: str | None = option(
+        None,
+        "Caption of the pictures of the class, such as 'a photo of dog'.",
+        resume="fixed",
+        goes_with="with_prior_preservation",
+    )
+    num_class_images: int = option(
+        100,
+        "Number of pictures of the class that are trained on.",
+        resume="fixed",
+        above=0,
+        goes_with="with_prior_preservation",
+    )
+    prior_loss_weight: float = option(
+        1.0,
+        "Weight of the losses of the pictures of the class, beside 1 of those of the others.",
+        resume="schedule",
+        at_least=0,
+        goes_with="with_prior_preservation",
+    )
+
+
+@dataclass
 class DataOptions:
     """The data set, its splits and columns, images, order, cache and workers."""
 
@@ -183,5 +224,5 @@ def public_folders(options: DataOptions) -> list[str]:
     return [Path(path).name for path in options.train_data_dir or ()]
 
 
-class FeedOptions(TextOptions, DataOptions, SeedOptions, BatchOptions):
+class FeedOptions(TextOptions, PriorOptions, DataOptions, SeedOptions, BatchOptions):
     """Options by which data are opened and a run is given its batches."""

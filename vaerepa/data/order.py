@@ -12,6 +12,7 @@ from itertools import chain, count, islice
 import numpy as np
 import torch
 
+from vaerepa.data.prior import PairedSource, is_prior
 from vaerepa.data.source import MISSING_LABEL, Row, Source
 from vaerepa.data.uncounted import FinishedShard, LostShardError, UncountedSource
 from vaerepa.errors import DataError
@@ -58,6 +59,9 @@ def open_reader(
     source: Source | UncountedSource, seed: int, num_streams: int | None, buffer_size: int | None
 ) -> Reader:
     """Reader for this source; `num_streams` and `buffer_size` apply to streams, with defaults from `stream_sizes`."""
+    if isinstance(source, PairedSource):
+        pair = (source.instances, source.prior)
+        return PairedReader(source, seed, [open_reader(one, seed, num_streams, buffer_size) for one in pair])
     if source.storage.random_access:
         return PermutedReader(source, seed)
     kind = ShardReader if isinstance(source, UncountedSource) else StreamReader
@@ -67,6 +71,21 @@ def open_reader(
 def order_of(source: Source | UncountedSource) -> int:
     """Number of the order that the rows of a source come in."""
     return UNCOUNTED_ORDER if isinstance(source, UncountedSource) else ORDER
+
+
+class PairedReader(Reader):
+    """Reads instances and rows of the class in turn, each in the order that they have alone.
+
+    Args:
+        readers: of the instances, and of the class.
+    """
+
+    def __init__(self, source: PairedSource, seed: int, readers: list[Reader]):
+        super().__init__(source, seed)
+        self.readers = readers
+
+    def rows_from(self, sample_index: int) -> Iterator[Row]:
+        yield from self.readers[is_prior(sample_index)].rows_from(sample_index // 2)
 
 
 class PermutedReader(Reader):

@@ -71,6 +71,11 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
         f"{options.global_batch_size} = {options.train_batch_size} x {accelerator.num_processes} processes x "
         f"{options.gradient_accumulation_steps} accumulated"
     )
+    if options.with_prior_preservation:
+        logger.info(
+            f"prior preservation: half of each batch are pictures of `{options.class_prompt}` from {options.class_data_dir}, of "
+            f"weight {options.prior_loss_weight}"
+        )
     if accelerator.is_main_process:
         _announce_classes(setup)
     for decay in state.ema.transformers if state.ema else ():
