@@ -206,7 +206,7 @@ def estimate(options: Options) -> Cost:
     with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
         transformer = components.build_transformer(options, parts)
     alignments = components.build_alignments(options, parts, transformer, NO_STATISTICS)
-    shape = shape_of_latents(parts.vae, options.resolution)
+    shape = shape_of_latents(parts.vae, options.largest_resolution)
     num_images, num_steps = len(parts.sources.train), options.max_train_steps
     sizes = dry_run.estimate(options, parts.family, transformer, shape, alignments, num_images)
     flops = dry_run.training_flops(options, sizes, num_images, num_steps) // (num_steps * options.global_batch_size)

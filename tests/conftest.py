@@ -220,6 +220,18 @@ def rectangles(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> list[Path]:
+    """Two folders of pictures, five and four, the first of which alone has a caption."""
+    folders, random = [tmp_path_factory.mktemp("photos") for _ in range(2)], np.random.default_rng(4)
+    for folder, count in zip(folders, (5, 4), strict=True):
+        for number in range(count):
+            pixels = random.integers(0, 256, (20, 24 + 2 * number, 3), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(folder / f"{number}.png")
+    (folders[0] / "0.txt").write_text("a blue house")
+    return folders
+
+
+@pytest.fixture(scope="session")
 def damaged(data, tmp_path_factory) -> Path:
     """The pictures of `data`, two of them damaged."""
     folder = tmp_path_factory.mktemp("some_damaged") / "pictures"

@@ -20,6 +20,7 @@ from vaerepa import stopping, system
 from vaerepa.data import Feed
 
 PRESET = dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "patch_size"))  # not given
+CAPTIONS = {"text_conditioning": True}
 FOLDERS = {"dataset_name": None, "train_data_dir": ["{}/two", "{}/unlabelled"]}
 FEATURES = Features({"image": Image(), "label": Value("int64"), "text": Value("string")})
 
@@ -76,6 +77,9 @@ def message_of(capfd) -> str:
         ({"model": "SiT-B/2"}, ["--num_layers goes with --model custom"]),
         ({"model": "SiT-M/3"} | PRESET, ["SiT-M/3", "presets are", "custom"]),
         ({"hidden_size": 30}, ["--hidden_size 30", "4"]),
+        ({"resolution": [16, 32]}, ["--resolution 16 32", "class-conditional", "--text_conditioning"]),
+        ({"resolution": [16, 16]} | CAPTIONS, ["--resolution 16 16", "different"]),
+        ({"resolution": [12, 16], "aspect_ratio_buckets": "12,16"} | CAPTIONS, ["--aspect_ratio_buckets", "auto"]),
         ({"resolution": 18}, ["--resolution 18", "multiple of 4", "nearest is 16"]),
         ({"train_batch_size": 3}, ["--global_batch_size 8 is not a multiple"]),
         ({"dataset_name": None}, ["--dataset_name is missing"]),

@@ -148,7 +148,7 @@ def test_what_is_given_twice_is_not_dropped(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(f"{'seed' if name == 'one' else 'resolution'}: 32")
     files = [part for name in ("one", "two") for part in ("--config", str(tmp_path / f"{name}.yaml"))]
     options = parse_options([*files, "--validation_prompt", "a cat", "--validation_prompts", "a dog", "a tree"])
-    assert options == replace(Options(), seed=32, resolution=32, validation_prompts=("a cat", "a dog", "a tree"))
+    assert options == replace(Options(), seed=32, resolution=(32,), validation_prompts=("a cat", "a dog", "a tree"))
 
 
 def test_later_files_win_over_earlier_ones_and_a_row_lies_over_its_base(tmp_path):
@@ -160,10 +160,10 @@ def test_later_files_win_over_earlier_ones_and_a_row_lies_over_its_base(tmp_path
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     one, two, rows = (str(tmp_path / name) for name in files)
-    assert parse_options(["--config", one, two]) == replace(Options(), seed=2, resolution=64)
-    wide = replace(Options(), seed=1, resolution=64, hidden_size=64)
+    assert parse_options(["--config", one, two]) == replace(Options(), seed=2, resolution=(64,))
+    wide = replace(Options(), seed=1, resolution=(64,), hidden_size=64)
     assert parse_options(["--config", rows, "--row", "wide"]) == wide
-    assert parse_options(["--config", rows, two, "--row", "plain"]) == replace(Options(), seed=2, resolution=64)
+    assert parse_options(["--config", rows, two, "--row", "plain"]) == replace(Options(), seed=2, resolution=(64,))
     for line in ([], ["--row", "narrow"]):
         with pytest.raises(OptionError, match=r"--row.*choose one of wide, plain"):
             parse_options(["--config", rows, *line])
@@ -398,8 +398,8 @@ def test_nothing_has_changed_in_the_same_run(resume):
 def test_an_option_that_the_saved_run_did_not_know_is_no_change():
     saved = as_plain(Options())
     del saved["seed"]
-    assert changed_options(saved, replace(Options(), seed=5, resolution=64), "fixed") == [
-        "--resolution was 256 and is 64"
+    assert changed_options(saved, replace(Options(), seed=5, resolution=(64,)), "fixed") == [
+        "--resolution was [256] and is [64]"
     ]
 
 

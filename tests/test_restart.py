@@ -110,6 +110,8 @@ def test_restarts_are_exact(train, placed, tmp_path, case):
 LORA = {"rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 1e-2}
 BUCKETS = {"dataset_name": "rectangles", "aspect_ratio_buckets": "16,16;12,20;20,12", "gradient_accumulation_steps": 2}
 PRIOR = {"with_prior_preservation": True, "class_data_dir": True, "class_prompt": "a photo", "num_class_images": 3}
+FOLDERS = {"train_data_dir": True, "repeats": [2, 1], "instance_prompt": ["a red cat", "tree"]}
+FOLDERS |= {"resolution": [12, 16], "latents_cache": True}
 CACHED, WORKERS = {"cache_text_embeddings": True}, {"dataloader_num_workers": 2}
 # name: family, options, options of the interrupted run, options of it after the stop
 TEXT_CASES = {
@@ -124,6 +126,7 @@ TEXT_CASES = {
     "flux2": ("flux2", {}, CACHED, WORKERS),
     "flux": ("flux", {}, CACHED, WORKERS),
     "chroma": ("chroma", {}, CACHED, WORKERS),
+    "sd3-folders-resolutions": ("sd3", FOLDERS, CACHED, WORKERS),
     "pixart-alpha-lora": ("pixart_alpha", LORA, {}, {}),
     "sd3-5-lora": ("sd3_5", LORA, {}, {}),
     "z-image-lora": ("z_image", LORA, {}, {}),
@@ -140,7 +143,7 @@ TEXT_CASES = {
 
 @pytest.mark.parametrize("case", TEXT_CASES)
 def test_a_text_model_restarts_exactly_and_generates_in_stock_as_in_training(
-    finetune, stock, pipelines, rectangles, vae, tmp_path, case
+    finetune, stock, pipelines, rectangles, photos, vae, tmp_path, case
 ):
     family, options, pieces, resumed = TEXT_CASES[case]
     options, base = dict(options), pipelines(family)
@@ -148,6 +151,8 @@ def test_a_text_model_restarts_exactly_and_generates_in_stock_as_in_training(
         options["dataset_name"] = rectangles
     if "class_data_dir" in options:
         options["class_data_dir"] = tmp_path / "class"
+    if "train_data_dir" in options:
+        options |= {"dataset_name": None, "train_data_dir": photos}
     if "model" in options:
         options["pretrained_vae_model_name_or_path"] = vae
         options["pretrained_text_encoder_model_name_or_path"] = base
@@ -158,7 +163,9 @@ def test_a_text_model_restarts_exactly_and_generates_in_stock_as_in_training(
 
     whole = assert_restarts_exactly(train, tmp_path, options, (2,), 4, pieces, resumed)
     validated = [line["step"] for line in read_metrics(whole, "validation/loss")]
-    assert validated == ([] if "dataset_name" in options else [4])  # rectangles have no validation split
+    assert validated == ([] if "dataset_name" in options else [4])  # these have no validation split
+    if "latents_cache" in options:
+        assert rows_in(tmp_path / "whole-cache") == list(range(2 * 9))  # nine pictures, each at both resolutions
     tensors = tensors_of(whole, 4)
     assert any(name.startswith("heads/heads/") for name in tensors)
     if "rank" in options:

@@ -94,7 +94,9 @@ def test_the_loss_is_that_of_the_script(
         density = {"timestep_sampling": "logit_normal"} | density
     source = open_sources(str(captioned), by_caption=True).train
     plain, shifted = (
-        read_samples(source, TrainingNumbers(SEED, 0.0, **density, timestep_shift=s), SEED, latent_shape=latent_shape)
+        read_samples(
+            source, TrainingNumbers(SEED, 0.0, **density, timestep_shifts=((1, s),)), SEED, latent_shape=latent_shape
+        )
         for s in (1.0, scheduler.config.shift)
     )
     numbers = shifted.numbers
@@ -149,7 +151,7 @@ def test_prior_preservation_has_the_loss_of_the_script_on_pictures_that_the_stoc
 
     source = pair(open_sources(str(captioned), by_caption=True).train, open_images(str(folder)), "a photo")
     channels, density = pipeline.vae.config.latent_channels, "logit_normal" if family == "sd3" else "uniform"
-    numbers = TrainingNumbers(SEED, 0.0, density, timestep_shift=pipeline.scheduler.config.get("shift", 1.0))
+    numbers = TrainingNumbers(SEED, 0.0, density, timestep_shifts=((1, pipeline.scheduler.config.get("shift", 1.0)),))
     samples = read_samples(source, numbers, SEED, latent_shape=(channels, 8, 8))
     captions = [
         choose_caption(c if isinstance(c, list) else [c], SEED, i)

@@ -9,7 +9,7 @@ from vaerepa import cli, evaluation
 from vaerepa.alignment import settings
 from vaerepa.base_precision import QUANTISATIONS, check_base_precision
 from vaerepa.data import parse_buckets
-from vaerepa.data.options import DataOptions
+from vaerepa.data.options import FeedOptions
 from vaerepa.errors import OptionError
 from vaerepa.hub import access
 from vaerepa.lora import LYCORIS
@@ -71,14 +71,15 @@ def check_sharded(options: Options) -> None:
     Raises:
         OptionError: names the first that does not.
     """
+    several_shapes = "gives processes different numbers of forward passes, which all must take part in"
     refused = {
         f"--optimizer {options.optimizer}": options.optimizer != "adamw" and "needs whole matrices: take adamw",
         "--use_8bit_adam": options.use_8bit_adam and "cannot be sharded: leave it out, the moments are sharded anyway",
         f"--base_precision {options.base_precision}": options.base_precision in QUANTISATIONS
         and "cannot be sharded: take bf16",
         "--offload_ema": options.offload_ema and "cannot be had: leave it out, the EMA weights are sharded anyway",
-        "--aspect_ratio_buckets": options.aspect_ratio_buckets
-        and "gives processes different numbers of forward passes, which all must take part in: leave it out",
+        "--aspect_ratio_buckets": options.aspect_ratio_buckets and f"{several_shapes}: leave it out",
+        "--resolution of several sizes": len(options.resolution) > 1 and f"{several_shapes}: give one",
     }
     for flag, reason in refused.items():
         if reason:
@@ -115,7 +116,7 @@ def check_head_guidance(options: Options) -> None:
             )
 
 
-def check_data(options: DataOptions) -> None:
+def check_data(options: FeedOptions) -> None:
     """Checks the options of the data against each other.
 
     Raises:
@@ -142,6 +143,13 @@ def check_data(options: DataOptions) -> None:
             )
     if options.latents_cache is not None and not options.center_crop:
         raise OptionError("--latents_cache needs --center_crop: a random crop is another image in every epoch.")
+    if len(options.resolution) > 1 and not options.text_conditioning:
+        raise OptionError(
+            f"--resolution {' '.join(map(str, options.resolution))}: a class-conditional model has one size; give one, or train "
+            "on captions (--text_conditioning)."
+        )
+    if len(set(options.resolution)) < len(options.resolution):
+        raise OptionError(f"--resolution {' '.join(map(str, options.resolution))}: expected different numbers.")
     parse_buckets(options, downsampling=8)
 
 

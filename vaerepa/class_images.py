@@ -88,7 +88,7 @@ def generation(options: Options, pipeline: DiffusionPipeline, accelerator: Accel
             part.to(accelerator.device, None if name in as_loaded else HALF.get(accelerator.mixed_precision))
     pipeline.set_progress_bar_config(disable=True)
     call = {name: value for name, value in family_of(options).call_options.items() if value is not None}
-    call |= {"height": options.resolution, "width": options.resolution}
+    call |= {"height": options.largest_resolution, "width": options.largest_resolution}
     if options.max_sequence_length:
         call["max_sequence_length"] = options.max_sequence_length
 

@@ -71,7 +71,7 @@ def describe(options: Options, num_shards: int = 1) -> str:
         transformer = components.build_transformer(options, parts)
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
     alignments = components.build_alignments(options, parts, transformer, no_statistics)
-    shape = shape_of_latents(parts.vae, options.resolution)
+    shape = shape_of_latents(parts.vae, options.largest_resolution)
     sizes = estimate(options, parts.family, transformer, shape, alignments, source.num_images or 0, num_shards)
     learning_rate = optimization.learning_rate_schedule(options, options.global_batch_size, num_steps)
     classes = classes_in_batch(
@@ -119,7 +119,9 @@ def estimate(
     num_emas = len(options.ema_decay) if options.use_ema else 0
     moments = optimization.state_bytes(options, trained, sum(m.numel() for m in family.matrices(transformer)))
     encoders = [a.method.encoder for a in alignments if "vision_features" in a.method.needs]
-    kept = 2 * math.prod(latent_shape) + sum(encoder.width * encoder.grid**2 for encoder in encoders)
+    area = sum((side / options.largest_resolution) ** 2 for side in options.resolution)
+    kept = int(2 * math.prod(latent_shape) * area)
+    kept += len(options.resolution) * sum(encoder.width * encoder.grid**2 for encoder in encoders)
     return Estimate(
         parameters=size,
         trained_parameters=own,
@@ -128,7 +130,7 @@ def estimate(
         training_passes=throughput.training_passes(transformer),
         flops=plain,
         head_flops=head_flops,
-        frozen_flops=frozen_flops(forward, alignments, options.resolution),
+        frozen_flops=frozen_flops(forward, alignments, options.largest_resolution),
         state_memory=(
             trained * 2 * FLOAT32
             + moments

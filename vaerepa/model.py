@@ -1,5 +1,7 @@
 """The transformer that the options ask for: of which family and size, from where, and whether images fit it."""
 
+from itertools import chain
+
 from torch import nn
 
 from vaerepa import families
@@ -147,13 +149,15 @@ def check_geometry(
     Raises:
         OptionError: resolution, VAE and patches do not fit.
     """
-    if trained_size is not None and options.resolution != trained_size * downsampling:
+    largest = options.largest_resolution
+    if trained_size is not None and largest != trained_size * downsampling:
         raise OptionError(
-            f"--resolution {options.resolution}: the pretrained transformer was made for {trained_size * downsampling}."
+            f"--resolution {largest}: the pretrained transformer was made for {trained_size * downsampling}."
         )
     step = downsampling * patch_size
-    sides = [("resolution", options.resolution)]
-    sides += [("aspect_ratio_buckets", side) for size in parse_buckets(options, downsampling) for side in size]
+    sides = [("resolution", side) for side in options.resolution]
+    for size in chain.from_iterable(parse_buckets(options, downsampling)):
+        sides += [("aspect_ratio_buckets", side) for side in size]
     for flag, side in sides:
         if side % step:
             nearest = max(step, round(side / step) * step)
@@ -161,7 +165,7 @@ def check_geometry(
                 f"--{flag} {side} must be a multiple of {step} ({downsampling} pixels per latent x patches of {patch_size}); the "
                 f"nearest is {nearest}."
             )
-    return options.resolution // downsampling
+    return largest // downsampling
 
 
 def check_capacity(options: TransformerOptions, family: Family, transformer: nn.Module, downsampling: int) -> None:
@@ -171,7 +175,8 @@ def check_capacity(options: TransformerOptions, family: Family, transformer: nn.
         OptionError: it has too few.
     """
     most, patch = family.max_patches(transformer), downsampling * family.patch_size(transformer)
-    for size in ((options.resolution, options.resolution), *parse_buckets(options, downsampling)):
+    square = (options.largest_resolution, options.largest_resolution)
+    for size in (square, *chain.from_iterable(parse_buckets(options, downsampling))):
         if most is not None and max(size) > most * patch:
             raise OptionError(
                 f"images of {size[0]} x {size[1]} are too large: the transformer has positions for {most * patch} pixels a side. "

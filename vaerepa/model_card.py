@@ -50,7 +50,7 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         title=plain(name),
         name=json.dumps(name),
         classes=_class_list(facts.get("classes", ())),
-        resolution=options.resolution,
+        resolution=options.largest_resolution,
         dataset=plain(public_dataset(options)),
         base=plain(public_name(options.pretrained_model_name_or_path or "")),
         vae=plain(public_name(options.pretrained_vae_model_name_or_path or "")),

@@ -35,12 +35,12 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
         vae, sources = components.open_vae_and_data(options, family_of(options))
         encoder = components.open_encoder(options)
     check_geometry(options, downsampling_factor(vae), patch_size=1)
-    shape, count = shape_of_latents(vae, options.resolution), sources.train.num_images
+    shape = shape_of_latents(vae, options.largest_resolution)
     with accelerator.main_process_first():
         feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape, vision_encoder=encoder)
     check_shared(feed.cache.folder, accelerator)
     feed.choose_precision()
-    images_per_step = options.train_batch_size * accelerator.num_processes
+    images_per_step, count = options.train_batch_size * accelerator.num_processes, feed.num_cached
     progress = tqdm(total=count, desc="images", disable=not accelerator.is_local_main_process)
     done = feed.cache.count(sources.train.members)
     logger.info(f"{feed.cache.folder} holds {done} of {count} images; encoding the others")
@@ -57,10 +57,10 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
         if not complete:
             reason = f"stopped by {stop.reason}" if stop.reason else "some latents could not be written"
             logger.warning(f"{reason}. Go on with\n    {command_again()}")
-    bad = feed.cache.count_unreadable(sources.train.members)
-    if bad >= checks.MIN_BAD_IMAGES and bad > options.max_bad_fraction * count:
+    bad, num_images = feed.cache.count_unreadable(sources.train.members), sources.train.num_images
+    if bad >= checks.MIN_BAD_IMAGES and bad > options.max_bad_fraction * num_images:
         raise DataError(
-            f"{bad} of {count} images could not be read, more than --max_bad_fraction {options.max_bad_fraction}; the log "
+            f"{bad} of {num_images} images could not be read, more than --max_bad_fraction {options.max_bad_fraction}; the log "
             "names the first. Mend the data and remove the cache, or raise it."
         )
     if complete:

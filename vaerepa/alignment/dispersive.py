@@ -71,8 +71,10 @@ class DispersiveAlignment(AlignmentMethod):
     @classmethod
     def check(cls, options: DispersiveOptions) -> None:
         """Checks that all samples of a micro-batch have one shape."""
-        if options.aspect_ratio_buckets:
-            raise OptionError("--alignment dispersive compares samples of one shape: leave --aspect_ratio_buckets out.")
+        if options.aspect_ratio_buckets or len(options.resolution) > 1:
+            raise OptionError(
+                "--alignment dispersive compares samples of one shape: give one --resolution, and no --aspect_ratio_buckets."
+            )
 
     @classmethod
     def from_options(

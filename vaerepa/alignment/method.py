@@ -84,6 +84,7 @@ class OtherOptions:
     offload_ema: bool
     pretrained_model_name_or_path: str | None
     rank: int | None
+    resolution: tuple[int, ...]
     text_conditioning: bool
     train_batch_size: int
     use_ema: bool

@@ -44,6 +44,7 @@ class Samples(_Tensors):
         latent_shape: (C, h, w) of their latents.
         sample_indices: places in the run, ascending.
         row_indices: places in the split of the rows that were read.
+        copies: which of the times that an epoch has them.
         labels: class labels, int64, shape (B,).
         captions: captions as the data set has them.
         flipped: whether each sample sees its image mirrored.
@@ -61,6 +62,7 @@ class Samples(_Tensors):
     latent_shape: Shape
     sample_indices: list[int]
     row_indices: list[int]
+    copies: list[int]
     labels: torch.Tensor
     captions: list[str | list[str] | None]
     flipped: list[bool]

@@ -1,4 +1,4 @@
-"""Buckets of aspect ratios: the sizes, beside the square, that images are cut to where a model generates any."""
+"""Buckets: the sizes, beside one square, that images are cut to where a model generates any."""
 
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
@@ -8,19 +8,28 @@ from vaerepa.errors import OptionError
 LARGEST_PATCH = 4  # of the presets, so that sizes found by themselves fit them all
 
 
-def parse_buckets(options: DataOptions, downsampling: int) -> tuple[tuple[int, int], ...]:
-    """Heights and widths in pixels that --aspect_ratio_buckets names, or of about the area of --resolution; () without it.
+Sizes = tuple[tuple[int, int], ...]  # heights and widths in pixels
+
+
+def parse_buckets(options: DataOptions, downsampling: int) -> tuple[Sizes, ...]:
+    """The sizes of each --resolution, from the smallest on; () where images are cut to one square.
+
+    They are those that --aspect_ratio_buckets names or finds, or else squares.
 
     Raises:
-        OptionError: it is of another form.
+        OptionError: it is of another form, or names sizes beside several resolutions.
     """
-    text = options.aspect_ratio_buckets
+    text, resolutions = options.aspect_ratio_buckets, sorted(options.resolution)
     if text is None:
-        return ()
+        return tuple(((side, side),) for side in resolutions) if len(resolutions) > 1 else ()
     if text == "auto":
-        return tuple(generate_aspect_ratio_buckets(options.resolution, LARGEST_PATCH * downsampling))
+        return tuple(tuple(generate_aspect_ratio_buckets(side, LARGEST_PATCH * downsampling)) for side in resolutions)
+    if len(resolutions) > 1:
+        raise OptionError(
+            f"--aspect_ratio_buckets {text} names sizes: give one --resolution, or auto for sizes of each."
+        )
     try:
-        return tuple(parse_buckets_string(text))
+        return (tuple(parse_buckets_string(text)),)
     except ValueError as error:
         raise OptionError(
             f"--aspect_ratio_buckets {text}: expected auto, or heights and widths in pixels such as '512,512;384,640'."

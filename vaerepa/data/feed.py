@@ -45,12 +45,13 @@ class Feed:
     Args:
         vae: VAE, already on the device.
         source: rows that are trained on.
-        latent_shape: (C, h, w) of a square image.
+        latent_shape: (C, h, w) of a square image, the largest.
         prompts: encodes captions; None where the transformer is conditioned on labels.
         vision_encoder: computes features of training images; None where no alignment method needs them.
 
     Attributes:
         cache: cache of --latents_cache; None without it.
+        num_cached: number of images that it holds in the end, one at each resolution.
         num_skipped: number of images that this process could not read.
         first_skipped: the first of these images, with the reason.
 
@@ -75,6 +76,7 @@ class Feed:
         self.prompts = prompts
         self.encoding = Encoding(accelerator, vae, vision_encoder)
         self.buckets = parse_buckets(options, downsampling_factor(vae))
+        self.num_cached = len(options.resolution) * (source.num_images or 0)
         self.cache: LatentsCache | None = None
         if options.latents_cache:
             self.cache = open_cache(options, source, vae, vision_encoder, latent_shape, self.buckets)
@@ -118,7 +120,7 @@ class Feed:
         Args:
             together: passes on what is read as long as every process can read, see `StopRequest.together`.
         """
-        if self.cache is not None and self.source.num_images != len(self.source) and not self._all_hold_all():
+        if self.cache is not None and self.num_cached != len(self.source) and not self._all_hold_all():
             logger.info("an epoch is not each image once: those that the latents cache does not hold are encoded first")
             for _ in self.fill_cache(together):
                 pass
@@ -194,8 +196,11 @@ class Feed:
     # ---- the cache
 
     def fill_cache(self, together: Together = iter) -> Iterator[int]:
-        """Encodes this process's images that the cache does not hold; yields the number of images after each micro-batch."""
-        source, batch_size = self.source.once(), self.options.train_batch_size
+        """Encodes this process's images that the cache does not hold; yields the number of images after each micro-batch.
+
+        An image counts at each resolution.
+        """
+        source, batch_size = self.source.repeated(len(self.options.resolution)), self.options.train_batch_size
         for micro_batch in together(self._read(source, no_numbers, batch_size, 0, len(source), self.cache)):
             for samples in micro_batch:
                 for row in samples.skipped:
@@ -214,9 +219,7 @@ class Feed:
         self.accelerator.wait_for_everyone()
         self.cache.reload()
         self.narrow(self.needs)
-        logger.info(
-            f"the latents cache holds {self.cache.count(self.source.members)} of {self.source.num_images} images"
-        )
+        logger.info(f"the latents cache holds {self.cache.count(self.source.members)} of {self.num_cached} images")
 
     def _all_hold_all(self) -> bool:
         """Whether every process sees the cache complete; another run may be writing into it."""
@@ -239,7 +242,7 @@ class Feed:
         """Micro-batches of the samples `first` to `last` on the host: this process's part, or all if not `distributed`."""
         options, accelerator = self.options, self.accelerator
         preprocessing = Preprocessing(
-            options.resolution,
+            options.largest_resolution,
             options.center_crop or validates,
             options.random_flip and not validates,
             options.seed,

@@ -22,6 +22,7 @@ from torch import nn
 
 from vaerepa.alignment.vision_encoder import VisionEncoder
 from vaerepa.data.batch import Samples, Shape
+from vaerepa.data.buckets import Sizes
 from vaerepa.data.options import DataOptions
 from vaerepa.data.source import Source
 from vaerepa.errors import OptionError
@@ -43,11 +44,11 @@ class CacheKey:
 
     vae: str  # checksum of its weights
     images: str  # digest of those in the split that is trained on
-    resolution: int
+    resolution: int | tuple[int, ...]
     crop: str
     flips: bool
-    shape: tuple[int, int, int]  # of a square's moments
-    buckets: tuple[tuple[int, int], ...] = ()  # sizes other than the square
+    shape: tuple[int, int, int]  # of the moments of a square, the largest
+    buckets: Sizes | tuple[Sizes, ...] = ()  # sizes other than one square, for each of several resolutions
     encoder: str | None = None  # checksum of the vision encoder's weights, and how it prepares images
     features_shape: tuple[int, int, int] | None = None
     masks: str | None = None  # column that they come from, or alpha
@@ -74,7 +75,7 @@ def open_cache(
     vae: nn.Module,
     vision_encoder: VisionEncoder | None,
     latent_shape: Shape,
-    buckets: tuple[tuple[int, int], ...],
+    buckets: tuple[Sizes, ...],
 ) -> "LatentsCache":
     """Opens the cache of --latents_cache, checked against VAE, data and options.
 
@@ -88,36 +89,39 @@ def open_cache(
         shape = (vision_encoder.width, vision_encoder.grid, vision_encoder.grid)
         features = {"encoder": made_by, "features_shape": shape}
     channels, height, width = latent_shape
+    num_sizes = len(options.resolution)
     key = CacheKey(
         vae=digest_of_weights(vae),
         images=source.storage.images,
-        resolution=options.resolution,
+        resolution=tuple(sorted(options.resolution)) if num_sizes > 1 else options.largest_resolution,
         crop="centre",
         flips=options.random_flip,
         shape=(channels * (2 if has_posterior(vae) else 1), height, width),
-        buckets=buckets,
+        buckets=buckets if num_sizes > 1 or not buckets else buckets[0],
         masks=(source.storage.columns.mask or "alpha") if options.masked_loss else None,
         **features,
     )
-    return LatentsCache(folder, key, len(source.members))
+    return LatentsCache(folder, key, len(source.members), num_sizes)
 
 
 class LatentsCache:
-    """Cached rows of one split, read and written by their row numbers.
+    """Cached rows of one split, read and written by their places, which are the rows' numbers where there is one resolution.
 
     Args:
         folder: folder of the shards; created if needed.
         key: must equal the key of a cache that is already there.
         num_rows: number of rows of the split.
+        num_sizes: number of resolutions that each image is kept at.
 
     Raises:
         OptionError: the folder holds a cache with another key, or cannot be written.
     """
 
-    def __init__(self, folder: Path, key: CacheKey, num_rows: int):
+    def __init__(self, folder: Path, key: CacheKey, num_rows: int, num_sizes: int = 1):
         self.folder = folder
         self.key = key
-        self.num_rows = num_rows
+        self.num_places = num_rows * num_sizes
+        self.num_sizes = num_sizes
         self.reads_features = key.encoder is not None
         self._pending: dict[int, dict] = {}
         _check_key(folder, key)
@@ -130,8 +134,8 @@ class LatentsCache:
         """Loads what all processes have written so far."""
         self._paths = sorted(self.folder.glob("*.arrow"))
         self._shards: dict[int, _Shard] = {}
-        self._shard_of = np.full(self.num_rows, -1, dtype=np.int32)
-        self._place_of = np.zeros(self.num_rows, dtype=np.int32)
+        self._shard_of = np.full(self.num_places, -1, dtype=np.int32)
+        self._within = np.zeros(self.num_places, dtype=np.int32)
         for number, path in enumerate(self._paths):
             try:
                 index = self._shard(number).index
@@ -139,45 +143,50 @@ class LatentsCache:
                 logger.warning(f"{path} is damaged, and its images are encoded again: {error}")
                 continue
             self._shard_of[index] = number
-            self._place_of[index] = np.arange(len(index))
+            self._within[index] = np.arange(len(index))
 
-    def __contains__(self, index: int) -> bool:
-        return self._shard_of[index] >= 0
+    def place_of(self, row_index: int, copy: int) -> int:
+        """Place of a row at the resolution of this copy of it in an epoch."""
+        return row_index * self.num_sizes + copy % self.num_sizes
+
+    def __contains__(self, place: int) -> bool:
+        return self._shard_of[place] >= 0
 
     def holds(self, members: np.ndarray) -> bool:
-        """Whether the cache holds every row among `members` (a mask)."""
-        return bool((self._shard_of[members] >= 0).all())
+        """Whether the cache holds every row among `members` (a mask), at every resolution."""
+        return bool((self._shard_of[np.repeat(members, self.num_sizes)] >= 0).all())
 
     def count(self, members: np.ndarray) -> int:
-        """Number of rows among `members` (a mask) that the cache holds."""
-        return int((self._shard_of[members] >= 0).sum())
+        """Number of places that the cache holds of rows among `members` (a mask)."""
+        return int((self._shard_of[np.repeat(members, self.num_sizes)] >= 0).sum())
 
     def count_unreadable(self, members: np.ndarray) -> int:
         """Number of rows among `members` (a mask) whose images cannot be read, as the cache says."""
         shards = [self._shard(number) for number in np.unique(self._shard_of[self._shard_of >= 0])]
-        unreadable = np.zeros(self.num_rows, dtype=bool)
+        unreadable = np.zeros(self.num_places, dtype=bool)
         for shard in shards:
             unreadable[shard.index[shard.errors.is_valid().to_numpy()]] = True
-        return int((unreadable & members).sum())
+        return int((unreadable.reshape(-1, self.num_sizes).any(axis=1) & members).sum())
 
-    def read(self, index: int, flipped: bool = False) -> CachedRow:
-        """Row with this number, which the cache must hold; its arrays are views of the mapped file."""
-        shard, place = self._shard(int(self._shard_of[index])), int(self._place_of[index])
-        return shard.read(place, flipped, self.reads_features)
+    def read(self, place: int, flipped: bool = False) -> CachedRow:
+        """Row at this place, which the cache must hold; its arrays are views of the mapped file."""
+        shard, within = self._shard(int(self._shard_of[place])), int(self._within[place])
+        return shard.read(within, flipped, self.reads_features)
 
-    def add(self, index: int, arrays: dict[str, np.ndarray], label: int, caption: str | list[str] | None) -> None:
+    def add(self, place: int, arrays: dict[str, np.ndarray], label: int, caption: str | list[str] | None) -> None:
         """Adds a row: an array in the cache's dtype for each of the key's columns. A full shard is written."""
-        if index not in self and index not in self._pending:
-            self._pending[index] = {"label": label, "caption": caption, "error": None, **arrays}
+        if place not in self and place not in self._pending:
+            self._pending[place] = {"label": label, "caption": caption, "error": None, **arrays}
             size = sum(array.nbytes for array in arrays.values())
             if len(self._pending) >= min(ROWS_PER_SHARD, BYTES_PER_SHARD // size):
                 self.flush()
 
-    def add_unreadable(self, index: int, error: str) -> None:
-        """Adds a row whose image cannot be read."""
-        if index not in self and index not in self._pending:
-            arrays = dict.fromkeys(self.key.columns, np.zeros((0, 0, 0), DTYPE))
-            self._pending[index] = {"label": -1, "caption": None, "error": error, **arrays}
+    def add_unreadable(self, row_index: int, error: str) -> None:
+        """Adds a row whose image cannot be read, at every resolution."""
+        arrays = dict.fromkeys(self.key.columns, np.zeros((0, 0, 0), DTYPE))
+        for place in (self.place_of(row_index, copy) for copy in range(self.num_sizes)):
+            if place not in self and place not in self._pending:
+                self._pending[place] = {"label": -1, "caption": None, "error": error, **arrays}
 
     def add_samples(self, samples: Samples, seen: dict[str, torch.Tensor], mirrored: dict[str, torch.Tensor]) -> None:
         """Adds the rows of those samples that have pixels.
@@ -191,13 +200,14 @@ class LatentsCache:
             {kind: tensor.cpu().numpy() for kind, tensor in tensors.items()} for tensors in (seen, mirrored)
         )
         labels, masks = samples.labels.tolist(), None if samples.masks is None else samples.masks.cpu().numpy()
-        for place, i in enumerate(with_pixels):
+        for number, i in enumerate(with_pixels):
             plain, flipped = (mirrored, seen) if samples.flipped[i] else (seen, mirrored)
-            arrays = {kind: array[place] for kind, array in plain.items()}
-            arrays |= {kind + FLIPPED: array[place] for kind, array in flipped.items()}
+            arrays = {kind: array[number] for kind, array in plain.items()}
+            arrays |= {kind + FLIPPED: array[number] for kind, array in flipped.items()}
             if masks is not None:
                 arrays[MASK] = masks[i, :, ::-1] if samples.flipped[i] else masks[i]
-            self.add(samples.row_indices[i], arrays, labels[i], samples.captions[i])
+            place = self.place_of(samples.row_indices[i], samples.copies[i])
+            self.add(place, arrays, labels[i], samples.captions[i])
 
     def flush(self) -> None:
         """Writes the added rows as a new shard; if that fails, a warning is logged and the rows are encoded again later."""

@@ -10,6 +10,7 @@ and of whether these come from a posterior:
     no_numbers         nothing, for filling the latents cache
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -36,7 +37,8 @@ class TrainingNumbers:
     Args:
         seed: seed of the run.
         drop_rate: fraction of labels or captions that are dropped.
-        timestep_sampling, logit_mean, logit_std, mode_scale, timestep_shift: density of t, see `sample_timestep`.
+        timestep_sampling, logit_mean, logit_std, mode_scale: density of t, see `sample_timestep`.
+        timestep_shifts: numbers of pixels of latents, each with a shift of t; samples take that of the nearest number.
         names: names of further numbers, each uniform on (0, 1), that alignment methods ask for.
     """
 
@@ -46,14 +48,18 @@ class TrainingNumbers:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
-    timestep_shift: float = 1.0
+    timestep_shifts: tuple[tuple[int, float], ...] = ((1, 1.0),)
     names: tuple[str, ...] = ()
 
     @classmethod
     def from_options(
-        cls, options: NumberOptions, drop_rate: float, timestep_shift: float, names: tuple[str, ...]
+        cls,
+        options: NumberOptions,
+        drop_rate: float,
+        timestep_shifts: tuple[tuple[int, float], ...],
+        names: tuple[str, ...],
     ) -> Self:
-        """Numbers that a run needs; `timestep_shift` is used where --timestep_shift is not given."""
+        """Numbers that a run needs; `timestep_shifts` are used where --timestep_shift is not given."""
         return cls(
             options.seed,
             drop_rate,
@@ -61,12 +67,14 @@ class TrainingNumbers:
             options.logit_mean,
             options.logit_std,
             options.mode_scale,
-            options.timestep_shift or timestep_shift,
+            ((1, options.timestep_shift),) if options.timestep_shift else timestep_shifts,
             names,
         )
 
     def __call__(self, sample_indices: Sequence[int], shape: Shape, has_posterior: bool) -> dict[str, torch.Tensor]:
-        density = (self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale, self.timestep_shift)
+        _, height, width = shape
+        _, shift = min(self.timestep_shifts, key=lambda one: abs(math.log(one[0] / (height * width))))
+        density = (self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale, shift)
         numbers = {
             NOISE: stack_noise(self.seed, "noise", sample_indices, shape),
             T: torch.tensor([sample_timestep(self.seed, i, *density) for i in sample_indices]),

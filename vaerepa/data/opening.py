@@ -77,7 +77,7 @@ def open_data(options: FeedOptions) -> Sources:
         options.text_conditioning,
         options.instance_prompt,
         options.num_classes,
-        options.repeats,
+        [times * len(options.resolution) for times in options.repeats],
         options.masked_loss,
         options.mask_column,
     )
@@ -93,6 +93,8 @@ def open_data(options: FeedOptions) -> Sources:
         raise OptionError("--latents_cache: the data set holds latents already; leave it off.")
     if sources.train.holds_latents and options.aspect_ratio_buckets:
         raise OptionError("--aspect_ratio_buckets: the data set holds latents of one size; leave it off.")
+    if sources.train.holds_latents and len(options.resolution) > 1:
+        raise OptionError("--resolution: the data set holds latents of one size; give that one.")
     if options.with_prior_preservation:
         return replace(sources, train=_with_class(sources.train, options))
     return sources
@@ -105,7 +107,7 @@ def _with_class(source: Source, options: FeedOptions) -> PairedSource:
             "--with_prior_preservation: the data set holds latents, and the class is of images; leave it off."
         )
     prior = open_images(options.class_data_dir, cache_dir=options.cache_dir, max_images=options.num_class_images)
-    return pair(source, prior, options.class_prompt)
+    return pair(source, prior.repeated(len(options.resolution)), options.class_prompt)
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,12 @@ def check_uncounted(options: FeedOptions) -> None:
     Raises:
         OptionError: one of them is given.
     """
-    for flag in ("latents_cache", "cache_text_embeddings", "repeats", "with_prior_preservation"):
-        if getattr(options, flag) not in (None, False, (1,)):
+    asked = {
+        flag: getattr(options, flag) for flag in ("latents_cache", "cache_text_embeddings", "with_prior_preservation")
+    }
+    asked |= {"repeats": options.repeats != (1,), "resolution of several sizes": len(options.resolution) > 1}
+    for flag, is_asked in asked.items():
+        if is_asked:
             raise OptionError(f"--{flag} {UNCOUNTED}")
 
 
@@ -555,7 +561,7 @@ def split_at_random(
             f"--validation_split {fraction} takes {is_validation.sum()} of {source.num_images} images; "
             "expected at least one on either side."
         )
-    return source.subset(~is_validation), source.subset(is_validation).once()
+    return source.subset(~is_validation), source.subset(is_validation).repeated(1)
 
 
 def take_at_random(source: Source, count: int | None, seed: int = 0) -> Source:

@@ -150,14 +150,21 @@ class DataOptions:
         None, "Train on so many images, sampled by --seed. Default: on all.", resume="fixed", above=0
     )
     cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.", path="local")
-    resolution: int = option(256, "Images are resized and cropped to this many pixels square.", resume="fixed", above=0)
+    resolution: tuple[int, ...] = option(
+        (256,),
+        "Images are resized and cropped to this many pixels square. With several numbers, which text-to-image models take, an "
+        "epoch has each image once at each; one that would be enlarged is trained at the largest that it fills in its place. "
+        "Validation, sample grids and evaluation are of the largest.",
+        resume="fixed",
+        above=0,
+    )
     center_crop: bool = option(
         True, "Crop the centre, as ADM, DiT and SiT do; otherwise a random square.", resume="fixed"
     )
     aspect_ratio_buckets: str | None = option(
         None,
         "Cut each image to the nearest of these sizes instead of to a square: 'height,width;height,width;...' in pixels, or auto "
-        "for the usual ratios from 1:2 to 2:1 at the area of --resolution.",
+        "for the usual ratios from 1:2 to 2:1 at the area of --resolution, or of each.",
         resume="fixed",
         goes_with="text_conditioning",
     )
@@ -197,6 +204,11 @@ class DataOptions:
     dataloader_num_workers: int = option(
         2, "Data worker processes per device; 0 loads in the main process.", at_least=0
     )
+
+    @property
+    def largest_resolution(self) -> int:
+        """Side in pixels of the square that validation images, sample grids and evaluation have."""
+        return max(self.resolution)
 
 
 @dataclass

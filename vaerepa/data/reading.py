@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vaerepa.data import images
 from vaerepa.data.batch import Samples, Shape, SkippedRow
+from vaerepa.data.buckets import Sizes
 from vaerepa.data.latents_cache import LatentsCache
 from vaerepa.data.numbers import Numbers
 from vaerepa.data.order import Reader, open_reader
@@ -33,8 +34,9 @@ class Preprocessing:
     """Crop of an image to a training size, and flip, by random numbers of the sample.
 
     Args:
-        resolution: side of a square image in pixels.
-        buckets: heights and widths in pixels instead of a square; each image is cut to the nearest.
+        resolution: side of a square image in pixels, the largest of several.
+        buckets: sizes instead of a square, for each of several resolutions, from the smallest on; each image is cut to the
+            nearest.
         masked: reads the images' masks too.
     """
 
@@ -42,25 +44,31 @@ class Preprocessing:
     center_crop: bool = True
     random_flip: bool = False
     seed: int = 0
-    buckets: tuple[tuple[int, int], ...] = ()
+    buckets: tuple[Sizes, ...] = ()
     masked: bool = False
 
     def __call__(self, row: Row, sample_index: int) -> torch.Tensor:
         """The row's image as uint8 pixels, shape (3, height, width); its mask is a fourth channel if there are masks."""
         layers = images.read_masked(row.image, row.mask) if self.masked else (images.read_image(row.image),)
         image = layers[0]
-        size = self.size_of(image.height, image.width)
+        size = self.size_of(image.height, image.width, row.copy)
         places = (0.5, 0.5)
         if not self.center_crop:
             places = [draw_uniform(self.seed, f"crop {axis}", sample_index) for axis in "xy"]
         pixels = torch.cat([images.to_pixels(images.cut(layer, size, *places)) for layer in layers])
         return pixels.flip(-1) if self.flips(sample_index) else pixels
 
-    def size_of(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that an image is cut to."""
+    def size_of(self, height: int, width: int, copy: int = 0) -> tuple[int, int]:
+        """Height and width that an image is cut to.
+
+        Its copies take the resolutions in turn, from the largest on, but none that it would be enlarged for if it fills one
+        that is smaller.
+        """
         if not self.buckets:
             return self.resolution, self.resolution
-        return self.buckets[find_nearest_bucket(height, width, self.buckets)]
+        smaller = self.buckets[: len(self.buckets) - copy % len(self.buckets)]
+        nearest = [sizes[find_nearest_bucket(height, width, sizes)] for sizes in smaller]
+        return next((size for size in reversed(nearest) if size[0] <= height and size[1] <= width), nearest[0])
 
     def flips(self, sample_index: int) -> bool:
         """Whether the image of this sample is flipped."""
@@ -174,6 +182,7 @@ class SampleReader(IterableDataset):
             latent_shape=shape,
             sample_indices=sample_indices,
             row_indices=[row.index for row in rows],
+            copies=[row.copy for row in rows],
             labels=torch.tensor([row.label for row in rows]),
             captions=[row.caption for row in rows],
             flipped=[self.preprocessing.flips(i) for i in sample_indices],
@@ -207,7 +216,7 @@ class SampleReader(IterableDataset):
         raise DataError(f"none of {in_a_row} images in a row can be decoded; the first: {skipped}")
 
     def _place_of(self, row: Row) -> str:
-        if self.cache is not None and row.index in self.cache:
+        if self.cache is not None and self.cache.place_of(row.index, row.copy) in self.cache:
             return "as the latents cache says"
         path = (row.image or {}).get("path") if row.moments is None else row.moments
         return str(path or "embedded image")
@@ -216,8 +225,9 @@ class SampleReader(IterableDataset):
         """The row, with vision features where the cache keeps them, its pixels or moments, and its mask, if there are masks."""
         if row.error is not None:
             raise ValueError(row.error)
-        if self.cache is not None and row.index in self.cache:
-            cached = self.cache.read(row.index, self.preprocessing.flips(sample_index))
+        place = None if self.cache is None else self.cache.place_of(row.index, row.copy)
+        if place is not None and place in self.cache:
+            cached = self.cache.read(place, self.preprocessing.flips(sample_index))
             if cached.error is not None:
                 raise ValueError(cached.error)
             return row._replace(vision_features=cached.features), cached.moments, cached.mask
@@ -307,6 +317,7 @@ def _join_samples(parts: list[Samples], pin_memory: bool) -> Samples:
         latent_shape=parts[0].latent_shape,
         sample_indices=lists("sample_indices"),
         row_indices=lists("row_indices"),
+        copies=lists("copies"),
         labels=tensors([part.labels for part in parts], places),
         captions=lists("captions"),
         flipped=lists("flipped"),

@@ -39,6 +39,7 @@ class Row(NamedTuple):
     vision_features: np.ndarray | None = None  # of a vision encoder, beside moments from the cache
     error: str | None = None  # why nothing but the number is known
     mask: dict | None = None  # of the image, as that is stored
+    copy: int = 0  # which of the times that an epoch has it
 
     def prompted(self, instance_prompt: str | None) -> "Row":
         """The row with the instance prompt, if there is one, in the place of captions that are missing or empty."""
@@ -161,6 +162,7 @@ class Source:
             np.tile(np.arange(end - p.num_blocks, end), p.repeats) for end, p in zip(ends, self.parts, strict=True)
         ]
         self._blocks = np.concatenate(blocks)  # of the storage, in the order of an epoch before it is shuffled
+        self._copies = np.concatenate([np.repeat(np.arange(p.repeats), p.num_blocks) for p in self.parts]).tolist()
         self._part_ends = self.block_starts[ends].tolist()
         self.block_sizes = np.array(counts, dtype=np.int64)[self._blocks]
         self._block_ends = np.cumsum(self.block_sizes)
@@ -193,9 +195,9 @@ class Source:
         """The rows that `members` marks, of those in this source."""
         return Source(self.storage, self.parts, self.members & members)
 
-    def once(self) -> "Source":
-        """These rows, each once in an epoch."""
-        return Source(self.storage, [part._replace(repeats=1) for part in self.parts], self.members)
+    def repeated(self, times: int) -> "Source":
+        """These rows, each so many times in an epoch."""
+        return Source(self.storage, [part._replace(repeats=times) for part in self.parts], self.members)
 
     def rows_by_part(self) -> Iterator[tuple[Part, range]]:
         """Yields each part with the numbers of its rows in the storage."""
@@ -213,16 +215,16 @@ class Source:
 
     def row(self, place: int) -> Row:
         """The member at a place among all; where the storage has random access."""
-        index = place
+        index, copy = place, 0
         if not self._length == self.num_images == len(self.members):
             block = int(np.searchsorted(self._block_ends, place, side="right"))
             first, end = self._rows_of(block)
             within = place - (self._block_ends[block] - self.block_sizes[block])
-            index = int(first + np.flatnonzero(self.members[first:end])[within])
+            index, copy = int(first + np.flatnonzero(self.members[first:end])[within]), self._copies[block]
         try:
-            return self._prompted(self.storage.row(index))
+            return self._prompted(self.storage.row(index), copy)
         except Exception as error:  # damaged; each format raises in its own way
-            return Row(index, -1, error=str(error))
+            return Row(index, -1, error=str(error), copy=copy)
 
     def read_block(self, block: int, start: int = 0) -> Iterator[Row]:
         """Yields the members of a block in their order, from the `start`-th on; with an `error` those behind damage.
@@ -230,12 +232,12 @@ class Source:
         Raises:
             DataError: a file that is far away, and is not gone for good, cannot be read; that may pass.
         """
-        first, end = self._rows_of(block)
+        (first, end), copy = self._rows_of(block), self._copies[block]
         places = np.flatnonzero(self.members[first:end])[start:]
         if not len(places):
             return
         rows = self.storage.read(int(self._blocks[block]), int(places[0]))
-        rows = (self._prompted(row) for row in rows if self.members[row.index])
+        rows = (self._prompted(row, copy) for row in rows if self.members[row.index])
         num_read, reason = 0, "there are fewer rows than before"
         try:
             for row in islice(rows, len(places)):
@@ -246,15 +248,16 @@ class Source:
             if not is_local(getattr(error, "path", "")) and not is_gone(error):
                 raise DataError(f"the data cannot be read: {reason}") from error
         for index in (first + places[num_read:]).tolist():
-            yield Row(index, -1, error=reason)
+            yield Row(index, -1, error=reason, copy=copy)
 
     def _rows_of(self, block: int) -> tuple[int, int]:
         """The first row of a block in the storage, and the first after it."""
         first, end = self.block_starts[self._blocks[block] : self._blocks[block] + 2]
         return int(first), int(end)
 
-    def _prompted(self, row: Row) -> Row:
-        return row.prompted(self.parts[bisect_right(self._part_ends, row.index)].instance_prompt)
+    def _prompted(self, row: Row, copy: int = 0) -> Row:
+        row = row.prompted(self.parts[bisect_right(self._part_ends, row.index)].instance_prompt)
+        return row._replace(copy=copy) if copy else row
 
 
 class StreamedRows:

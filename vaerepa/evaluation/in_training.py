@@ -109,7 +109,7 @@ def open_evaluation(
         raise OptionError(f"--eval_steps{'' if options.text_conditioning else ' without --eval_reference'} {UNCOUNTED}")
     choices = choose(options, source)
     about = {"dataset": public_dataset(options), "split": options.train_split}
-    about |= {"resolution": options.resolution}
+    about |= {"resolution": options.largest_resolution}
     reference = Path(options.eval_reference) if options.eval_reference else take_at_random(source, MAX_KEPT)
     evaluator = open_evaluator(accelerator, options.inception_weights, reference, about, options.cache_dir)
     return TrainingEvaluation(options, evaluator, choices, settings)

@@ -46,7 +46,7 @@ def measure_source(
     """
     if source.holds_latents:
         raise OptionError(f"{about['dataset']} holds latents; a reference needs images, or statistics as .npz.")
-    source = source.once()
+    source = source.repeated(1)
     about = about | {"images": source.storage.images, "num_images": len(source), "extractor": extractor.name}
     key = digest_of(json.dumps([about, _digest(source.members)]).encode(), size=8)
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vaerepa-reference" / f"{key}.npz"

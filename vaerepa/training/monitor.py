@@ -58,7 +58,8 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
             f"alignment `{alignment.name}` of block {alignment.block} with {alignment.method.target_name}, weight "
             f"{alignment.weight}{until}"
         )
-    logger.info(f"times t are {options.timestep_sampling}")
+    shifts = " and ".join(f"{shift:.3g}" for _, shift in setup.numbers.timestep_shifts)
+    logger.info(f"times t are {options.timestep_sampling}, shifted by {shifts}")
     logger.info(
         f"{throughput.describe_machine(accelerator)}; {setup.max_train_steps} steps into {setup.output_dir}, with a log line "
         f"every {options.logging_steps} and a checkpoint every {options.checkpointing_steps}"
@@ -94,7 +95,7 @@ def _say_count(source: Source | UncountedSource | None) -> str:
     if isinstance(source, UncountedSource):
         known = f", about {source.num_rows} images" if source.num_rows else ", whose images are counted along the way"
         return f"{source.num_shards} shards{known}"
-    repeated = f", {source.num_rows} with repeats" if source and source.num_rows > source.num_images else ""
+    repeated = f", {source.num_rows} an epoch" if source and source.num_rows > source.num_images else ""
     return f"{source.num_images if source else 0} images{repeated}"
 
 

@@ -1,5 +1,6 @@
 """Setup of a run: what it is made of, built before the first step."""
 
+import math
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -110,15 +111,15 @@ def build_setup(options: Options, engine: Engine, trainer_state: dict[str, Any])
     if not options.base_precision:
         cast_frozen_weights(transformer, HALF.get(accelerator.mixed_precision))  # before they take memory of the device
     transformer = engine.place(transformer)
-    latent_shape = shape_of_latents(vae, options.resolution)
+    latent_shape = shape_of_latents(vae, options.largest_resolution)
     conditioning, export, prompts = build_conditioning(options, accelerator, components, transformer, latent_shape)
     feed = Feed(options, accelerator, vae, sources.train, latent_shape, prompts, components.encoder)
     feed.load_shards(trainer_state.get("shards"))
-    _, height, width = latent_shape
-    num_tokens = height * width // family.patch_size(transformer) ** 2
+    sizes = [math.prod(shape_of_latents(vae, side)[1:]) for side in options.resolution]
+    patch = family.patch_size(transformer) ** 2
+    shifts = tuple((size, family.timestep_shift(objective.scheduler, size // patch)) for size in sizes)
     names = tuple(name for method in settings.classes_of(options) for name in method.numbers)
-    shift = family.timestep_shift(objective.scheduler, num_tokens)
-    numbers = TrainingNumbers.from_options(options, conditioning.drop_rate(options), shift, names)
+    numbers = TrainingNumbers.from_options(options, conditioning.drop_rate(options), shifts, names)
     if "latent_statistics" in trainer_state:
         latent_statistics, feed.encoding.in_bf16 = trainer_state["latent_statistics"], trainer_state["encode_in_bf16"]
     else:
