@@ -267,7 +267,13 @@ def _write_shard(path: Path, rows: dict[int, dict], key: CacheKey) -> None:
     columns["label"] = pa.array([row["label"] for row in rows.values()], pa.int64())
     for name in ("caption", "error"):
         values = [row[name] for row in rows.values()]
-        columns[name] = pa.array(values, None if any(isinstance(value, list) for value in values) else pa.string())
+        if any(
+            isinstance(value, list) for value in values
+        ):  # data sets that are joined may have one caption, or several
+            values = [[value] if isinstance(value, str) else value for value in values]
+            columns[name] = pa.array(values, pa.list_(pa.string()))
+        else:
+            columns[name] = pa.array(values, pa.string())
     for name, axis in (("height", 1), ("width", 2)):
         columns[name] = pa.array([row[MOMENTS].shape[axis] for row in rows.values()], pa.int32())
     for name in key.columns:
