@@ -31,14 +31,13 @@ import torch
 import yaml
 
 from vaerepa import checks, components, defaults, dry_run
-from vaerepa.cli import as_plain, fields_of, read_rows
+from vaerepa.cli import read_rows
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import newest_report
 from vaerepa.files import replacing
 from vaerepa.layout import folder_of
 from vaerepa.logs import MetricsFile
-from vaerepa.options import Options, parse_options
-from vaerepa.privacy import public_values
+from vaerepa.options import Options, parse_options, public_options
 from vaerepa.system import num_cores
 from vaerepa.vae import shape_of_latents
 
@@ -253,11 +252,6 @@ def run_process(command: list[str]) -> tuple[int, int, bool]:
     return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), bool(forwarded)
 
 
-def public_options(options: Options) -> dict[str, Any]:
-    """The options as JSON holds them, of paths the last part alone."""
-    return json.loads(json.dumps(public_values(as_plain(options), fields_of(Options))))
-
-
 def write_result(results: Path, options: Options, run: Run) -> None:
     with replacing(results / f"{Path(options.output_dir).name}.json") as unfinished:
         content = asdict(run) | {"options": public_options(options)}
@@ -275,7 +269,8 @@ def read_result(results: Path, options: Options) -> Run | None:
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
     before = content.pop("options")
-    changed = [name for name, value in public_options(options).items() if before.get(name) != value]
+    now = json.loads(json.dumps(public_options(options)))
+    changed = [name for name, value in now.items() if before.get(name) != value]
     if changed:
         raise OptionError(
             f"{path} is of a finished run of another --{changed[0]}; take another --output_dir and --results, or remove it."

@@ -118,7 +118,7 @@ def build_opponent(name: str, path: str | None, model: str, batch_size: int, dev
     mean = copy.deepcopy(module).requires_grad_(False)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0)
     latents = torch.randn(batch_size, *LATENT_SHAPE, device=device)
-    labels = torch.randint(0, 1000, (batch_size,), device=device)
+    labels = torch.randint(0, opponents.NUM_CLASSES, (batch_size,), device=device)
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):

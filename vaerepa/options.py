@@ -73,9 +73,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     return cli.parse(Options, arguments, "train_vaerepa.py", description, ALIASES, FOREIGN)
 
 
+def public_options(options: Options) -> dict[str, Any]:
+    """The options as a run's files hold them: without secrets, of local paths the last part alone."""
+    return public_values(as_plain(options), FIELDS)
+
+
 def changed_options(before: dict[str, Any], now: Options, resume: Resume) -> list[str]:
     """Names the options of one `resume` class that differ between a saved run, in its public values, and this one."""
-    current = public_values(as_plain(now), FIELDS)
+    current = public_options(now)
     saved = {name: _listed(value, current[name]) for name, value in before.items() if name in current}
     without_method = "alignment_" if now.alignment == ("none",) else None
     return [

@@ -267,9 +267,8 @@ def _write_shard(path: Path, rows: dict[int, dict], key: CacheKey) -> None:
     columns["label"] = pa.array([row["label"] for row in rows.values()], pa.int64())
     for name in ("caption", "error"):
         values = [row[name] for row in rows.values()]
-        if any(
-            isinstance(value, list) for value in values
-        ):  # data sets that are joined may have one caption, or several
+        if any(isinstance(value, list) for value in values):
+            # of data sets that are joined, some may have one caption and others several
             values = [[value] if isinstance(value, str) else value for value in values]
             columns[name] = pa.array(values, pa.list_(pa.string()))
         else:

@@ -83,18 +83,8 @@ def open_data(options: FeedOptions) -> Sources:
     )
     if isinstance(sources.train, UncountedSource):
         check_uncounted(options)
-    if sources.train.holds_latents and options.random_flip:
-        raise OptionError("--random_flip: the data set holds latents, which cannot be flipped; leave it off.")
-    if sources.train.holds_latents and options.masked_loss:
-        raise OptionError(
-            "--masked_loss: the data set holds latents, and masks go with images (--image_column names them)."
-        )
-    if sources.train.holds_latents and options.latents_cache:
-        raise OptionError("--latents_cache: the data set holds latents already; leave it off.")
-    if sources.train.holds_latents and options.aspect_ratio_buckets:
-        raise OptionError("--aspect_ratio_buckets: the data set holds latents of one size; leave it off.")
-    if sources.train.holds_latents and len(options.resolution) > 1:
-        raise OptionError("--resolution: the data set holds latents of one size; give that one.")
+    if sources.train.holds_latents:
+        check_latents(options)
     if options.with_prior_preservation:
         return replace(sources, train=_with_class(sources.train, options))
     return sources
@@ -102,10 +92,6 @@ def open_data(options: FeedOptions) -> Sources:
 
 def _with_class(source: Source, options: FeedOptions) -> PairedSource:
     """Rows to train on, and beside each a picture of --class_data_dir."""
-    if source.holds_latents:
-        raise OptionError(
-            "--with_prior_preservation: the data set holds latents, and the class is of images; leave it off."
-        )
     prior = open_images(options.class_data_dir, cache_dir=options.cache_dir, max_images=options.num_class_images)
     return pair(source, prior.repeated(len(options.resolution)), options.class_prompt)
 
@@ -191,6 +177,28 @@ def open_sources(
     if not isinstance(source, UncountedSource):
         source = take_at_random(source, max_train_samples, seed)
     return Sources(source, validation, classes.id2label)
+
+
+def check_latents(options: FeedOptions) -> None:
+    """Checks the options that need images, where the data set holds latents.
+
+    Raises:
+        OptionError: one of them is given.
+    """
+    refused = {
+        "random_flip": (options.random_flip, "latents, which cannot be flipped; leave it off."),
+        "masked_loss": (options.masked_loss, "latents, and masks go with images (--image_column names them)."),
+        "latents_cache": (options.latents_cache, "latents already; leave it off."),
+        "aspect_ratio_buckets": (options.aspect_ratio_buckets, "latents of one size; leave it off."),
+        "resolution": (len(options.resolution) > 1, "latents of one size; give that one."),
+        "with_prior_preservation": (
+            options.with_prior_preservation,
+            "latents, and the class is of images; leave it off.",
+        ),
+    }
+    for flag, (is_asked, reason) in refused.items():
+        if is_asked:
+            raise OptionError(f"--{flag}: the data set holds {reason}")
 
 
 def check_uncounted(options: FeedOptions) -> None:

@@ -13,14 +13,12 @@ import torch
 from pipeline_vaerepa import GuidingHead
 from vaerepa import acceleration, checkpoints, objectives, optimization, past, throughput
 from vaerepa.alignment import AlignedTransformer, ScheduledMethod, SelfGuidance, stored_heads
-from vaerepa.cli import as_plain
 from vaerepa.data.order import order_of
 from vaerepa.ema import EMA
 from vaerepa.engine import parameters_of
 from vaerepa.errors import OptionError
 from vaerepa.logs import RunningMeans, get_logger
-from vaerepa.options import FIELDS
-from vaerepa.privacy import public_values
+from vaerepa.options import public_options
 from vaerepa.training.setup import Setup
 from vaerepa.weights import HostCopies
 
@@ -185,7 +183,7 @@ class TrainingState:
         setup.feed.flush_cache()
         trainer_state = {
             "step": self.step,
-            "options": public_values(as_plain(options), FIELDS),
+            "options": public_options(options),
             "num_images": setup.sources.train.num_rows,
             "shards": setup.feed.gather_shards(),
             "content": setup.content,
