@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Array3D, ClassLabel, Dataset, Features
 
+from vaerepa.files import replacing
+
 ROOT = Path(__file__).parents[1]
 VAE = ROOT / "configs/quickstart/autoencoder"  # a small one of factor 8: the run reads latents, and encodes nothing
 NUM_CLASSES = 1000
@@ -60,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
                 results[name] = legs[name]()
             except (subprocess.SubprocessError, OSError, ValueError) as error:
                 results[name] = {"error": f"{error}\n{getattr(error, 'stderr', None) or ''}"[-4000:]}
-            file.write_text(json.dumps(results[name], indent=1) + "\n")
+            with replacing(file) as unfinished:
+                unfinished.write_text(json.dumps(results[name], indent=1) + "\n")
         print(f"{name}: {json.dumps(results[name])}", flush=True)
     return int(any("error" in result for result in results.values()))
 
