@@ -84,7 +84,9 @@ def print_dry_run(train, data, hub, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "-xl-" in name or "-l-" in name else ()) for name in RUNS]
+)
 def test_every_config_and_row_passes_a_dry_run(print_dry_run, tmp_path, name):
     values = values_in(*RUNS[name])
     table = print_dry_run(*RUNS[name])

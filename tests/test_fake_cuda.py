@@ -95,7 +95,13 @@ def test_no_step_waits_for_the_device_and_a_log_line_waits_once(
     assert len(log) == 1
 
 
-@pytest.mark.parametrize("family", ["pixart_alpha", "sd3_5", "z_image", "flux2", "flux", "chroma"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "sd3_5",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("pixart_alpha", "z_image", "flux2", "flux", "chroma")),
+    ],
+)
 def test_no_step_of_a_text_family_waits(family, waits_of, finetune, filled_cache):
     def start(**options):
         return finetune(family, **options)

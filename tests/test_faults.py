@@ -256,6 +256,7 @@ def test_a_full_disk_spares_the_training(train, monkeypatch, caplog):
     assert "the sample grid could not be written" in caplog.text
 
 
+@pytest.mark.slow
 def test_output_that_cannot_be_written_ends_nothing(arguments, tmp_path):
     line = arguments(max_train_steps=2)
     with Path("/dev/full").open("w") as full:

@@ -368,6 +368,7 @@ def test_what_a_newer_state_lacks_goes_and_a_tag_moves(hub, run, uploader):
     assert hub.messages("ann/model") == ["Step 3", "Step 3"]
 
 
+@pytest.mark.slow
 def test_a_signal_stops_a_run_and_its_last_state_is_pushed(hub, start, tmp_path):
     process = start(push_to_hub=True, hub_model_id="ann/model", max_train_steps=4000)
     end = time.monotonic() + 120
@@ -572,6 +573,7 @@ def test_a_pushed_config_names_no_place(hub, run, uploader):
     assert config["learning_rate"] == 1e-3
 
 
+@pytest.mark.slow
 def test_a_kill_of_the_trainer_leaves_nothing_half_done_on_the_hub(hub, start):
     process = start(push_to_hub=True, hub_model_id="ann/model", max_train_steps=4000, checkpointing_steps=1)
     end = time.monotonic() + 120

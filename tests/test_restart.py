@@ -141,7 +141,19 @@ TEXT_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", TEXT_CASES)
+SLOW = {
+    "sd3-buckets",
+    "pixart-sigma-buckets",
+    "sd3-5",
+    "z-image",
+    "flux",
+    "chroma",
+    "sd3-5-lora",
+    "z-image-lora",
+}  # like others
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in TEXT_CASES])
 def test_a_text_model_restarts_exactly_and_generates_in_stock_as_in_training(
     finetune, stock, pipelines, rectangles, photos, vae, tmp_path, case
 ):

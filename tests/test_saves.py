@@ -156,6 +156,7 @@ train_vaerepa.main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_killed_while_a_save_is_written_it_goes_on_from_the_last_whole_one(train, arguments, tmp_path):
     options = {**EXACT, "logging_steps": 1, "max_train_steps": 8, "checkpointing_steps": 2}
     run = tmp_path / "run"

@@ -17,7 +17,7 @@ from tests.helpers_processes import double_precision
 from tests.helpers_runs import EXACT, assert_same_end
 from vaerepa.checkpoints import find_damage, load_tensors
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # minutes, for all runs of the module
 CONFIGS = ROOT / "configs/accelerate"
 # the launcher's configuration is that of the docs, but for the number of processes and the precision
 TWO = ["--config_file", CONFIGS / "fsdp2_8_gpus.yaml", "--num_processes", 2]

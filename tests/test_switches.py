@@ -50,7 +50,9 @@ def many_shapes(tmp_path_factory):
     return {"dataset_name": folder, "aspect_ratio_buckets": ";".join(f"{height},{width}" for height, width in sizes)}
 
 
-@pytest.mark.parametrize("family", ["pixart_alpha", "sd3_5", "z_image"])
+@pytest.mark.parametrize(
+    "family", ["z_image", *(pytest.param(f, marks=pytest.mark.slow) for f in ("pixart_alpha", "sd3_5"))]
+)
 def test_compiled_blocks_take_more_sizes_and_lengths_than_torch_has_graphs_for(
     family, finetune, tmp_path, monkeypatch, many_shapes
 ):

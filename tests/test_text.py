@@ -43,7 +43,14 @@ def test_each_family_teaches_itself(family, finetune):
     assert all(line[name] > 0 for line in lines for name in names)
 
 
-@pytest.mark.parametrize("family", ["pixart_alpha", "sd3_5", "z_image", "flux2", "flux", "chroma"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "sd3_5",
+        "flux2",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("pixart_alpha", "z_image", "flux", "chroma")),
+    ],
+)
 def test_utilisation_of_each_family_is_counted_without_compiled_blocks(family, finetune, monkeypatch):
     monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 1e12)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -323,7 +330,7 @@ def test_a_text_encoder_of_transformers_serves_pixart(finetune, stock, vae, tmp_
     ("model", "size", "patch_size"),
     [
         ("MMDiT-M/2", Size(24, 768, 12), 2),
-        ("MMDiT-2B/1", Size(24, 1536, 24), 1),
+        pytest.param("MMDiT-2B/1", Size(24, 1536, 24), 1, marks=pytest.mark.slow),
         ("PixArt-XL/2", Size(28, 1152, 16), 2),
     ],
 )
