@@ -220,6 +220,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, upl
                     state.aligned_transformer.measure_gradients = logs_now and ends_step
                     if options.rank:  # its layers' dropout is the one number that torch generates itself
                         torch.manual_seed(draw_seed(options.seed, "dropout", batch.sample_indices[0]))
+                    batch = setup.feed.with_text(batch)  # encoded here where text encoders train
                     # z from the posterior of the VAE, noise alike: (B, C, H, W); t: (B,)
                     clean, noise, t = batch.latents, batch.noise, batch.t
                     noisy, target = objective.corrupt(clean, noise, t)  # x_t, and eps - z or eps: (B, C, H, W)

@@ -103,7 +103,14 @@ def test_a_base_that_cannot_be_had_is_refused(options, has_package, words, finet
     refused(*words, start=partial(finetune, "sd3"), **LORA | options)
 
 
-def test_a_quantised_base_is_not_sharded():
-    options = parse_options(["--text_conditioning", "--rank", "4", "--base_precision", "nf4"])
-    with pytest.raises(OptionError, match="--base_precision nf4 under FSDP2 cannot be sharded: take bf16"):
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--base_precision", "nf4"], "--base_precision nf4 under FSDP2 cannot be sharded: take bf16"),
+        (["--train_text_encoder"], "--train_text_encoder under FSDP2 is not supported: leave it out"),
+    ],
+)
+def test_what_is_not_sharded_of_a_lora_is_refused(flags, sentence):
+    options = parse_options(["--text_conditioning", "--rank", "4", *flags])
+    with pytest.raises(OptionError, match=sentence):
         check_sharded(options)

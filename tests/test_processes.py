@@ -51,6 +51,7 @@ RECTANGLES |= {
     "num_class_images": 3,
     "prior_loss_weight": 0.3,
 }
+ENCODERS = {"rank": 2, "train_text_encoder": True, "text_encoder_lr": 1e-3, "gradient_accumulation_steps": 2}
 RESTARTS = {
     "plain": {**EXACT, "dataloader_num_workers": 2},
     "accumulation": {**EXACT, "dataloader_num_workers": 2, "gradient_accumulation_steps": 2},
@@ -106,6 +107,7 @@ def two_processes(line_of, tuning, rectangles, flow_pipeline, tmp_path_factory):
     first = [training(f"same-{name}", **options, double=True) for name, options in SAME_STEPS.items()]
     options = RECTANGLES | {"dataset_name": rectangles, "class_data_dir": folder / "class"}
     first.append(training("rectangles", **tuning("sd3", **options)))
+    first.append(training("encoders", **tuning("sd3", **ENCODERS), double=True))
     first += [training(f"whole-{name}", **options | {"max_train_steps": STEPS}) for name, options in RESTARTS.items()]
     first += restart(5)
     first.append(training("heads", alignment_stop_step=2, max_train_steps=5, checkpointing_steps=1))
@@ -162,6 +164,17 @@ def test_two_processes_take_the_steps_of_one_over_rectangles(two_processes, fine
     assert all(torch.allclose(one[name], two[name], atol=2e-5) for name in weights)
     losses = [[line["train/loss"] for line in read_metrics(run, "train/loss")] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_two_processes_train_text_encoders_as_one(two_processes, finetune):
+    with double_precision():
+        runs = [finetune("sd3", **ENCODERS), two_processes[0] / "encoders"]
+    one, two = (tensors_of(run, 4) for run in runs)
+    layers = [name for name in one if name.startswith("state/transformer/text_encoder") and "lora_B" in name]
+    assert all(one[name].any() for name in layers)
+    assert len(layers) == 2 * 2 * 4  # encoders, their blocks, q, k, v and out
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-9
 
 
 @pytest.mark.parametrize("case", RESTARTS)

@@ -108,6 +108,7 @@ def test_restarts_are_exact(train, placed, tmp_path, case):
 
 
 LORA = {"rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 1e-2}
+ENCODERS = {"train_text_encoder": True, "text_encoder_lr": 1e-2}
 BUCKETS = {"dataset_name": "rectangles", "aspect_ratio_buckets": "16,16;12,20;20,12", "gradient_accumulation_steps": 2}
 PRIOR = {"with_prior_preservation": True, "class_data_dir": True, "class_prompt": "a photo", "num_class_images": 3}
 FOLDERS = {"train_data_dir": True, "repeats": [2, 1], "instance_prompt": ["a red cat", "tree"]}
@@ -128,10 +129,10 @@ TEXT_CASES = {
     "chroma": ("chroma", {}, CACHED, WORKERS),
     "sd3-folders-resolutions": ("sd3", FOLDERS, CACHED, WORKERS),
     "pixart-alpha-lora": ("pixart_alpha", LORA, {}, {}),
-    "sd3-5-lora": ("sd3_5", LORA, {}, {}),
+    "sd3-5-lora-encoders": ("sd3_5", LORA | ENCODERS, {}, {}),
     "z-image-lora": ("z_image", LORA, {}, {}),
     "flux2-lora": ("flux2", LORA, {}, {}),
-    "flux-lora": ("flux", LORA, {}, {}),
+    "flux-lora-encoder": ("flux", LORA | ENCODERS, {}, WORKERS),
     "chroma-lora": ("chroma", LORA, {}, {}),
     "sd3-5-dora": ("sd3_5", LORA | {"adapter": "dora"}, {}, {}),
     "flux-lokr": ("flux", LORA | {"adapter": "lokr", "lora_dropout": None}, {}, {}),
@@ -148,7 +149,7 @@ SLOW = {
     "z-image",
     "flux",
     "chroma",
-    "sd3-5-lora",
+    "sd3-5-lora-encoders",
     "z-image-lora",
 }  # like others
 
@@ -191,6 +192,9 @@ def test_a_text_model_restarts_exactly_and_generates_in_stock_as_in_training(
         assert all(tensor.dtype == torch.float32 for tensor in layers.values())
         trained = [tensor for name, tensor in tensors.items() if name.startswith("state/transformer/")]
         assert sum(tensor.numel() for tensor in layers.values()) == sum(tensor.numel() for tensor in trained)
+        if "train_text_encoder" in options:  # B is 0 at the start
+            changed = {name.partition(".")[0] for name, layer in layers.items() if "lora_B" in name and layer.any()}
+            assert changed == {"transformer", "text_encoder", *(["text_encoder_2"] if family == "sd3_5" else [])}
         jobs = [(base, None), (base, whole)]
     else:
         jobs = [(base, None), (whole, None), (whole / "checkpoint-4", None)]

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_vaerepa
 from tests import text_models
@@ -24,7 +24,7 @@ from tests.helpers_runs import PROMPTS, SCRATCH
 from tests.helpers_stock import picture_in_grid
 from vaerepa import throughput
 from vaerepa.alignment import AlignedTransformer, AlignmentContext, GuidingHead, HeadGuidance, VAEAlignment
-from vaerepa.data import TrainingNumbers, open_sources
+from vaerepa.data import Prompts, TrainingNumbers, open_sources
 from vaerepa.data.prompts import choose_caption
 from vaerepa.dry_run import frozen_bytes
 from vaerepa.families import Size, family_of_pipeline, parse_preset, pipelines_of
@@ -384,9 +384,13 @@ def test_a_layer_that_a_lora_would_pass_over_is_refused(layers, words, finetune,
     refused(*words, start=partial(finetune, "sd3"), rank=2, lora_layers=layers)
 
 
-@pytest.mark.parametrize("adapter", ["LoRA", "DoRA", "LoKr", "LoHa"])
-def test_a_dry_run_of_an_adapter_counts_what_trains_in_half_precision(adapter, finetune, capsys):
+@pytest.mark.parametrize(
+    ("adapter", "beside"),
+    [("LoRA", ""), ("LoRA", " and that of text encoders"), ("DoRA", ""), ("LoKr", ""), ("LoHa", "")],
+)
+def test_a_dry_run_of_an_adapter_counts_what_trains_in_half_precision(adapter, beside, finetune, capsys):
     options = {"rank": 2, "adapter": adapter.lower(), "mixed_precision": "bf16"}
+    options["train_text_encoder"] = True if beside else None
     finetune("sd3", **options, dry_run=True)
     dry_run = capsys.readouterr().out
     run = finetune("sd3", **options, max_train_steps=1)
@@ -394,7 +398,7 @@ def test_a_dry_run_of_an_adapter_counts_what_trains_in_half_precision(adapter, f
     tensors = load_file(file).values()
     assert all(tensor.dtype == torch.float32 for tensor in tensors)
     size = sum(tensor.numel() for tensor in tensors)
-    assert f"| of them the {adapter} of rank 2, which trains | {size / 1e6:.3g} M |" in dry_run
+    assert f"| of them the {adapter} of rank 2{beside}, which trains | {size / 1e6:.3g} M |" in dry_run
     assert f"| exported {adapter} | {4 * size / 2**20:.2f} MiB |" in dry_run
 
 
@@ -439,6 +443,74 @@ def test_a_lora_goes_on_from_another(family, adapter, finetune, refused, tmp_pat
     start = partial(finetune, family)
     refused("--pretrained_lora_model_name_or_path", "--rank", start=start, **options | {"rank": 3})
     refused("alpha 4, not 2", "--lora_alpha", start=start, **options | {"lora_alpha": None})
+
+
+def test_text_encoders_that_train_are_those_of_the_pictures_and_of_the_file(finetune, pipelines, monkeypatch):
+    conditions, condition = [], Prompts.condition
+
+    def record(self, prompts):
+        conditions.append(condition(self, prompts))
+        return conditions[-1]
+
+    monkeypatch.setattr(Prompts, "condition", record)
+    options = {"rank": 2, "learning_rate": 1e-2, "train_text_encoder": True, "text_encoder_lr": 3e-2, "lora_alpha": 4}
+    options |= PROMPTS | {"validation_prompts": ["a red cat"], "num_validation_images": 1, "lora_dropout": 0.2}
+    run = finetune("sd3_5", **options, max_train_steps=1)
+    in_training, in_grid = conditions[-2:]  # one step, then the grid
+    layers = load_file(run / "pytorch_lora_weights.safetensors")
+    rates = {"transformer": 1e-2, "text_encoder": 3e-2, "text_encoder_2": 3e-2}
+    for part, rate in rates.items():
+        ups = [layer for name, layer in layers.items() if name.startswith(f"{part}.") and "lora_B" in name]
+        assert max(layer.abs().max() for layer in ups) == pytest.approx(rate, rel=1e-3)  # as far as AdamW's first step
+    pipeline = DiffusionPipeline.from_pretrained(pipelines("sd3_5"))
+    encode = partial(family_of_pipeline(type(pipeline).__name__).encode_prompts, pipeline, ["a red cat"], 24)
+    with torch.no_grad():
+        [before] = encode()
+        pipeline.load_lora_weights(run)
+        [after] = encode()
+    for name in before:
+        assert in_training[name].requires_grad
+        assert not torch.allclose(before[name], after[name], atol=1e-3)
+        torch.testing.assert_close(in_grid[name][0], after[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_lora_of_text_encoders_goes_on(finetune, refused, tmp_path):
+    """Also from the names that CLIPTextModel had before transformers 5."""
+    options = {"rank": 2, "train_text_encoder": True, "max_train_steps": 1}
+    first = finetune("flux", **options, text_encoder_lr=1e-2, output_dir=tmp_path / "first")
+    name = "pytorch_lora_weights.safetensors"
+    with safe_open(first / name, "pt") as file:
+        metadata = file.metadata()
+    layers = load_file(first / name)
+    older = {key.replace("text_encoder.", "text_encoder.text_model."): layer for key, layer in layers.items()}
+    (tmp_path / "older").mkdir()
+    save_file(older, tmp_path / "older" / name, metadata)
+    still = {"learning_rate": 1e-30, "text_encoder_lr": 1e-30}
+    for start, precision in ((first, "no"), (tmp_path / "older", "bf16")):  # of the frozen weights alone
+        given = options | {"mixed_precision": precision, "pretrained_lora_model_name_or_path": start}
+        second = finetune("flux", **given | still, output_dir=tmp_path / f"from-{start.name}")
+        after = load_file(second / name)
+        assert after.keys() == layers.keys()
+        assert all(torch.equal(layers[key], after[key]) for key in layers)
+    words = ("--pretrained_lora_model_name_or_path", "text_encoder", "add --train_text_encoder")
+    refused(*words, start=partial(finetune, "flux"), **given | {"train_text_encoder": None})
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("pixart_alpha", {}, ["PixArt", "Stable Diffusion 3", "FLUX.1"]),
+        ("chroma", {}, ["Chroma", "Stable Diffusion 3", "FLUX.1"]),
+        ("sd3", {"rank": None}, ["goes with --rank"]),
+        ("sd3", {"cache_text_embeddings": True}, ["--cache_text_embeddings"]),
+        ("sd3", {"adapter": "dora"}, ["--adapter dora", "take lora"]),
+        ("sd3", {"lora_format": "comfyui"}, ["--lora_format comfyui", "diffusers"]),
+        ("sd3", {"train_text_encoder": None, "text_encoder_lr": 1e-3}, ["--text_encoder_lr goes with"]),
+    ],
+)
+def test_text_encoders_that_cannot_train_are_refused(family, options, words, finetune, refused):
+    options = {"rank": 2, "train_text_encoder": True} | options
+    refused("--train_text_encoder", *words, start=partial(finetune, family), **options)
 
 
 def test_a_lora_for_comfyui_has_the_alpha_of_each_layer(finetune, stock, pipelines, tmp_path):

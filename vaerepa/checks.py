@@ -63,6 +63,16 @@ def check_adapter(options: Options) -> None:
         check_base_precision(options.base_precision, options.mixed_precision, options.adapter)
     if options.lora_format == "comfyui" and options.adapter != "lora":
         raise OptionError(f"--lora_format comfyui goes with --adapter lora, not with {options.adapter}.")
+    refused = {
+        "--cache_text_embeddings": options.cache_text_embeddings
+        and "embeddings change with the text encoders: leave it out",
+        f"--adapter {options.adapter}": options.adapter != "lora" and "no stock pipeline loads all of it: take lora",
+        f"--lora_format {options.lora_format}": options.lora_format == "comfyui"
+        and "it writes layers of the transformer alone: take diffusers",
+    }
+    for flag, reason in refused.items():
+        if options.train_text_encoder and reason:
+            raise OptionError(f"{flag} does not go with --train_text_encoder: {reason}.")
 
 
 def check_sharded(options: Options) -> None:
@@ -77,6 +87,7 @@ def check_sharded(options: Options) -> None:
         "--use_8bit_adam": options.use_8bit_adam and "cannot be sharded: leave it out, the moments are sharded anyway",
         f"--base_precision {options.base_precision}": options.base_precision in QUANTISATIONS
         and "cannot be sharded: take bf16",
+        "--train_text_encoder": options.train_text_encoder and "is not supported: leave it out",
         "--offload_ema": options.offload_ema and "cannot be had: leave it out, the EMA weights are sharded anyway",
         "--aspect_ratio_buckets": options.aspect_ratio_buckets and f"{several_shapes}: leave it out",
         "--resolution of several sizes": len(options.resolution) > 1 and f"{several_shapes}: give one",

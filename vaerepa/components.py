@@ -6,7 +6,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
-from vaerepa import lora, objectives
+from vaerepa import families, lora, objectives
 from vaerepa.alignment import METHODS, MethodParts, ScheduledMethod, settings
 from vaerepa.alignment.options import AlignmentOptions
 from vaerepa.alignment.stored_heads import StoredHeads, load_heads
@@ -52,6 +52,12 @@ def open_components(options: Options) -> Components:
     family = family_of(options)
     if options.negative_prompt and not family.takes_negative_prompts:
         raise OptionError(f"--negative_prompt: {family.name} is guided without one; leave it out.")
+    if options.train_text_encoder and not family.trainable_encoders:
+        able = " and ".join(one.name for one in families.FAMILIES if getattr(one, "trainable_encoders", ()))
+        raise OptionError(
+            f"--train_text_encoder: the stock pipeline of {family.name} loads no LoRA of a text encoder, those of {able} do; "
+            "leave it out."
+        )
     given, heads = open_pretrained(options), None
     if options.pretrained_model_name_or_path:
         heads = load_heads(options.pretrained_model_name_or_path, options.revision, options.cache_dir)
@@ -188,9 +194,15 @@ def build_transformer(options: Options, components: Components) -> nn.Module:
         transformer = family.build_transformer(size, patch_size, spec, options.seed)
     check_capacity(options, family, transformer, downsampling_factor(vae))
     if options.rank:
-        kind = components.given.pipeline_class
-        lora.add_lora(transformer, family, kind, options, options.seed, options.cache_dir)
+        parts = {lora.TRANSFORMER: transformer, **trained_encoders(options, components)}
+        lora.add_lora(parts, family, components.given.pipeline_class, options, options.seed, options.cache_dir)
     return transformer
+
+
+def trained_encoders(options: Options, components: Components) -> dict[str, nn.Module]:
+    """Text encoders that train beside the transformer, by their names in the pipeline; {} without --train_text_encoder."""
+    names = components.family.trainable_encoders if options.train_text_encoder else ()
+    return {name: components.given.text_components[name] for name in names}
 
 
 def fit_to_data(options: Options, components: Components) -> None:

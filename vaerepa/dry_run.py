@@ -72,7 +72,10 @@ def describe(options: Options, num_shards: int = 1) -> str:
     no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
     alignments = components.build_alignments(options, parts, transformer, no_statistics)
     shape = shape_of_latents(parts.vae, options.largest_resolution)
-    sizes = estimate(options, parts.family, transformer, shape, alignments, source.num_images or 0, num_shards)
+    encoders = components.trained_encoders(options, parts).values()
+    in_encoders = sum(count(encoder, trained=True) for encoder in encoders)
+    images = source.num_images or 0
+    sizes = estimate(options, parts.family, transformer, shape, alignments, images, num_shards, in_encoders)
     learning_rate = optimization.learning_rate_schedule(options, options.global_batch_size, num_steps)
     classes = classes_in_batch(
         source,
@@ -92,6 +95,7 @@ def estimate(
     alignments: list[ScheduledMethod],
     num_images: int,
     num_shards: int = 1,
+    trained_in_encoders: int = 0,
 ) -> Estimate:
     """Works out a run from its transformer in training form, on the meta device or not.
 
@@ -99,6 +103,7 @@ def estimate(
         num_images: of the training split, for the latents cache: mean and deviation of each posterior in half precision, the
             vision encoder's features, and both of the flipped images.
         num_shards: number of processes that each hold a part of weights, gradients, moments and EMA weights.
+        trained_in_encoders: number of parameters that train in text encoders.
     """
     forward = throughput.OneForward(family, transformer.to("meta"), latent_shape)
     with torch.device("meta"):
@@ -111,7 +116,7 @@ def estimate(
     block_of = {alignment.name: alignment.block for alignment in alignments}
     plain, head_flops = throughput.count_flops(forward, heads, block_of)
     size, stock_size, head_sizes = count(transformer), count(stock), {name: count(head) for name, head in heads.items()}
-    own = count(transformer, trained=True)  # all of it, or its LoRA
+    own = count(transformer, trained=True) + trained_in_encoders  # all of it, or its LoRA
     trained = own + sum(head_sizes.values())
     frozen = frozen_bytes(transformer)
     precision = options.base_precision or ("bf16" if options.mixed_precision in HALF else "float32")
@@ -275,10 +280,14 @@ def report(
     num_images, epoch = source.num_images, source.num_rows
     frozen = "VAE and text encoders" if family.text_components else "the VAE"
     is_lora, adapter = options.rank is not None, lora.NAMES[options.adapter]
+    beside = " and that of text encoders" if options.train_text_encoder else ""
     points = (0, num_steps // 2, num_steps - 1)
     rows = [
         ("parameters of the transformer", f"{sizes.parameters / 1e6:.1f} M"),
-        (f"of them the {adapter} of rank {options.rank}, which trains", f"{sizes.trained_parameters / 1e6:.3g} M")
+        (
+            f"of them the {adapter} of rank {options.rank}{beside}, which trains",
+            f"{sizes.trained_parameters / 1e6:.3g} M",
+        )
         if is_lora
         else ("in the stock file, an embedder per block", f"{sizes.stock_parameters / 1e6:.1f} M"),
         ("forward pass, one image", f"{sizes.flops / 1e9:.1f} GFLOP"),

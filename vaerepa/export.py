@@ -3,6 +3,7 @@
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,15 +93,15 @@ class LoRAExport(Export):
 
     Args:
         pipeline_class: the stock pipeline that loads them.
-        transformer: the transformer with the layers.
+        parts: the modules with the layers, as `lora.add_lora` has them.
         options: its rank, kind and format.
     """
 
     ships_heads = False  # heads are larger than a LoRA
 
-    def __init__(self, pipeline_class: type[DiffusionPipeline], transformer: nn.Module, options: lora.LoRAOptions):
+    def __init__(self, pipeline_class: type[DiffusionPipeline], parts: dict[str, nn.Module], options: lora.LoRAOptions):
         self.pipeline_class = pipeline_class
-        self.transformer = transformer
+        self.parts = parts
         self.options = options
         self.rank = options.rank
         self.how_to_load = f"is a {lora.NAMES[options.adapter]}; its README.md shows how to load it"
@@ -110,7 +111,8 @@ class LoRAExport(Export):
         """Writes nothing: the base model is not ours."""
 
     def write(self, folder: Path, weights: Tensors) -> None:
-        lora.save_lora(folder, self.transformer, weights, self.pipeline_class, self.options)
+        lora.save_lora(folder, self.parts, weights, self.pipeline_class, self.options)
 
     def parameters(self, transformer: nn.Module) -> Iterable[nn.Parameter]:
-        return (parameter for parameter in transformer.parameters() if parameter.requires_grad)
+        parts = chain.from_iterable(part.parameters() for part in self.parts.values())
+        return (parameter for parameter in parts if parameter.requires_grad)

@@ -36,9 +36,8 @@ _INSTEAD = {  # what to do in the place of several flags
     ),
     "pictures of the class are generated one by one, in the precision of --mixed_precision; --class_data_dir may "
     "hold real ones.": "prior_generation_precision sample_batch_size real_prior",
-    "text encoders stay frozen; the transformer trains, or with --rank a LoRA of it.": (
-        "train_text_encoder train_text_encoder_frac text_encoder_lr adam_weight_decay_text_encoder "
-        "skip_save_text_encoder fsdp_text_encoder"
+    "--train_text_encoder trains a LoRA of text encoders to the end, with the transformer's weight decay.": (
+        "train_text_encoder_frac adam_weight_decay_text_encoder skip_save_text_encoder fsdp_text_encoder"
     ),
     "captions are encoded as the stock pipeline does; --cache_text_embeddings does it once.": (
         "text_encoder_use_attention_mask text_encoder_out_layers remote_text_encoder complex_human_instruction "

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import peft
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import save_file
@@ -25,8 +27,10 @@ from vaerepa.weights import Tensors
 
 NAMES = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
 LYCORIS = {"lokr": LoKrConfig, "loha": LoHaConfig}  # which stock pipelines do not load, or not all
+TEXT_LAYERS = ("k_proj", "out_proj", "q_proj", "v_proj")  # of CLIP's attention, as in diffusers' scripts
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that peft supports
-PEFT_PREFIX, STOCK_PREFIX = "base_model.model.", "transformer."
+TRANSFORMER = "transformer"  # by its name in the pipeline, as the parts beside it
+PEFT_PREFIX = "base_model.model."
 EXPECTED = "a Hub id, a folder or a file of a LoRA for this pipeline"
 
 
@@ -61,6 +65,13 @@ class LoRAOptions:
         resume="fixed",
         goes_with="rank",
     )
+    train_text_encoder: bool = option(
+        False,
+        "Train a LoRA over the attention of the CLIP text encoders too, in Stable Diffusion 3 and FLUX.1. Captions are then "
+        "encoded in every step.",
+        resume="fixed",
+        goes_with="rank",
+    )
     lora_format: Literal["diffusers", "comfyui"] = option(
         "diffusers",
         "comfyui adds comfyui_lora_weights.safetensors, with the alpha of each layer beside its weights.",
@@ -85,7 +96,7 @@ class LoRAOptions:
 
 
 def add_lora(
-    transformer: nn.Module,
+    parts: dict[str, nn.Module],
     family: Family,
     pipeline_class: type[DiffusionPipeline],
     options: LoRAOptions,
@@ -95,27 +106,29 @@ def add_lora(
     """Freezes the transformer and adds an adapter of --rank to it, in place; its weights stay in float32.
 
     Args:
+        parts: the transformer and, where they train too, frozen text encoders, by their names in the pipeline.
         pipeline_class: stock pipeline that loads the adapter, also the one to go on from.
 
     Raises:
         OptionError: --lora_layers names something that is no layer of the transformer; there is no adapter to go on from, or
             it does not fit.
     """
-    transformer.requires_grad_(False)
+    transformer = parts[TRANSFORMER].requires_grad_(False)
     layers = [layer for names in options.lora_layers for layer in names.replace(",", " ").split()]
     check_layers(transformer, layers, family)
-    config = adapter_config(options, layers or list(family.lora_layers))
+    layers_of = {TRANSFORMER: layers or list(family.lora_layers)}
     try:
-        with seeded_weights(seed, "lora"):
-            peft.inject_adapter_in_model(config, transformer)
+        for part, module in parts.items():
+            with seeded_weights(seed, "lora" if part == TRANSFORMER else f"lora {part}"):
+                peft.inject_adapter_in_model(adapter_config(options, layers_of.get(part, [*TEXT_LAYERS])), module)
     except ValueError as error:
         raise OptionError(
             f"--lora_layers {' '.join(layers)}: no {NAMES[options.adapter]} can be laid over all of these: "
             f"{' '.join(str(error).split())}"
         ) from error
-    cast_training_params(transformer, torch.float32)
+    cast_training_params([*parts.values()], torch.get_default_dtype())
     if options.pretrained_lora_model_name_or_path:
-        _load(transformer, pipeline_class, options, cache_dir)
+        _load(parts, pipeline_class, options, cache_dir)
 
 
 def adapter_config(options: LoRAOptions, layers: list[str]) -> PeftConfig:
@@ -155,9 +168,12 @@ def check_layers(transformer: nn.Module, layers: list[str], family: Family) -> N
 
 
 def _load(
-    transformer: nn.Module, pipeline_class: type[DiffusionPipeline], options: LoRAOptions, cache_dir: str | None
+    parts: dict[str, nn.Module],
+    pipeline_class: type[DiffusionPipeline],
+    options: LoRAOptions,
+    cache_dir: str | None,
 ) -> None:
-    """Gives the adapter the weights of --pretrained_lora_model_name_or_path.
+    """Gives the adapters the weights of --pretrained_lora_model_name_or_path.
 
     Raises:
         OptionError: it is not there, or of other layers, rank or alpha.
@@ -168,25 +184,54 @@ def _load(
         layers, alphas = _read(name, pipeline_class, options.adapter, cache_dir)
     except UNREADABLE as error:
         raise OptionError(f"{where} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
-    own = get_peft_model_state_dict(transformer)
-    there, here = ({key: tuple(tensor.shape) for key, tensor in part.items()} for part in (layers, own))
+    others = {key.partition(".")[0] for key in layers if key.startswith("text_encoder")} - parts.keys()
+    if others:
+        raise OptionError(f"{where} has layers of {' and '.join(sorted(others))} too: add --train_text_encoder.")
+    layers = {part: _by_peft_names(own, part, parts[part]) for part, own in _by_part(layers, parts).items()}
+    own = {part: get_peft_model_state_dict(module) for part, module in parts.items()}
+    there, here = (
+        {f"{part}.{key}": tuple(tensor.shape) for part, tensors in each.items() for key, tensor in tensors.items()}
+        for each in (layers, own)
+    )
     different = sorted(key for key, _ in there.items() ^ here.items())
     if different:
         key = different[0]
         raise OptionError(
             f"{where} has other weights: {key} is {there.get(key, 'missing')} there and {here.get(key, 'missing')} here. Give "
-            "the --adapter, --rank and --lora_layers that it was trained with."
+            "the --adapter, --rank, --lora_layers and --train_text_encoder that it was trained with."
         )
     if alphas - {alpha}:
         trained = " and ".join(f"{one:g}" for one in sorted(alphas))
         raise OptionError(f"{where} was trained with alpha {trained}, not {alpha}: give it as --lora_alpha.")
-    set_peft_model_state_dict(transformer, layers)
+    for part, module in parts.items():
+        set_peft_model_state_dict(module, layers[part])
+
+
+def _by_part(tensors: Tensors, parts: Iterable[str]) -> dict[str, Tensors]:
+    """Tensors by the part that their name begins with, which is cut off; all others are the transformer's."""
+    divided: dict[str, Tensors] = {part: {} for part in parts}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part in divided:
+            divided[part][rest] = tensor
+        else:
+            divided[TRANSFORMER][name] = tensor
+    return divided
+
+
+def _by_peft_names(layers: Tensors, part: str, module: nn.Module) -> Tensors:
+    """Layers of a text encoder by peft's names, as its stock loader finds them; those of the transformer have these already."""
+    if part == TRANSFORMER or not layers:
+        return layers
+    layers = convert_state_dict_to_peft(convert_state_dict_to_diffusers(layers))
+    prefix = "" if hasattr(module, "text_model") else "text_model."  # of a CLIPTextModel before transformers 5
+    return {key.removeprefix(prefix): tensor for key, tensor in layers.items()}
 
 
 def _read(
     name: str, pipeline_class: type[DiffusionPipeline], adapter: str, cache_dir: str | None
 ) -> tuple[dict[str, torch.Tensor], set[float]]:
-    """Weights of an adapter by peft's names, and the alphas of its layers; no alpha means the rank."""
+    """Weights of an adapter, after the names of their parts if it names any, and alphas of layers; no alpha means the rank."""
     if not has_loader(pipeline_class, adapter):
         layers = load_peft_weights(name, device="cpu", cache_dir=cache_dir)
         config = PeftConfig.from_pretrained(name, cache_dir=cache_dir)
@@ -197,10 +242,9 @@ def _read(
         name, return_alphas=True, return_lora_metadata=True, cache_dir=cache_dir
     )
     alphas = {float(alpha) for several in beside for alpha in (several or {}).values()}
-    known = (metadata or {}).get(f"{STOCK_PREFIX}lora_alpha")
-    alphas |= set() if known is None else {float(known)}
+    alphas |= {float(value) for key, value in (metadata or {}).items() if key.endswith(".lora_alpha")}
     rank = max((tensor.shape[0] for key, tensor in layers.items() if "lora_A" in key), default=0)
-    return {key.removeprefix(STOCK_PREFIX): tensor for key, tensor in layers.items()}, alphas or {float(rank)}
+    return layers, alphas or {float(rank)}
 
 
 def has_loader(pipeline_class: type[DiffusionPipeline], adapter: str) -> bool:
@@ -210,27 +254,27 @@ def has_loader(pipeline_class: type[DiffusionPipeline], adapter: str) -> bool:
 
 def save_lora(
     folder: Path,
-    transformer: nn.Module,
+    parts: dict[str, nn.Module],
     weights: Tensors,
     pipeline_class: type[DiffusionPipeline],
     options: LoRAOptions,
 ) -> None:
-    """Writes the adapter alone: for load_lora_weights, or as a peft adapter where the stock pipeline has no loader.
+    """Writes the adapters alone: for load_lora_weights, or as a peft adapter where the stock pipeline has no loader.
 
     Args:
-        transformer: the transformer over which its layers lie; its own weights are not read.
-        weights: those of the layers on the CPU, by their names in the transformer.
+        parts: the modules over which their layers lie, as `add_lora` has them; their own weights are not read.
+        weights: those of the layers on the CPU, by their names in the transformer, or after the name of the text encoder.
     """
-    layers = get_peft_model_state_dict(transformer, state_dict=weights)
-    config = copy(transformer.peft_config["default"])
-    if isinstance(config, LoraConfig):
-        config.lora_dropout = 0.0  # load_lora_weights would leave it at work
-    config.target_modules = sorted(config.target_modules)  # a set's order is the process' own
-    prefix = STOCK_PREFIX if has_loader(pipeline_class, options.adapter) else PEFT_PREFIX
-    if prefix == STOCK_PREFIX:
-        pipeline_class.save_lora_weights(
-            folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()
-        )
+    each = {
+        part: get_peft_model_state_dict(parts[part], state_dict=own) for part, own in _by_part(weights, parts).items()
+    }
+    configs = {part: _exported_config(module) for part, module in parts.items()}
+    layers, config = each[TRANSFORMER], configs[TRANSFORMER]
+    prefix = f"{TRANSFORMER}." if has_loader(pipeline_class, options.adapter) else PEFT_PREFIX
+    if prefix != PEFT_PREFIX:
+        named = {f"{part}_lora_layers": own for part, own in each.items()}
+        named |= {f"{part}_lora_adapter_metadata": own.to_dict() for part, own in configs.items()}
+        pipeline_class.save_lora_weights(folder, **named)
         _sort_metadata(folder / "pytorch_lora_weights.safetensors")
     else:
         save_file({prefix + name: tensor for name, tensor in layers.items()}, folder / "adapter_model.safetensors")
@@ -239,6 +283,15 @@ def save_lora(
         alphas = {f"{name.partition('.lora_')[0]}.alpha": torch.tensor(float(config.lora_alpha)) for name in layers}
         named = {prefix + name: tensor for name, tensor in (layers | alphas).items()}
         save_file(named, folder / "comfyui_lora_weights.safetensors")
+
+
+def _exported_config(module: nn.Module) -> PeftConfig:
+    """peft's config of a module's adapter, as others are to load it."""
+    config = copy(module.peft_config["default"])
+    if isinstance(config, LoraConfig):
+        config.lora_dropout = 0.0  # load_lora_weights would leave it at work
+    config.target_modules = sorted(config.target_modules)  # a set's order is the process' own
+    return config
 
 
 def _sort_metadata(file: Path) -> None:

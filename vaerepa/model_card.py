@@ -39,9 +39,10 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         name: the repository, user/name, or the name of the run.
         facts: variables of the template beside the options; missing ones leave no empty heading. `classes` are the
             names of the classes, `task` is CLASS_TASK (the default) or TEXT_TASK, `tags` are further tags, `rank` and
-            `adapter` are those of a LoRA, `validation_loss` is the exported weights' loss, `report` the newest of
-            --eval_steps, `pipeline_class` is the stock pipeline's name where it takes prompts, `pictures` are the captions and
-            paths of samples, `left_out` the parts that the pipeline does without, `dtype` is the one to load it in.
+            `adapter` are those of a LoRA, `trains_encoders` says whether it has layers of text encoders, `validation_loss` is
+            the exported weights' loss, `report` the newest of --eval_steps, `pipeline_class` is the stock pipeline's name where
+            it takes prompts, `pictures` are the captions and paths of samples, `left_out` the parts that the pipeline does
+            without, `dtype` is the one to load it in.
     """
     metadata = card_metadata(options, name, facts)
     card = ModelCard.from_template(

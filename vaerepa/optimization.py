@@ -42,6 +42,13 @@ class OptimizerOptions:
         "multiplies it by --learning_rate, which should be 1; it needs prodigyopt.",
         resume="fixed",
     )
+    text_encoder_lr: float = option(
+        5e-6,
+        "Learning rate of the text encoders after the warm-up, by the same schedule; prodigy takes --learning_rate for all.",
+        resume="schedule",
+        above=0,
+        goes_with="train_text_encoder",
+    )
     adam_beta1: float = option(0.9, "AdamW's beta1, and Prodigy's.", resume="schedule", at_least=0, below=1)
     adam_beta2: float = option(0.999, "AdamW's beta2, and Prodigy's.", resume="schedule", at_least=0, below=1)
     adam_weight_decay: float = option(
@@ -79,31 +86,40 @@ def check_optimizer(options: OptimizerOptions, rank: int | None) -> None:
 
 
 def build_optimizer(
-    groups: Iterable[Iterable[nn.Parameter]], options: OptimizerOptions, matrices: Iterable[nn.Parameter] = ()
+    groups: Iterable[Iterable[nn.Parameter]],
+    options: OptimizerOptions,
+    matrices: Iterable[nn.Parameter] = (),
+    text: Iterable[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """The optimizer of --optimizer over one group per module that trains; modules without parameters get none.
 
     Args:
         matrices: those of the parameters that Muon takes, if it is asked for.
+        text: those of the parameters that --text_encoder_lr is for; their group has `lr_factor`, theirs over that of the others.
 
     Raises:
         OptionError: 8-bit AdamW without bitsandbytes.
     """
-    groups = [list(group) for group in groups]
+    text = dict.fromkeys(text)
+    groups = _as_groups([[p for p in group if p not in text] for group in groups])
+    if text:
+        is_one = options.optimizer == "prodigy"  # which estimates one step size for all
+        factor = 1.0 if is_one else options.text_encoder_lr / options.learning_rate
+        groups.append({"params": list(text), "lr_factor": factor})
     common = {"lr": options.learning_rate, "weight_decay": options.adam_weight_decay}
     adam = common | {"betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
     if options.optimizer == "prodigy":
         from prodigyopt import Prodigy  # no requirement
 
         # as diffusers' scripts call it
-        return Prodigy(_as_groups(groups), **adam, use_bias_correction=True, safeguard_warmup=True)
+        return Prodigy(groups, **adam, use_bias_correction=True, safeguard_warmup=True)
     if options.optimizer == "muon":
         matrices = dict.fromkeys(matrices)
-        rest = [[p for p in group if p not in matrices] for group in groups]
+        rest = [[p for p in group["params"] if p not in matrices] for group in groups]
         # scaled to the size of AdamW's updates, so that one learning rate serves both
         muon = torch.optim.Muon(list(matrices), **common, adjust_lr_fn="match_rms_adamw")
         return MuonWithAdamW(muon, torch.optim.AdamW(_as_groups(rest), **adam, fused=True))
-    return _adamw(options)(_as_groups(groups), **adam)
+    return _adamw(options)(groups, **adam)
 
 
 def _as_groups(groups: list[list[nn.Parameter]]) -> list[dict[str, list[nn.Parameter]]]:

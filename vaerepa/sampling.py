@@ -125,6 +125,7 @@ def plot_prompt_grid(
     return grid
 
 
+@torch.no_grad()
 def generate_images(
     pipeline: DiffusionPipeline,
     prompts: Prompts,

@@ -34,6 +34,7 @@ class AlignedTransformer(nn.Module):
         block_of: the block that each head reads, counted from 1.
         family: knows how the transformer is called, and what its blocks return; DiT by default.
         target_blocks: by method the blocks whose tokens are returned too, without gradient, counted from 1.
+        text_encoders: by name those that train beside it; they are called outside.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class AlignedTransformer(nn.Module):
         block_of: dict[str, int],
         family: Family = DEFAULT,
         target_blocks: dict[str, tuple[int, ...]] | None = None,
+        text_encoders: dict[str, nn.Module] | None = None,
     ):
         super().__init__()
         for name, block in block_of.items():
@@ -54,6 +56,7 @@ class AlignedTransformer(nn.Module):
         self.family = family
         self.transformer = transformer
         self.heads = nn.ModuleDict(heads)
+        self.text_encoders = nn.ModuleDict(text_encoders or {})
         self.measure_gradients = False
         self._taps = {name: Tap() for name in heads}
         self._recording = False

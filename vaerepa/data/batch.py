@@ -93,7 +93,8 @@ class Batch(_Tensors):
         drop: whether each sample loses its label or caption, boolean, shape (B,).
         numbers: random numbers of alignment methods by name, each (B,), uniform on (0, 1).
         text: the condition that the family makes of the captions, of empty prompts where they are dropped; None where the
-            transformer is conditioned on labels.
+            transformer is conditioned on labels, and until a training step encodes the prompts.
+        prompts: the captions that are encoded in the training step, because text encoders train; otherwise empty.
         pixel_values: the images behind the latents, uint8, shape (B, 3, H, W); None where no alignment method reads them.
         vision_features: those of these images, shape (B, z, h', w'); None where no alignment method reads them.
         mask: weight of each latent in the losses, from 0 to 1, shape (B, 1, h, w), in the dtype of the latents; None without
@@ -112,6 +113,7 @@ class Batch(_Tensors):
     drop: torch.Tensor
     numbers: dict[str, torch.Tensor]
     text: dict[str, Any] | None = None
+    prompts: Sequence[str] = ()
     pixel_values: torch.Tensor | None = None
     vision_features: torch.Tensor | None = None
     mask: torch.Tensor | None = None

@@ -268,6 +268,13 @@ class Feed:
         pin_memory = accelerator.device.type == "cuda"
         return read_micro_batches(reader, options.dataloader_num_workers, pin_memory)
 
+    def with_text(self, batch: Batch) -> Batch:
+        """The batch with its prompts encoded, if they are not yet, with gradients of the text encoders that train."""
+        if not batch.prompts:
+            return batch
+        with self.accelerator.autocast():
+            return replace(batch, text=self.prompts.condition(batch.prompts), prompts=())
+
     def without_condition(self, batch: Batch) -> Batch:
         """The batch with every label dropped, or with empty captions."""
         text = self.prompts.condition([""] * len(batch.t)) if self.prompts else None
@@ -280,7 +287,9 @@ class Feed:
         for samples in micro_batch:
             if trains and isinstance(self.source, UncountedSource):
                 self._learn(samples.finished)
-            text = None if self.prompts is None else self.prompts.condition(self._prompts_of(samples, trains))
+            prompts = self._prompts_of(samples, trains) if self.prompts else []
+            in_step = trains and self.prompts and self.prompts.trained  # by the weights of that step
+            text = self.prompts.condition(prompts) if self.prompts and not in_step else None
             samples = self._to_device(samples)
             encoded = self._encode(samples, self.cache if trains else None, with_features=trains)
             clean, numbers = self._latents_of(samples, encoded), dict(samples.numbers)
@@ -299,6 +308,7 @@ class Feed:
                     drop=numbers.pop(DROP),
                     numbers={name: values for name, values in numbers.items() if name != POSTERIOR},
                     text=text,
+                    prompts=prompts if in_step else (),
                     pixel_values=samples.pixel_values if PIXELS in self.needs and trains else None,
                     vision_features=encoded.get(FEATURES) if FEATURES in self.needs else None,
                     mask=None if samples.masks is None else samples.masks.unsqueeze(1).to(clean.dtype),

@@ -36,13 +36,22 @@ class Prompts:
     Args:
         pipeline: the stock pipeline; its text encoders leave it with `replace_encoders`.
         max_sequence_length: in tokens.
+        trained: those of the text encoders that train, by name; prompts are then encoded anew each time.
     """
 
-    def __init__(self, family: TextFamily, pipeline: DiffusionPipeline, max_sequence_length: int, device: torch.device):
+    def __init__(
+        self,
+        family: TextFamily,
+        pipeline: DiffusionPipeline,
+        max_sequence_length: int,
+        device: torch.device,
+        trained: dict[str, nn.Module] | None = None,
+    ):
         self.family = family
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
         self.device = device
+        self.trained = trained or {}
         self.cache: EmbeddingsCache | None = None
         self._recent: OrderedDict[str, Embedding] = OrderedDict()
         self._cuts = _CountOfCuts()
@@ -54,13 +63,22 @@ class Prompts:
         return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
     def condition(self, prompts: Sequence[str]) -> Any:
-        """The condition that the transformer takes, on the device, one sample for each prompt."""
-        return self.family.collate([self.embed(prompt) for prompt in prompts])
+        """The condition that the transformer takes, on the device, one sample for each prompt.
+
+        Where torch records gradients, it has those of text encoders that train, and these drop out.
+        """
+        if not self.trained:
+            return self.family.collate([self.embed(prompt) for prompt in prompts])
+        for encoder in self.trained.values():
+            encoder.train(torch.is_grad_enabled())
+        embeddings = {prompt: self._encode(prompt) for prompt in dict.fromkeys(prompts)}
+        return self.family.collate([embeddings[prompt] for prompt in prompts])
 
     def embed(self, prompt: str) -> Embedding:
         """Embedding of one prompt, on the device; it does not depend on other prompts."""
         if prompt not in self._recent:
-            embedding = self.cache.read(prompt) if self.cache else self._encode(prompt)
+            with torch.no_grad():
+                embedding = self.cache.read(prompt) if self.cache else self._encode(prompt)
             self._recent[prompt] = {name: to_device(tensor, self.device) for name, tensor in embedding.items()}
             if len(self._recent) > MAX_RECENT:
                 self._recent.popitem(last=False)
@@ -84,7 +102,8 @@ class Prompts:
             disable=not accelerator.is_local_main_process or not own,
         ):
             batch = own[start : start + PROMPTS_PER_FILE]
-            cache.write({prompt: self._encode(prompt) for prompt in batch})
+            with torch.no_grad():
+                cache.write({prompt: self._encode(prompt) for prompt in batch})
         self.report_cuts()
         accelerator.wait_for_everyone()
         cache.reload()
@@ -100,11 +119,10 @@ class Prompts:
             )
         self._cuts.prompts = self._cuts.encoded = 0
 
-    @torch.no_grad()
     def _encode(self, prompt: str) -> Embedding:
         with self._cuts.watch(type(self.pipeline).__module__, "transformers.tokenization_utils_base"):
             embedding = self.family.encode_prompts(self.pipeline, [prompt], self.max_sequence_length)[0]
-        return {name: tensor.detach().clone() for name, tensor in embedding.items()}
+        return {name: tensor.clone() for name, tensor in embedding.items()}
 
     def _key(self) -> str:
         parts = [digest_of_weights(encoder) for encoder in self.encoders.values()]

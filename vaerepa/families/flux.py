@@ -27,6 +27,7 @@ class Flux(TextFamily):
     tags = ("flux", "flux-diffusers")
     pipelines = ("FluxPipeline",)
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    trainable_encoders = ("text_encoder",)
     knows_shift = True
     max_sequence_length = 512  # of T5, whose padding is not masked
     takes_negative_prompts = False  # the embedded scale guides
@@ -166,6 +167,7 @@ class Chroma(Flux):
     tags = ("chroma",)
     pipelines = ("ChromaPipeline",)
     text_components = ("tokenizer", "text_encoder")
+    trainable_encoders = ()
     takes_negative_prompts = True
     pipeline_inputs, with_guidance = TextFamily.pipeline_inputs, TextFamily.with_guidance
 

@@ -24,6 +24,7 @@ class MMDiT(TextFamily):
         "text_encoder_3",
     )
     dispensable_components = ("tokenizer_3", "text_encoder_3")  # the stock pipeline puts zeros in the place of T5's
+    trainable_encoders = ("text_encoder", "text_encoder_2")
     knows_shift = True
     max_sequence_length = 256  # of T5; CLIP's 77 come before
     tuned_timesteps = "logit_normal"

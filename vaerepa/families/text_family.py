@@ -21,6 +21,7 @@ class TextFamily(Family):
     call_options: ClassVar[dict[str, Any]] = {"prompt": None}  # of the stock call, where prompts are encoded already
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the stock call: scale of classifier-free guidance
     takes_negative_prompts: ClassVar[bool] = True  # what that guidance leads away from
+    trainable_encoders: ClassVar[tuple[str, ...]] = ()  # of CLIP, of which the stock pipeline loads a LoRA
 
     def with_guidance(self, scale: float) -> Self:
         """A family whose transformers are conditioned on this guidance scale in training.

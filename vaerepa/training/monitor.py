@@ -43,10 +43,11 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
     size = sum(parameter.numel() for parameter in setup.transformer.parameters()) / 1e6
     trained = sum(parameter.numel() for parameter in setup.trained_weights.values()) / 1e6
     heads = sum(parameter.numel() for parameter in state.aligned_transformer.heads.parameters()) / 1e6
+    beside = f", with that of {' and '.join(setup.trained_encoders)}" if setup.trained_encoders else ""
     logger.info(
         f"{options.pretrained_model_name_or_path or options.model}: {size:.2f} M parameters, "
         + (
-            f"of which a {NAMES[options.adapter]} of rank {setup.export.rank} trains {trained:.2f} M, "
+            f"of which a {NAMES[options.adapter]} of rank {setup.export.rank} trains {trained:.2f} M{beside}, "
             if setup.export.rank
             else ""
         )

@@ -81,6 +81,7 @@ def card_facts(setup: Setup, state: TrainingState, step: int, monitor: Monitor) 
         **of_condition,
         "tags": (*of_condition["tags"], *setup.export.tags),
         "rank": setup.export.rank,
+        "trains_encoders": bool(setup.trained_encoders),
     }
 
 

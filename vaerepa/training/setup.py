@@ -15,7 +15,7 @@ from vaerepa import defaults, model_card, objectives, past
 from vaerepa.alignment import ScheduledMethod, settings
 from vaerepa.alignment.stored_heads import StoredHeads
 from vaerepa.base_precision import HALF
-from vaerepa.components import Components, build_alignments, build_transformer, open_components
+from vaerepa.components import Components, build_alignments, build_transformer, open_components, trained_encoders
 from vaerepa.conditioning import Captions, ClassLabels, Conditioning
 from vaerepa.data import Feed, Prompts, Sources, TrainingNumbers
 from vaerepa.engine import Engine, parameters_of
@@ -24,6 +24,7 @@ from vaerepa.evaluation import TrainingEvaluation, open_evaluation
 from vaerepa.export import Export, LoRAExport, StockExport
 from vaerepa.families import Family
 from vaerepa.logs import get_logger
+from vaerepa.lora import TRANSFORMER
 from vaerepa.options import Options
 from vaerepa.processes import on_main_process
 from vaerepa.vae import are_near_unit_scale, downsampling_factor, shape_of_latents
@@ -71,9 +72,17 @@ class Setup:
     evaluation: TrainingEvaluation | None
 
     @property
+    def trained_encoders(self) -> dict[str, nn.Module]:
+        """Text encoders that train beside the transformer, by name."""
+        return self.feed.prompts.trained if self.feed.prompts else {}
+
+    @property
     def trained_weights(self) -> dict[str, nn.Parameter]:
-        """All weights of the transformer, or the LoRA's weights."""
-        return {name: p for name, p in parameters_of(self.transformer).items() if p.requires_grad}
+        """All weights of the transformer, or those of a LoRA; those of text encoders after the name of theirs."""
+        weights = parameters_of(self.transformer)
+        for encoder, module in self.trained_encoders.items():
+            weights |= {f"{encoder}.{name}": p for name, p in parameters_of(module).items()}
+        return {name: p for name, p in weights.items() if p.requires_grad}
 
     @property
     def alignment_facts(self) -> list[dict[str, Any]]:
@@ -108,9 +117,12 @@ def build_setup(options: Options, engine: Engine, trainer_state: dict[str, Any])
         )
     vae = components.vae.to(accelerator.device)
     transformer = build_transformer(options, components)
-    if not options.base_precision:
-        cast_frozen_weights(transformer, HALF.get(accelerator.mixed_precision))  # before they take memory of the device
+    encoders, half = trained_encoders(options, components), HALF.get(accelerator.mixed_precision)
+    for module in (*(() if options.base_precision else (transformer,)), *encoders.values()):
+        cast_frozen_weights(module, half)  # before they take memory of the device
     transformer = engine.place(transformer)
+    for encoder in encoders.values():
+        engine.place(encoder)
     latent_shape = shape_of_latents(vae, options.largest_resolution)
     conditioning, export, prompts = build_conditioning(options, accelerator, components, transformer, latent_shape)
     feed = Feed(options, accelerator, vae, sources.train, latent_shape, prompts, components.encoder)
@@ -173,13 +185,13 @@ def build_conditioning(
         pipeline = family.build_pipeline(family.pipeline_class(), transformer, vae, scheduler, id2label=id2label)
         export = StockExport(output_dir, family, pipeline, {"vae": vae}, PIPELINE_FILE)
         return ClassLabels(options, family, vae, scheduler, id2label), export, None
-    pipeline = build_text_pipeline(components, transformer)
+    pipeline, encoders = build_text_pipeline(components, transformer), trained_encoders(options, components)
     if options.rank:
-        export = LoRAExport(type(pipeline), transformer, options)
+        export = LoRAExport(type(pipeline), {TRANSFORMER: transformer, **encoders}, options)
     else:
         export = StockExport(output_dir, family, pipeline, {"vae": vae, **components.given.text_components})
     length = options.max_sequence_length or family.max_sequence_length
-    prompts = Prompts(family, pipeline, length, accelerator.device)
+    prompts = Prompts(family, pipeline, length, accelerator.device, encoders)
     factor = downsampling_factor(vae)
     image_size = (factor * latent_shape[1], factor * latent_shape[2])
     left_out = tuple(sorted(name for name, part in components.given.text_components.items() if part is None))
@@ -204,15 +216,15 @@ def build_text_pipeline(components: Components, transformer: nn.Module) -> Diffu
 
 
 def prepare_prompts(setup: Setup) -> None:
-    """Moves text encoders to the device, in the run's half precision; with --cache_text_embeddings they encode all and go.
+    """Moves frozen text encoders to the device, in the run's half precision; with --cache_text_embeddings they encode all and go.
 
     Every process must call it, when the encoders are written: they are no longer what was loaded then.
     """
     options, accelerator, prompts = setup.options, setup.accelerator, setup.feed.prompts
     if prompts is None:
         return
-    for encoder in prompts.encoders.values():
-        encoder.to(accelerator.device, HALF.get(accelerator.mixed_precision))
+    for name in prompts.encoders.keys() - prompts.trained.keys():
+        prompts.encoders[name].to(accelerator.device, HALF.get(accelerator.mixed_precision))
     if options.cache_text_embeddings:
         sources = (setup.sources.train, setup.sources.validation)
         each = chain.from_iterable(source.captions() for source in sources if source)

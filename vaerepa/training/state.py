@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ class TrainingState:
         blocks = setup.family.blocks(transformer)
         acceleration.apply_switches(options, transformer, blocks, accelerator.device, shapes_vary)
         trained = [setup.trained_weights.values(), *(head.parameters() for head in heads.values())]
-        optimizer = optimization.build_optimizer(trained, options, setup.family.matrices(transformer))
+        encoders = chain.from_iterable(encoder.parameters() for encoder in setup.trained_encoders.values())
+        text = [parameter for parameter in encoders if parameter.requires_grad]
+        optimizer = optimization.build_optimizer(trained, options, setup.family.matrices(transformer), text)
         self.model, self.optimizer = setup.engine.prepare(aligned, optimizer)
         self.self_guidance = None
         if options.self_guidance:
@@ -121,7 +124,7 @@ class TrainingState:
     def set_learning_rate(self) -> None:
         """Sets the optimizer's learning rate for the next step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
+            group["lr"] = self.learning_rate(self.step) * group.get("lr_factor", 1.0)
 
     def skip_step_if_nonfinite(self, gradient_norm: torch.Tensor) -> None:
         """Makes the optimizer skip this step if a gradient is NaN or Inf, on all processes alike."""
@@ -303,4 +306,5 @@ def _align(setup: Setup, heads: torch.nn.ModuleDict, alignments: list[ScheduledM
         {a.name: a.block for a in alignments},
         family,
         {a.name: a.method.target_blocks for a in alignments},
+        setup.trained_encoders,
     )
