@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+import train_vaerepa
 from tests.helpers_fake_cuda import fake_cuda
 from tests.helpers_runs import INTERNAL_GUIDANCE, MUON
 from vaerepa.alignment import METHODS
 from vaerepa.ema import EMA
+from vaerepa.training import validation
 from vaerepa.training.monitor import Monitor
 from vaerepa.training.saver import Saver
 
@@ -93,6 +95,27 @@ def test_no_step_waits_for_the_device_and_a_log_line_waits_once(
     steps, log = waits_of(**options)
     assert steps == []
     assert len(log) == 1
+
+
+def test_a_vae_whose_latents_are_cached_is_on_the_device_for_validation_alone(
+    waits_of, train, filled_cache, monkeypatch
+):
+    places, validate, losses_of = [], train_vaerepa.validate, validation._losses_of
+
+    def look_around(setup, state, monitor):
+        places.append(setup.feed.encoding.vae.device.type)
+        validate(setup, state, monitor)
+        places.append(setup.feed.encoding.vae.device.type)
+
+    def look_inside(setup, transformer, batch):
+        places.append(setup.feed.encoding.vae.device.type)
+        return losses_of(setup, transformer, batch)
+
+    monkeypatch.setattr(train_vaerepa, "validate", look_around)
+    monkeypatch.setattr(validation, "_losses_of", look_inside)
+    options = {"num_layers": 1, "alignment_block": 1, "num_validation_samples": 8, "validation_steps": 1}
+    waits_of(**filled_cache(train, **options))
+    assert places == ["cpu", "cuda", "cpu"] * 3
 
 
 @pytest.mark.parametrize(

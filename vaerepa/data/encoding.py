@@ -1,5 +1,8 @@
 """Encoding: moments of the VAE's posterior, latents sampled from it, and features of a vision encoder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -17,7 +20,7 @@ class Encoding:
     """Frozen encoders of images: VAE and, optionally, vision encoder.
 
     Args:
-        vae: VAE, already on the device.
+        vae: VAE, already on the device, where it is until `let_vae_rest`.
         vision_encoder: vision encoder for training images, if needed; cast to half precision on a GPU.
 
     Attributes:
@@ -47,6 +50,29 @@ class Encoding:
         self.in_bf16 = broadcast_object_list([agrees_in_bf16(self.vae, pixel_values)])[0]
         logger.info(f"the VAE encodes in {'bfloat16' if self.in_bf16 else 'float32'}")
 
+    def let_vae_rest(self) -> None:
+        """Moves the VAE to the CPU, because training needs it no more; `vae_on_device` fetches it."""
+        if self.vae.device.type != "cpu":
+            logger.info("all latents are at hand: the VAE leaves the device between validations")
+            self._move_vae(torch.device("cpu"))
+
+    @contextmanager
+    def vae_on_device(self) -> Iterator[None]:
+        """Has the VAE on the device for the time of the context, wherever it was before."""
+        before = self.vae.device
+        self._move_vae(self.accelerator.device)
+        try:
+            yield
+        finally:
+            self._move_vae(before)
+
+    def _move_vae(self, device: torch.device) -> None:
+        if self.vae.device.type == device.type:
+            return
+        for part in self.vae.children():
+            if next(part.parameters(), None) is not None:  # statistics stay: each step scales latents by them
+                part.to(device)
+
     def encode(self, pixel_values: torch.Tensor, with_features: bool, one_by_one: bool) -> dict[str, torch.Tensor]:
         """Moments of images and, where wanted and there is a vision encoder, its features.
 
@@ -61,7 +87,8 @@ class Encoding:
         if with_features and self.vision_encoder is not None:
             encoders[FEATURES] = self.vision_encoder
         parts = pixel_values.split(1) if one_by_one and pixel_values.device.type == "cpu" else [pixel_values]
-        return {kind: torch.cat([encode(part) for part in parts]) for kind, encode in encoders.items()}
+        with self.vae_on_device():
+            return {kind: torch.cat([encode(part) for part in parts]) for kind, encode in encoders.items()}
 
     def sample_latents(self, moments: torch.Tensor, posterior_noise: torch.Tensor | None) -> torch.Tensor:
         """Scaled latents (B, C, h, w) from moments, see `vae.sample_latents`."""

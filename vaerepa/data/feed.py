@@ -130,6 +130,8 @@ class Feed:
             if writes:
                 epoch, batch_size = len(self.source), self.options.global_batch_size
                 end = min(last, -(-(first // epoch + 1) * epoch // batch_size) * batch_size)
+            elif self.cache is not None or self.source.holds_latents:
+                self.encoding.let_vae_rest()
             read = self._read(self.source, numbers, self.options.train_batch_size, first, end, self.cache)
             ahead = self._ahead(self._batches(samples, trains=True) for samples in together(read))
             for micro_batch in ahead:

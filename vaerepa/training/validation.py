@@ -1,6 +1,7 @@
 """Validation: loss on validation images, sample grids, and evaluation by FID and other metrics."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ logger = get_logger(__name__)
 
 def validate(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
     """Validation loss of each of the EMA weights, and a sample grid of the exported weights; every process must call it."""
-    with state.ema.on_device() if state.ema else nullcontext():
+    with _on_device(setup, state):
         measure_validation_loss(setup, state, monitor)
     plot_grid(setup, state)
     setup.accelerator.wait_for_everyone()
@@ -37,7 +38,7 @@ def plot_grid(setup: Setup, state: TrainingState) -> None:
     num_images = setup.options.num_validation_images
     if state.step == 0:  # one row: it only shows that generation works
         num_images = min(num_images, MAX_COLUMNS)
-    with unless_out_of_space("the sample grid"), state.ema.on_device() if state.ema else nullcontext():
+    with unless_out_of_space("the sample grid"), _on_device(setup, state):
         with setup.accelerator.autocast():
             head = state.guiding_head(state.exported_heads)
             grid = setup.conditioning.plot_grid(state.exported_transformer.eval(), head, num_images, path)
@@ -77,7 +78,7 @@ def _losses_of(setup: Setup, transformer: nn.Module, batch: Batch) -> tuple[torc
 
 def evaluate(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
     """FID and other metrics of images that the exported weights generate; every process must call it."""
-    with state.ema.on_device() if state.ema else nullcontext():
+    with _on_device(setup, state):
         head = state.guiding_head(state.exported_heads)
         transformer = state.exported_transformer.eval()
         generate, sampler = setup.conditioning.evaluation_images(transformer, head, setup.evaluation)
@@ -86,3 +87,10 @@ def evaluate(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
     monitor.write({f"evaluation/{name}": value for name, value in report.metrics.items()})
     for line in report.lines():
         logger.info(f"step {state.step}: {line}")
+
+
+@contextmanager
+def _on_device(setup: Setup, state: TrainingState) -> Iterator[None]:
+    """Has EMA weights and VAE on the device for the time of the context, wherever they are in training."""
+    with state.ema.on_device() if state.ema else nullcontext(), setup.feed.encoding.vae_on_device():
+        yield
