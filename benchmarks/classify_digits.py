@@ -38,8 +38,8 @@ def read_digits(source) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_values(images: list[Image.Image]) -> np.ndarray:
-    """Pictures of any size as 8x8 grey values, shape (N, 64)."""
-    small = [image.convert("L").resize((8, 8), Image.Resampling.BOX) for image in images]
+    """Pictures of any size as the 8x8 grey values within the data set's margin of one pixel, shape (N, 64)."""
+    small = [image.convert("L").resize((10, 10), Image.Resampling.BOX).crop((1, 1, 9, 9)) for image in images]
     return np.stack([np.asarray(image, dtype=np.float64).ravel() for image in small]) * GREY_LEVELS / 255
 
 

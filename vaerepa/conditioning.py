@@ -127,6 +127,7 @@ class ClassLabels(Conditioning):
         return sampling.plot_grid(
             self._pipeline(transformer, head, options.validation_head_guidance_scale),
             sampling.grid_labels(num_images, len(self.id2label)),
+            self.id2label,
             options.validation_guidance_scale,
             options.validation_num_inference_steps,
             options.seed,

@@ -55,12 +55,20 @@ def noise_generator(seed: int) -> torch.Generator:
 def plot_grid(
     pipeline: DiffusionPipeline,
     labels: list[int],
+    id2label: dict[int, str],
     guidance_scale: float,
     num_inference_steps: int,
     seed: int,
     path: Path | None,
 ) -> Image.Image:
-    """Generates one image per label, always from the same noise; writes them as one PNG, if there is a path, and returns it."""
+    """Generates one image per label, always from the same noise, over the first name of its class.
+
+    Args:
+        path: of the PNG; None writes nothing.
+
+    Returns:
+        The grid; each class has a column where there are ten or fewer.
+    """
     generators = [noise_generator(seed + i) for i in range(len(labels))]
     images = pipeline(
         labels, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, generator=generators
@@ -69,7 +77,7 @@ def plot_grid(
     columns = min(num_classes if num_classes <= MAX_COLUMNS else round(len(images) ** 0.5), len(images))
     while len(images) % columns:
         columns -= 1
-    grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
+    grid = labelled_grid(images, [id2label[label].split(",")[0] for label in labels], columns)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         grid.save(path)
