@@ -1,6 +1,7 @@
 """Pictures and data sets that tests write, and samples as their runs read them."""
 
 import io
+import tarfile
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from vaerepa.data.batch import Samples
 from vaerepa.data.numbers import Numbers
 
 SHARDS = (18, 9, 13, 1, 30, 4, 25)
+CLASSES = 3  # in tars
 NUMBERED = Features({"image": Image(), "label": Value("int64")})  # the label is the number of the row
 
 
@@ -24,6 +26,22 @@ def encode(image: PIL.Image.Image, file_format: str = "PNG", **kwargs) -> bytes:
 
 def picture(index: int, size=(20, 24)) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def tar_of(numbers) -> bytes:
+    """A tar of pictures, each with its number as caption and a label."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number in numbers:
+            for kind, content in (
+                ("png", encode(picture(number))),
+                ("cls", str(number % CLASSES).encode()),
+                ("txt", str(number).encode()),
+            ):
+                member = tarfile.TarInfo(f"{number:04}.{kind}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
 
 
 def rows(labels, bad: dict[int, bytes | None] | None = None) -> dict:

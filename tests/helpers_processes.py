@@ -3,8 +3,9 @@
     torchrun --nproc-per-node=2 -m tests.helpers_processes RUNS.json
 
 RUNS.json lists runs by `arguments`, the command line of `module`; `double` has one computed in double precision,
-`sharded` expects sharded weights in it, `elsewhere` gives the second process an output folder that the first does not see, `stop`
-sends it SIGTERM after that step, `unread` lets it read no sample from that index on, and `nan` gives it a bad batch at that step.
+`sharded` expects sharded weights in it, `far` names a folder of tars that it reads by URL, `elsewhere` gives the second process
+an output folder that the first does not see, `stop` sends it SIGTERM after that step, `unread` lets it read no sample from that
+index on, and `nan` gives it a bad batch at that step.
 """
 
 import importlib
@@ -22,7 +23,8 @@ from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
 from vaerepa.alignment import AlignedTransformer
-from vaerepa.data import SampleReader, encoding
+from vaerepa.data import SampleReader, encoding, opening
+from vaerepa.data.tars import open_tars
 from vaerepa.engine import parameters_of
 from vaerepa.errors import DataError
 from vaerepa.families import dit
@@ -47,6 +49,14 @@ def double_precision() -> Iterator[None]:
     finally:
         torch.set_default_dtype(dtype)
         dit.initialize = initialize
+
+
+@contextmanager
+def reading_from_afar(folder: Path) -> Iterator[None]:
+    """Whatever data set is named is that of the tars in this folder, by URL: their rows are not counted before training."""
+    paths = [path.as_uri() for path in sorted(folder.glob("*.tar"))]
+    with patch.object(opening, "open_collection", lambda *_: open_tars({"train": paths}, None)):
+        yield
 
 
 @contextmanager
@@ -119,6 +129,7 @@ def main(runs: list[dict]) -> None:
         with (
             double_precision() if run.get("double") else nullcontext(),
             expecting_shards() if run.get("sharded") else nullcontext(),
+            reading_from_afar(Path(run["far"])) if run.get("far") else nullcontext(),
             fault(*faults[0]) if faults else nullcontext(),
         ):
             code = importlib.import_module(run["module"]).main(arguments)

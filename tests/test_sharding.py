@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 
 import train_vaerepa
 from tests.conftest import ROOT, launcher, read_metrics, tiny_run
-from tests.helpers_processes import double_precision
+from tests.helpers_data import CLASSES, tar_of
+from tests.helpers_processes import double_precision, reading_from_afar
 from tests.helpers_runs import EXACT, assert_same_end
 from vaerepa.checkpoints import find_damage, load_tensors
 
@@ -24,6 +26,7 @@ TWO = ["--config_file", CONFIGS / "fsdp2_8_gpus.yaml", "--num_processes", 2]
 FOUR = ["--config_file", CONFIGS / "hsdp_4_nodes.yaml", "--num_processes", 4, "--num_machines", 1]
 FOUR += ["--parallelism_config_dp_replicate_size", 2, "--parallelism_config_dp_shard_size", 2]
 PLAIN = {"label_dropout": 0.5, "num_validation_samples": 10, "num_validation_images": 2, "max_train_steps": 5}
+PLAIN |= {"dataset_name": "nobody/nothing", "num_classes": CLASSES, "validation_split": 0.3}  # and reads it from afar
 ENDING = {
     "alignment": ["vae", "sra"],
     "alignment_stop_step": [2, 4],
@@ -39,6 +42,7 @@ FAMILIES = {
 }
 RESUME = {"resume_from_checkpoint": "latest"}
 DOUBLE = {"double": True}
+STREAMED = {"double": True, "far": True}
 
 
 def tensors_of(run, step: int) -> dict[str, torch.Tensor]:
@@ -60,39 +64,49 @@ def largest_difference(one, other, step: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def one_process(data, vae, tuning, tmp_path_factory):
+def tars(tmp_path_factory):
+    """A folder of 40 pictures in six tars that no index counts."""
+    folder = tmp_path_factory.mktemp("tars")
+    for shard, (first, last) in enumerate(pairwise((0, 5, 14, 17, 29, 36, 40))):
+        (folder / f"{shard}.tar").write_bytes(tar_of(range(first, last)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(data, vae, tars, tuning, tmp_path_factory):
     """Folders of the runs of one process, by their names."""
     folder = tmp_path_factory.mktemp("one")
 
-    def train(name: str, double: bool = False, **options) -> None:
+    def train(name: str, double: bool = False, far: bool = False, **options) -> None:
         AcceleratorState._reset_state(True)
-        with double_precision() if double else torch.enable_grad():
+        with double_precision() if double else nullcontext(), reading_from_afar(tars) if far else nullcontext():
             assert train_vaerepa.main(tiny_run(data, vae, **options, output_dir=folder / name)) == 0
 
-    train("plain", **DOUBLE, **PLAIN)
+    train("plain", **STREAMED, **PLAIN)
     train("ending", **DOUBLE, **ENDING)
-    train("one-two", **DOUBLE, **PLAIN | {"max_train_steps": 2})
+    train("one-two", **STREAMED, **PLAIN | {"max_train_steps": 2})
     for family, options in FAMILIES.items():
         train(family, **tuning(family, **options))
     return folder
 
 
 @pytest.fixture(scope="module")
-def sharded(data, vae, tuning, one_process, tmp_path_factory):
+def sharded(data, vae, tars, tuning, one_process, tmp_path_factory):
     """Folders of the runs with sharded weights: of two processes, and of four in two groups."""
     folder = tmp_path_factory.mktemp("sharded")
 
     def training(name: str, **more) -> dict:
         given = {key: more.pop(key) for key in ("double", "nan") if key in more}
+        given |= {"far": str(tars)} if more.pop("far", False) else {}
         options = {"output_dir": folder / name} | more
         return {"module": "train_vaerepa", "arguments": tiny_run(data, vae, **options), "sharded": True, **given}
 
     two = [
-        training("plain", **DOUBLE, **PLAIN),
+        training("plain", **STREAMED, **PLAIN),
         training("ending", **DOUBLE, **ENDING),
-        training("two-one", **DOUBLE, **PLAIN | {"max_train_steps": 2}),
-        training("two-four", **DOUBLE, **PLAIN | {"max_train_steps": 2}),
-        training("one-two", **DOUBLE, **PLAIN | RESUME, output_dir=one_process / "one-two"),
+        training("two-one", **STREAMED, **PLAIN | {"max_train_steps": 2}),
+        training("two-four", **STREAMED, **PLAIN | {"max_train_steps": 2}),
+        training("one-two", **STREAMED, **PLAIN | RESUME, output_dir=one_process / "one-two"),
         training("whole", **RESTARTED, max_train_steps=6),
         training("pieces", **RESTARTED, max_train_steps=3),
         training("pieces", **RESTARTED, **RESUME, max_train_steps=6),
@@ -101,8 +115,8 @@ def sharded(data, vae, tuning, one_process, tmp_path_factory):
         *(training(family, **tuning(family, **options)) for family, options in FAMILIES.items()),
     ]
     four = [
-        training("four", **DOUBLE, **PLAIN, gradient_accumulation_steps=2),
-        training("two-four", **DOUBLE, **PLAIN, **RESUME),
+        training("four", **STREAMED, **PLAIN, gradient_accumulation_steps=2),
+        training("two-four", **STREAMED, **PLAIN, **RESUME),
         training("z_image-four", **tuning("z_image", **FAMILIES["z_image"])),
     ]
     _, environment = launcher(1)
@@ -119,13 +133,15 @@ def sharded(data, vae, tuning, one_process, tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "reference"), [("plain", "plain"), ("ending", "ending"), ("four", "plain")])
 def test_sharded_processes_take_the_steps_of_one(one_process, sharded, name, reference):
-    assert largest_difference(one_process / reference, sharded / name, 5) < 1e-9
-    losses = [
-        read_metrics(run, "train/loss", "train/gradient_norm") for run in (one_process / reference, sharded / name)
-    ]
+    runs = one_process / reference, sharded / name
+    assert largest_difference(*runs, 5) < 1e-9
+    losses = [read_metrics(run, "train/loss", "train/gradient_norm") for run in runs]
     assert [line["step"] for line in losses[0]] == [1, 2, 3, 4, 5]
     for one, other in zip(*losses, strict=True):
         assert one == pytest.approx(other, rel=1e-6)
+    states = [json.loads((run / "checkpoint-5/state/trainer_state.json").read_text()) for run in runs]
+    assert states[0]["shards"] == states[1]["shards"]
+    assert bool(states[0]["shards"]) == (reference == "plain")  # whose rows nobody counted
 
 
 def test_every_process_writes_its_parts_and_none_is_whole(sharded):
@@ -151,9 +167,9 @@ def test_restarts_are_exact_on_sharded_processes(sharded):
     assert_same_end(sharded / "whole", sharded / "pieces", 6)
 
 
-def test_restarts_on_other_processes_are_exact(one_process, sharded, data, vae):
+def test_restarts_on_other_processes_are_exact(one_process, sharded, data, vae, tars):
     AcceleratorState._reset_state(True)
-    with double_precision():
+    with double_precision(), reading_from_afar(tars):
         goes_on = tiny_run(data, vae, **PLAIN, **RESUME, output_dir=sharded / "two-one")
         assert train_vaerepa.main(goes_on) == 0
     for run in (one_process / "one-two", sharded / "two-one", sharded / "two-four"):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 import time
 from importlib.util import find_spec
 from itertools import chain
@@ -17,7 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from huggingface_hub import HfFileSystem
 
 from tests.conftest import read_metrics
-from tests.helpers_data import encode, picture
+from tests.helpers_data import CLASSES, encode, picture, tar_of
 from tests.helpers_runs import assert_same_end
 from tests.hub_server import CUT, CUT_ANSWER, HubServer
 from vaerepa.data import Preprocessing, SampleReader, TrainingNumbers, classes_in_batch, files, open_sources, opening
@@ -38,23 +37,6 @@ pytestmark = [
 SIZES = (5, 9, 3, 12, 7, 4)
 NUM_ROWS = sum(SIZES)
 STREAMS = 3
-CLASSES = 3
-
-
-def tar_of(numbers) -> bytes:
-    """A tar of pictures, each with its number as caption and a label."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for number in numbers:
-            for kind, content in (
-                ("png", encode(picture(number))),
-                ("cls", str(number % CLASSES).encode()),
-                ("txt", str(number).encode()),
-            ):
-                member = tarfile.TarInfo(f"{number:04}.{kind}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 STARTS = np.cumsum((0, *SIZES)).tolist()

@@ -70,7 +70,7 @@ def rows_of_index(index: Any) -> dict[str, int]:
 def _sizes_in(folder: str) -> dict[str, int]:
     """Sizes in bytes of the files in a folder, by name."""
     storage, inner = storage_of(folder)
-    entries = patiently(storage.ls, inner)
+    entries = patiently(storage.ls, inner, True)  # with details, which S3 and others leave out unless asked
     return {posixpath.basename(e["name"]): e.get("size") or 0 for e in entries if e.get("type") == "file"}
 
 
