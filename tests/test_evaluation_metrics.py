@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -17,13 +18,16 @@ import scipy.linalg
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import load_dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import train_vaerepa
 from benchmarks import guidance
-from tests.conftest import ROOT, launcher, read_metrics
+from tests.conftest import ROOT, launcher, read_metrics, tiny_run
+from tests.helpers_processes import double_precision
 from tests.helpers_runs import command_line
 from vaerepa import evaluate
 from vaerepa.data.images import cut
@@ -53,6 +57,9 @@ def weights(tmp_path_factory) -> Path:
     file.seek(0)
     torch.manual_seed(0)
     state = Untrained("inception-v3-compat", ["2048"], feature_extractor_weights_path=file).state_dict()
+    for name, tensor in state.items():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(tensor, nonlinearity="relu")
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(state, path)
     return path
@@ -236,7 +243,39 @@ def test_reconstructions_of_the_reference_are_the_vaes(flow_pipeline, data, weig
     assert "the reference has 40 images" in capsys.readouterr().err
 
 
-def test_two_processes_measure_what_one_measures(flow_pipeline, data, weights, tmp_path):
+@pytest.fixture(scope="module")
+def training(data, vae, weights):
+    """Builds the command line of a run that measures itself, into a folder with its own cache."""
+
+    def build(folder: Path) -> list[str]:
+        return tiny_run(
+            data,
+            vae,
+            max_train_samples=10,
+            global_batch_size=10,
+            eval_steps=2,
+            num_eval_samples=11,  # of which the second of two processes has none in the last batch
+            eval_num_inference_steps=2,
+            inception_weights=weights,
+            cache_dir=folder / "cache",
+            output_dir=folder / "run",
+        )
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def measured(training, tmp_path_factory) -> Path:
+    """Folder of such a run, in double precision."""
+    folder = tmp_path_factory.mktemp("measured")
+    AcceleratorState._reset_state(True)
+    with double_precision():
+        assert train_vaerepa.main(training(folder)) == 0
+    return folder / "run"
+
+
+def test_two_processes_measure_what_one_measures(flow_pipeline, data, weights, training, measured, tmp_path):
+    """Under FSDP2, where each has all weights of a pipeline that is evaluated, and a part of what it trains."""
     options = {
         "pretrained_model_name_or_path": flow_pipeline,
         "reference": data,
@@ -247,41 +286,43 @@ def test_two_processes_measure_what_one_measures(flow_pipeline, data, weights, t
         "num_inference_steps": 2,
     }
     assert evaluate.main(command_line(options | {"cache_dir": tmp_path / "one"})) == 0
-    alone = json.loads((tmp_path / "samples/evaluation.json").read_text())
-    command, environment = launcher(2)
-    line = command_line(options | {"cache_dir": tmp_path / "two"})
+    path = tmp_path / "samples/evaluation.json"
+    alone = json.loads(path.read_text())
+    runs = [
+        {"module": "vaerepa.evaluate", "arguments": command_line(options | {"cache_dir": tmp_path / "two"})},
+        {"module": "train_vaerepa", "arguments": training(tmp_path), "double": True, "sharded": True},
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "configs/accelerate/fsdp2_8_gpus.yaml"), "--mixed_precision", "no"]
     result = subprocess.run(
-        [*command, "-m", "vaerepa.evaluate", *line],
+        [*command, "-m", "tests.helpers_processes", str(tmp_path / "runs.json")],
         cwd=ROOT,
-        env=environment,
+        env=launcher(1)[1],
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    both = json.loads((tmp_path / "samples/evaluation.json").read_text())
-    assert both["metrics"] == pytest.approx(alone["metrics"], rel=1e-3, abs=1e-6)
-    assert both | {"metrics": None} == alone | {"metrics": None}
+    pairs = [(alone, json.loads(path.read_text()))]
+    for step in (2, 4):
+        reports = (run / f"evaluation/step-{step}/evaluation.json" for run in (measured, tmp_path / "run"))
+        pairs.append(tuple(json.loads(report.read_text()) for report in reports))
+    for one, both in pairs:
+        assert both["metrics"] == pytest.approx(one["metrics"], rel=1e-3, abs=1e-6)
+        assert both | {"metrics": None} == one | {"metrics": None}
 
 
-def test_training_measures_every_so_many_steps(train, weights, tmp_path):
-    run = train(
-        eval_steps=2,
-        num_eval_samples=10,
-        eval_num_inference_steps=2,
-        inception_weights=weights,
-        cache_dir=tmp_path,
-        max_train_samples=10,
-    )
-    lines = read_metrics(run, "evaluation/fid", "evaluation/kid", "evaluation/precision")
+def test_training_measures_every_so_many_steps(measured):
+    lines = read_metrics(measured, "evaluation/fid", "evaluation/kid", "evaluation/precision")
     assert [line["step"] for line in lines] == [2, 4]
     assert lines[0]["evaluation/fid"] != lines[1]["evaluation/fid"]
-    card = ModelCard.load(run / "README.md")
+    card = ModelCard.load(measured / "README.md")
     results = {result.metric_type: result for result in card.data.eval_results}
     assert results["fid"].metric_value == lines[1]["evaluation/fid"]
     assert f"| FID | {lines[1]['evaluation/fid']:.5g} |" in card.text
     for part in (
-        "10 samples",
+        "11 samples",
         "4 steps, EMA 0.9",
         "sampler euler",
         "label_sampling random",
@@ -291,7 +332,7 @@ def test_training_measures_every_so_many_steps(train, weights, tmp_path):
     ):
         assert part in card.text
     assert "was not measured" not in card.text
-    assert not list(run.glob("evaluation/*/images"))
+    assert not list(measured.glob("evaluation/*/images"))
 
 
 def test_text_to_image_training_measures_too(finetune, weights, tmp_path):
