@@ -292,6 +292,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
         patches.enter_context(
             patch.dict(fake_tensor._DISPATCH_META_HANDLERS, {torch.ops.prim.device.default: lambda args: META})
         )
+        patches.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda device: None))  # asks the driver
         patches.enter_context(patch.object(torch.autocast, "__enter__", enter))
         patches.enter_context(patch.object(torch.autocast, "__exit__", lambda *args: half.pop() and None))
         patches.enter_context(patch.object(torch, "is_autocast_enabled", lambda device="cuda": bool(half[-1])))
