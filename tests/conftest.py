@@ -84,6 +84,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def curves_of_a_pixel(monkeypatch):
+    """To plot its curves is a third of a tiny run."""
+
+    def plot(metrics: list[dict], path: Path) -> None:
+        PIL.Image.new("L", (1, 1)).save(path)
+
+    monkeypatch.setattr("vaerepa.training.publishing.plot_curves", plot)
+
+
 def tiny_run(data: Path, vae: Path, **options) -> list[str]:
     """The command line of a tiny run from options given by name; True stands for a flag alone, None for no flag."""
     tiny = {
