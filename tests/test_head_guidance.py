@@ -465,7 +465,8 @@ def test_a_stock_pipeline_samples_the_guided_predictions(train, objective):
     pipeline.vae.decode = lambda latents: (
         decoded.append(latents) or SimpleNamespace(sample=torch.zeros(len(latents), 3, 16, 16))
     )
-    head, interval = GuidingHead.from_pretrained(run), (0.2, 0.9)
+    head, interval, runs_of_head = GuidingHead.from_pretrained(run), (0.2, 0.9), []
+    head.register_forward_hook(lambda *_: runs_of_head.append(1))
     pipeline.transformer = HeadGuidance(pipeline.transformer, head, 0.5, interval, scheduler=pipeline.scheduler)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     call = {"num_inference_steps": 4, "guidance_scale": 2.0, "generator": torch.Generator().manual_seed(3)}
@@ -481,6 +482,8 @@ def test_a_stock_pipeline_samples_the_guided_predictions(train, objective):
             x = scheduler.step(null + 2.0 * (prediction(x, t, labels) - null), timestep, x).prev_sample
     latents = decoded[0] * pipeline.vae.config.scaling_factor
     torch.testing.assert_close(latents, x, rtol=1e-5, atol=1e-5)
+    assert 0 < len(runs_of_head) < 4  # one timestep at least lies outside the interval
+    assert len(runs_of_head) == sum(0.2 <= timestep / 1000 <= 0.9 for timestep in scheduler.timesteps)
 
 
 @pytest.mark.parametrize("target", ["latent", "velocity"])

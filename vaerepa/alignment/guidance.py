@@ -17,7 +17,7 @@ class HeadGuidance(nn.Module):
     """A transformer whose predictions are guided by its head, to stand in its place in a stock pipeline.
 
     Its forward takes and returns what the transformer's does, with v + w (v - v_head) for each v, under classifier-free guidance
-    too; noise predictions likewise. It runs the transformer once, and the head on what one of its blocks puts out.
+    too; noise predictions likewise. It runs the transformer once, and inside the interval the head on the output of one block.
 
     Args:
         transformer: a transformer of the family, as stock diffusers loads it or in training form.
@@ -55,17 +55,17 @@ class HeadGuidance(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's output, guided."""
-        if not self.scale:
-            return self.transformer(*args, **kwargs)
         family, head, outputs = self.family, self.head, []
+        arguments = inspect.signature(self.transformer.forward).bind(*args, **kwargs).arguments
+        noisy, timesteps, inputs = family.read_call(**arguments)
+        if not (self.scale and is_guided(timesteps, self.interval).any()):
+            return self.transformer(*args, **kwargs)
         block = family.blocks(self.transformer)[head.block - 1]
         hook = block.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             result = self.transformer(*args, **kwargs)
         finally:
             hook.remove()
-        arguments = inspect.signature(self.transformer.forward).bind(*args, **kwargs).arguments
-        noisy, timesteps, inputs = family.read_call(**arguments)
         hidden_states = family.hidden_states_of(outputs[0])
         hidden_states = hidden_states[:, family.image_token_slice(self.transformer, noisy, hidden_states)]
         embedding = None
@@ -147,6 +147,11 @@ def away_from_head(
     prediction, output, noisy = (tensor.to(dtype) for tensor in (prediction, output, noisy))
     timesteps = timesteps.to(dtype).reshape(-1).expand(len(noisy)).view(-1, 1, 1, 1)
     of_head = objective.head_prediction(noisy, output, timesteps, head.target, *head.statistics(noisy))
+    return torch.where(is_guided(timesteps, interval), prediction - of_head, 0.0)
+
+
+def is_guided(timesteps: torch.Tensor, interval: tuple[float, float]) -> torch.Tensor:
+    """Whether the timesteps, 0 to 1000, lie inside the interval of t, 0 to 1; never at 0, where no noise is left."""
     low, high = interval
-    t = timesteps / objectives.NUM_TIMESTEPS
-    return torch.where((t > 0) & (t >= low) & (t <= high), prediction - of_head, 0.0)
+    t = timesteps.to(torch.promote_types(timesteps.dtype, torch.float32)) / objectives.NUM_TIMESTEPS
+    return (t > 0) & (t >= low) & (t <= high)
