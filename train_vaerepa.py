@@ -41,10 +41,10 @@ from vaerepa.hub.uploader import EXIT_CODE, NotPushedError, Uploader, uploading
 from vaerepa.layout import folder_of
 from vaerepa.logs import by_noise_level, get_logger, set_up_logging
 from vaerepa.options import Options, parse_options
-from vaerepa.output_dir import check_shared, find_checkpoint, locked_output_dir
+from vaerepa.output_dir import find_checkpoint, locked_output_dir
 from vaerepa.precompute import precompute_latents
 from vaerepa.privacy import redact
-from vaerepa.processes import on_main_process
+from vaerepa.processes import check_shared, on_main_process
 from vaerepa.randomness import draw_seed
 from vaerepa.stopping import StopRequest, is_lost_process
 from vaerepa.system import is_out_of_space, unbroken_output
@@ -122,8 +122,6 @@ def train(options: Options) -> None:
     output_dir = Path(options.output_dir)
     with locked_output_dir(output_dir) if accelerator.is_main_process else nullcontext():
         check_shared(output_dir, accelerator)
-        if options.latents_cache:
-            check_shared(Path(options.latents_cache), accelerator)
         checkpoint = on_main_process(accelerator, lambda: find_checkpoint(options, options.cache_dir, logger.warning))
         trainer_state = checkpoints.load_trainer_state(checkpoint) if checkpoint else {}
         if checkpoint:

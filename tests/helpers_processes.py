@@ -3,9 +3,9 @@
     torchrun --nproc-per-node=2 -m tests.helpers_processes RUNS.json
 
 RUNS.json lists runs by `arguments`, the command line of `module`; `double` has one computed in double precision,
-`sharded` expects sharded weights in it, `far` names a folder of tars that it reads by URL, `elsewhere` gives the second process
-an output folder that the first does not see, `stop` sends it SIGTERM after that step, `unread` lets it read no sample from that
-index on, and `nan` gives it a bad batch at that step.
+`sharded` expects sharded weights in it, `far` names a folder of tars that it reads by URL, `elsewhere` names an
+option that gives the second process a folder that the first does not see, `stop` sends it SIGTERM after that step, `unread` lets
+it read no sample from that index on, and `nan` gives it a bad batch at that step.
 """
 
 import importlib
@@ -123,7 +123,7 @@ def main(runs: list[dict]) -> None:
         os.environ.update(launched_with)  # a run takes from it what is its own affair
         arguments = list(run["arguments"])
         if run.get("elsewhere") and os.environ["RANK"] == "1":
-            arguments[arguments.index("--output_dir") + 1] += "-elsewhere"
+            arguments[arguments.index(f"--{run['elsewhere']}") + 1] += "-elsewhere"
         AcceleratorState._reset_state(True)
         faults = [(kind, run[kind]) for kind in ("stop", "unread", "nan") if kind in run and os.environ["RANK"] == "1"]
         with (

@@ -1,6 +1,7 @@
 """Two processes take the steps of one and restart to the bit; all their runs are made in two starts of two processes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -122,9 +123,14 @@ def two_processes(line_of, tuning, rectangles, flow_pipeline, tmp_path_factory):
     first.append(training("unread", **whole | {"dataloader_num_workers": 0}, unread=5 * 8, code=1))
     then = [*restart(9), *restart(STEPS)]  # by other processes
     then += [training("stopped", **whole), training("unread", **whole)]
-    then.append(training("not-shared", elsewhere=True, code=2))
+    then.append(training("not-shared", elsewhere="output_dir", code=2))
+    then.append(training("cache-of-each", latents_cache=True, elsewhere="latents_cache", code=2))
+    then.append(training("copies", **RESTARTS["cache"] | {"max_train_steps": STEPS}, elsewhere="latents_cache"))
     printed = ""
     for number, runs in enumerate((first, then)):
+        if number == 1:
+            for copy in ("copies-cache", "copies-cache-elsewhere"):
+                shutil.copytree(folder / "whole-cache-cache", folder / copy)
         (folder / f"{number}.json").write_text(json.dumps(runs))
         command, environment = launcher(2)
         command += ["-m", "tests.helpers_processes", str(folder / f"{number}.json")]
@@ -222,7 +228,12 @@ def test_two_processes_generate_what_one_generates(two_processes, flow_pipeline,
     assert np.abs(one - two).max() <= 1
 
 
-def test_an_output_folder_that_is_not_shared_is_refused(two_processes):
+@pytest.mark.parametrize("name", ["not-shared", "cache-of-each-cache"])
+def test_a_folder_that_is_not_shared_is_refused(two_processes, name):
     folder, printed = two_processes
-    assert "(1 of 2 see what the first writes)" in printed
-    assert not list((folder / "not-shared").glob("[!.]*"))
+    assert f"{folder / name} is not the same folder for all processes (1 of 2 see what the first writes)" in printed
+    assert not list((folder / name).glob("[!.]*.arrow")) + list((folder / name).glob("checkpoint-*"))
+
+
+def test_each_process_may_read_a_copy_of_a_complete_cache(two_processes):
+    assert_same_end(two_processes[0] / "whole-cache", two_processes[0] / "copies", STEPS)

@@ -15,8 +15,7 @@ from vaerepa.evaluation.samples import GenerateImages, generate_missing, image_p
 from vaerepa.logs import get_logger
 from vaerepa.model import check_capacity, check_geometry, family_of, open_pretrained
 from vaerepa.options import Options
-from vaerepa.output_dir import check_shared
-from vaerepa.processes import on_main_process
+from vaerepa.processes import check_shared, on_main_process
 from vaerepa.randomness import generator
 from vaerepa.vae import downsampling_factor, open_vae
 

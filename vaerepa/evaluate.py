@@ -52,8 +52,9 @@ from vaerepa.families.pretrained import load_stock_pipeline
 from vaerepa.files import digest_of, digest_of_weights
 from vaerepa.layout import MANIFEST, STATE, all_checkpoints, step_of
 from vaerepa.logs import set_up_logging
-from vaerepa.output_dir import check_shared, locked_output_dir
+from vaerepa.output_dir import locked_output_dir
 from vaerepa.privacy import mark_local, public_name, redact
+from vaerepa.processes import check_shared
 from vaerepa.system import num_cores
 from vaerepa.vae import decode, downsampling_factor, encode_moments, latent_channels, sample_latents
 

@@ -1,14 +1,9 @@
-"""The output folder of a run: locked, checked to be shared by all nodes, and searched for the checkpoint to go on from."""
+"""The output folder of a run: locked, and searched for the checkpoint to go on from."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from vaerepa import checkpoints
 from vaerepa.errors import OptionError
@@ -42,30 +37,6 @@ def locked_output_dir(output_dir: Path) -> Iterator[None]:
                 f"the file system of --output_dir {output_dir} has no locks ({error}): nothing keeps a second run out of it"
             )
         yield
-
-
-def check_shared(folder: Path, accelerator: Accelerator) -> None:
-    """Checks that all processes see the same folder; every process must call it.
-
-    Raises:
-        OptionError: some processes do not see what the first one writes.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"{folder} cannot be used: {error.strerror}.") from error
-    mark = folder / f".seen-by-{broadcast_object_list([os.getpid()])[0]}"
-    if accelerator.is_main_process:
-        mark.touch()
-    accelerator.wait_for_everyone()
-    seen = accelerator.gather(torch.tensor([mark.exists()], device=accelerator.device))
-    if accelerator.is_main_process:
-        mark.unlink()
-    if not seen.all():
-        raise OptionError(
-            f"{folder} is not the same folder for all processes ({int(seen.sum())} of {len(seen)} see what "
-            "the first writes); choose one on a file system that all nodes share."
-        )
 
 
 def find_checkpoint(options: OutputOptions, cache_dir: str | None, warn: Callable[[str], None]) -> Path | None:

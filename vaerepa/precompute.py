@@ -13,7 +13,6 @@ from vaerepa.data import DataError, Feed
 from vaerepa.logs import get_logger
 from vaerepa.model import check_geometry, family_of
 from vaerepa.options import Options
-from vaerepa.output_dir import check_shared
 from vaerepa.stopping import StopRequest
 from vaerepa.vae import downsampling_factor, shape_of_latents
 
@@ -38,7 +37,7 @@ def precompute_latents(options: Options, accelerator: Accelerator) -> None:
     shape = shape_of_latents(vae, options.largest_resolution)
     with accelerator.main_process_first():
         feed = Feed(options, accelerator, vae.to(accelerator.device), sources.train, shape, vision_encoder=encoder)
-    check_shared(feed.cache.folder, accelerator)
+    feed.check_cache()
     feed.choose_precision()
     images_per_step, count = options.train_batch_size * accelerator.num_processes, feed.num_cached
     progress = tqdm(total=count, desc="images", disable=not accelerator.is_local_main_process)

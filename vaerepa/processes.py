@@ -1,8 +1,9 @@
-"""The processes of a run: checks of their launcher, and actions of one process whose result reaches all."""
+"""The processes of a run: checks of their launcher and folders, and actions of one process whose result reaches all."""
 
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,30 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def check_shared(folder: Path, accelerator: Accelerator) -> None:
+    """Checks that all processes see the same folder; every process must call it.
+
+    Raises:
+        OptionError: some processes do not see what the first one writes.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{folder} cannot be used: {error.strerror}.") from error
+    mark = folder / f".seen-by-{broadcast_object_list([os.getpid()])[0]}"
+    if accelerator.is_main_process:
+        mark.touch()
+    accelerator.wait_for_everyone()
+    seen = accelerator.gather(torch.tensor([mark.exists()], device=accelerator.device))
+    if accelerator.is_main_process:
+        mark.unlink()
+    if not seen.all():
+        raise OptionError(
+            f"{folder} is not the same folder for all processes ({int(seen.sum())} of {len(seen)} see what "
+            "the first writes); choose one on a file system that all nodes share."
+        )
 
 
 def has_gpu() -> bool:

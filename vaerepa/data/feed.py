@@ -27,6 +27,7 @@ from vaerepa.data.reading import Preprocessing, SampleReader, read_micro_batches
 from vaerepa.data.source import Source
 from vaerepa.data.uncounted import FinishedShard, UncountedSource
 from vaerepa.logs import get_logger
+from vaerepa.processes import check_shared
 from vaerepa.vae import downsampling_factor, has_posterior
 
 logger = get_logger(__name__)
@@ -222,6 +223,17 @@ class Feed:
         self.cache.reload()
         self.narrow(self.needs)
         logger.info(f"the latents cache holds {self.cache.count(self.source.members)} of {self.num_cached} images")
+
+    def check_cache(self) -> None:
+        """Checks that all processes write into one cache; of a complete one each node may have a copy.
+
+        Every process must call it.
+
+        Raises:
+            OptionError: it lacks images, and some processes do not see what the first one writes.
+        """
+        if self.cache is not None and not self._all_hold_all():
+            check_shared(self.cache.folder, self.accelerator)
 
     def _all_hold_all(self) -> bool:
         """Whether every process sees the cache complete; another run may be writing into it."""

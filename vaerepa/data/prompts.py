@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from vaerepa.data.source import all_captions
 from vaerepa.errors import OptionError
 from vaerepa.families import TextFamily
 from vaerepa.files import digest_of, digest_of_weights, replacing
+from vaerepa.processes import check_shared
 from vaerepa.randomness import draw_uniform
 
 logger = logging.getLogger(__name__)
@@ -89,10 +91,12 @@ class Prompts:
         """Encodes all prompts into a cache, on all processes, and removes the text encoders from the pipeline.
 
         Raises:
-            OptionError: the folder cannot be written.
+            OptionError: the folder cannot be written, or prompts are missing and not all processes see what the first one writes.
         """
         cache = EmbeddingsCache(folder / f"text-{self._key()}")
         missing = sorted(prompt for prompt in set(prompts) if prompt not in cache)
+        if any(gather_object([bool(missing)])):
+            check_shared(cache.folder, accelerator)
         if missing and accelerator.is_main_process:
             logger.info(f"encoding {len(missing)} prompts into {cache.folder}")
         own = missing[accelerator.process_index :: accelerator.num_processes]

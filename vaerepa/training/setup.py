@@ -126,6 +126,7 @@ def build_setup(options: Options, engine: Engine, trainer_state: dict[str, Any])
     latent_shape = shape_of_latents(vae, options.largest_resolution)
     conditioning, export, prompts = build_conditioning(options, accelerator, components, transformer, latent_shape)
     feed = Feed(options, accelerator, vae, sources.train, latent_shape, prompts, components.encoder)
+    feed.check_cache()
     feed.load_shards(trainer_state.get("shards"))
     sizes = [math.prod(shape_of_latents(vae, side)[1:]) for side in options.resolution]
     patch = family.patch_size(transformer) ** 2
