@@ -67,6 +67,15 @@ def test_another_block_is_another_run(train, refused):
     refused("--alignment_teacher_block", alignment="layersync", **other)
 
 
-@pytest.mark.parametrize("options", [{"alignment_layers": 2}, {"alignment_width": 8}, {"alignment_teacher_block": 9}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alignment_layers": 2},
+        {"alignment_width": 8},
+        {"alignment_teacher_block": 9},
+        {"alignment_teacher_block": 0},
+        {"alignment_teacher_block": 1, "alignment_block": 1},  # not deeper
+    ],
+)
 def test_what_layersync_does_not_have_is_refused(refused, options):
     refused(f"--{next(iter(options))}", alignment="layersync", **options)

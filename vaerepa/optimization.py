@@ -53,7 +53,7 @@ class OptimizerOptions:
     adam_beta2: float = option(0.999, "AdamW's beta2, and Prodigy's.", resume="schedule", at_least=0, below=1)
     adam_weight_decay: float = option(
         0.0,
-        "Weight decay, apart from the gradient. The paper uses none (diffusers' scripts: 1e-2).",
+        "Decoupled weight decay. The paper uses none (diffusers' scripts: 1e-2).",
         resume="schedule",
         at_least=0,
     )

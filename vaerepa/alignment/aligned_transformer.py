@@ -48,11 +48,12 @@ class AlignedTransformer(nn.Module):
         text_encoders: dict[str, nn.Module] | None = None,
     ):
         super().__init__()
-        for name, block in block_of.items():
-            if not 1 <= block <= len(blocks):
-                raise ValueError(
-                    f"alignment `{name}`: block {block} is outside the model, which has blocks 1 to {len(blocks)}"
-                )
+        for name in heads:
+            for block in (block_of[name], *(target_blocks or {}).get(name, ())):
+                if not 1 <= block <= len(blocks):
+                    raise ValueError(
+                        f"alignment `{name}`: block {block} is outside the model, which has blocks 1 to {len(blocks)}"
+                    )
         self.family = family
         self.transformer = transformer
         self.heads = nn.ModuleDict(heads)

@@ -21,7 +21,7 @@ class LayerSyncAlignment(AlignmentMethod):
 
     name, title = "layersync", "LayerSync"
     citation = Citation("layersync2025", "LayerSync: Self-aligning Intermediate Layers", 2025, "2510.12581")
-    default_loss, default_layers = "cosine", None
+    default_loss, default_layers, targets_deeper_block = "cosine", None, True
 
     def __init__(self, teacher_block: int, distance: str = default_loss, beta: float = 0.05):
         self.target_blocks = (teacher_block,)

@@ -99,6 +99,7 @@ class AlignmentMethod(ABC):
         default_loss, default_layers: of --alignment_loss and --alignment_layers.
         options: dataclass of the options that go with this method alone (`goes_with`); the registry joins them.
         numbers: names of the random numbers that each sample is given for it.
+        targets_deeper_block: whether the block that is aligned to must lie behind the aligned one.
 
     Attributes:
         needs: what `target` reads beside the latents: vision_features, pixel_values, teacher, frozen_teacher.
@@ -114,6 +115,7 @@ class AlignmentMethod(ABC):
     default_layers: ClassVar[int | None]
     options: ClassVar[type[OtherOptions] | None] = None
     numbers: ClassVar[tuple[str, ...]] = ()
+    targets_deeper_block: ClassVar[bool] = False
     needs: frozenset[str] = frozenset()
     final: str = "linear"
     distance: str

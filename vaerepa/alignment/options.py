@@ -87,6 +87,7 @@ class AlignmentOptions(MethodOptions):
         "Block that `sra`, `layersync` and `self` align to, counted from 1: of the EMA weights, of the same forward pass, of "
         "--alignment_teacher. Default: the method's own, see docs/alignment.md.",
         resume="fixed",
+        above=0,
     )
 
 

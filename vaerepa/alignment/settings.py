@@ -139,7 +139,7 @@ def blocks_of(options: AlignmentOptions, num_layers: int) -> dict[str, int]:
     """The block that each method aligns, counted from 1.
 
     Raises:
-        OptionError: it does not exist, or the one that is aligned to does not.
+        OptionError: it does not exist, or the one that is aligned to does not, or is not the deeper one where it must be.
     """
     blocks = {}
     for name, given in zip(methods_of(options), values_of(options, "alignment_block"), strict=False):
@@ -147,6 +147,11 @@ def blocks_of(options: AlignmentOptions, num_layers: int) -> dict[str, int]:
         _check_block("alignment_block", blocks[name], given, name, num_layers)
         teacher_block = METHODS[name].teacher_block(options, num_layers)
         _check_block("alignment_teacher_block", teacher_block or 0, options.alignment_teacher_block, name, num_layers)
+        if METHODS[name].targets_deeper_block and teacher_block <= blocks[name]:
+            raise OptionError(
+                f"--alignment {name} aligns a block to a deeper one of the same forward pass: block {blocks[name]} cannot be "
+                f"aligned to block {teacher_block}; see --alignment_block and --alignment_teacher_block."
+            )
     return blocks
 
 

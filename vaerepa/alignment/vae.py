@@ -64,8 +64,12 @@ class VAEAlignment(AlignmentMethod):
         final: end of the head: linear; norm, with a LayerNorm before; or adaln, SiT's final layer.
         statistics: mean and standard deviation per channel, each (C,), to normalise the latents with; None keeps the raw
             latents, as the paper does on the SD-VAE.
-        target: latent, velocity (noise - latents), or the name of a stage of the VAE's encoder.
-        features: features of that stage; each token is normalised over its channels, for they are far from unit scale.
+        target: latent, or velocity (noise - latents).
+        features: features of a stage of the VAE's encoder, which are the target in place of either; each token is normalised
+            over its channels, for they are far from unit scale.
+
+    Raises:
+        ValueError: `target` is neither.
     """
 
     name, title = "vae", "VAE-REPA"
@@ -90,6 +94,8 @@ class VAEAlignment(AlignmentMethod):
         features: VAEFeatures | None = None,
         final: str = "linear",
     ):
+        if target not in LATENT_TARGETS:
+            raise ValueError(f"target {target!r}: expected {' or '.join(LATENT_TARGETS)}, or give `features`")
         self.patch_size = patch_size
         self.distance = distance
         self.beta = beta

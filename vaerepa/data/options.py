@@ -171,9 +171,10 @@ class DataOptions:
     random_flip: bool = option(False, "Flip images horizontally at random. The paper does not.", resume="fixed")
     num_streams: int | None = option(
         None,
-        "Positions in parquet files, or in remote tar shards, that are read at once; all else is permuted whole. Each belongs to "
-        "one data worker, if this is a multiple of devices x workers. The order depends on it, not on those. Default: 256, or "
-        "as many as there are shards, or row groups for (two to each, and 16 GiB for them over all workers).",
+        "Places in parquet files, or in tar shards on the Hub, that are read at once; all other data are permuted whole. Give a "
+        "multiple of devices x data workers: else several workers read the same rows. The order depends on this number, not on "
+        "devices or workers. Default: 256, halved until there is a shard for each, or a row group for every two, and what is "
+        "read at once takes at most 16 GiB over all workers.",
         resume="fixed",
         above=0,
     )
