@@ -176,7 +176,7 @@ def test_the_quickstart_streams_from_and_pushes_to_a_hub_that_fails_meanwhile(hu
     output_dir = tmp_path / "digits-sit"
     options = (
         "--config configs/quickstart.yaml --dataset_name ann/digits --push_to_hub --hub_model_id ann/digits-sit "
-        f"--hub_token {TOKEN} --hub_license apache-2.0 --max_train_steps 80 --train_batch_size 16 --checkpointing_steps 8 "
+        f"--hub-token {TOKEN} --hub_license apache-2.0 --max_train_steps 80 --train_batch_size 16 --checkpointing_steps 8 "
         "--validation_steps 80 --num_validation_images 4 --validation_num_inference_steps 3 --num_validation_samples 16 "
         f"--logging_steps 4 --output_dir {output_dir}"
     )

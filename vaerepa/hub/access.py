@@ -63,10 +63,10 @@ def take_token(options: HubOptions) -> HubOptions:
     if options.hub_token is None:
         return options
     os.environ["HF_TOKEN"] = options.hub_token
-    if "--hub_token" in sys.argv:  # from where the command to go on is printed
-        place = sys.argv.index("--hub_token")
-        del sys.argv[place : place + 2]
-    sys.argv[:] = [argument for argument in sys.argv if not argument.startswith("--hub_token=")]
+    for place, argument in reversed(list(enumerate(sys.argv))):  # from where the command to go on is printed
+        flag, has_value, _ = argument.partition("=")
+        if flag.replace("-", "_") == "__hub_token":
+            del sys.argv[place : place + (1 if has_value else 2)]
     return replace(options, hub_token=None)
 
 
