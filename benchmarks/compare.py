@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import accumulate
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 import yaml
 
-from vaerepa import checks, components, defaults, dry_run
+from vaerepa import checks, defaults, dry_run
 from vaerepa.cli import read_rows
 from vaerepa.errors import OptionError
 from vaerepa.evaluation import newest_report
@@ -39,7 +38,6 @@ from vaerepa.layout import folder_of
 from vaerepa.logs import MetricsFile
 from vaerepa.options import Options, parse_options, public_options
 from vaerepa.system import num_cores
-from vaerepa.vae import shape_of_latents
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -48,7 +46,6 @@ TRAINER = Path(__file__).resolve().parent.parent / "train_vaerepa.py"
 COSTS = "costs.json"
 VALIDATION_LOSS = "validation/loss"
 LOWER_IS_BETTER = (VALIDATION_LOSS, "evaluation/fid", "evaluation/sfid", "evaluation/kid")
-NO_STATISTICS = [[0.0], [1.0]]  # of latents; of no weight for sizes
 HOW = """\
 Time of a step: median over the log lines of a run, from their images per second, of training alone (validation, evaluation
 and checkpoints fall between two lines). Rows took turns on this machine seed by seed, and each is set against the first row
@@ -200,16 +197,12 @@ def check_rows(options: dict[str, Options]) -> None:
 
 def estimate(options: Options) -> Cost:
     """Cost of a run, from models on the meta device."""
-    options = defaults.resolve_batch_sizes(defaults.fill_in_defaults(options), 1)
-    parts = components.open_components(options)
-    with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
-        transformer = components.build_transformer(options, parts)
-    alignments = components.build_alignments(options, parts, transformer, NO_STATISTICS)
-    shape = shape_of_latents(parts.vae, options.largest_resolution)
-    num_images, num_steps = len(parts.sources.train), options.max_train_steps
-    sizes = dry_run.estimate(options, parts.family, transformer, shape, alignments, num_images)
-    flops = dry_run.training_flops(options, sizes, num_images, num_steps) // (num_steps * options.global_batch_size)
-    return Cost(sizes.parameters, sum(sizes.head_parameters.values()), flops)
+    options, parts, _, sizes = dry_run.work_out(defaults.resolve_batch_sizes(defaults.fill_in_defaults(options), 1))
+    source = parts.sources.train
+    num_steps = defaults.steps_in(options, source.num_rows)
+    flops = dry_run.training_flops(options, sizes, source.num_images or 0, num_steps)
+    per_image = flops // (num_steps * options.global_batch_size)
+    return Cost(sizes.parameters, sum(sizes.head_parameters.values()), per_image)
 
 
 # ---- runs

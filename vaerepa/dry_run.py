@@ -13,12 +13,13 @@ from vaerepa import acceleration, components, defaults, lora, optimization, thro
 from vaerepa.alignment import METHODS, ScheduledMethod
 from vaerepa.base_precision import HALF
 from vaerepa.class_images import check_complete
+from vaerepa.components import Components
 from vaerepa.data import ClassesInBatch, Source, classes_in_batch
 from vaerepa.data.options import DataOptions, public_dataset, public_folders
 from vaerepa.data.uncounted import UncountedSource
 from vaerepa.families import Family
 from vaerepa.options import Options
-from vaerepa.vae import shape_of_latents
+from vaerepa.vae import has_posterior, shape_of_latents
 
 FLOAT32, FLOAT16 = 4, 2  # bytes
 GIB = 2.0**30
@@ -63,19 +64,9 @@ def describe(options: Options, num_shards: int = 1) -> str:
     """
     if options.with_prior_preservation:
         check_complete(options)
-    parts = components.open_components(replace(options, base_precision=None))  # its sizes are computed
+    options, parts, alignments, sizes = work_out(options, num_shards)
     source = parts.sources.train
     num_steps = defaults.steps_in(options, source.num_rows)
-    options = defaults.fit_to_run(options, parts.family, num_steps)
-    with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
-        transformer = components.build_transformer(options, parts)
-    no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
-    alignments = components.build_alignments(options, parts, transformer, no_statistics)
-    shape = shape_of_latents(parts.vae, options.largest_resolution)
-    encoders = components.trained_encoders(options, parts).values()
-    in_encoders = sum(count(encoder, trained=True) for encoder in encoders)
-    images = source.num_images or 0
-    sizes = estimate(options, parts.family, transformer, shape, alignments, images, num_shards, in_encoders)
     learning_rate = optimization.learning_rate_schedule(options, options.global_batch_size, num_steps)
     classes = classes_in_batch(
         source,
@@ -87,6 +78,30 @@ def describe(options: Options, num_shards: int = 1) -> str:
     return report(options, parts.family, sizes, source, num_steps, learning_rate, alignments, classes)
 
 
+def work_out(options: Options, num_shards: int = 1) -> tuple[Options, Components, list[ScheduledMethod], Estimate]:
+    """The run's options with every default, its components, its methods and its sizes; arguments as of `describe`."""
+    parts = components.open_components(replace(options, base_precision=None))  # its sizes are computed
+    source = parts.sources.train
+    options = defaults.fit_to_run(options, parts.family, defaults.steps_in(options, source.num_rows))
+    with nullcontext() if parts.pretrained_transformer else torch.device("meta"):
+        transformer = components.build_transformer(options, parts)
+    no_statistics = [[0.0], [1.0]]  # not measured, and of no weight for sizes
+    alignments = components.build_alignments(options, parts, transformer, no_statistics)
+    encoders = components.trained_encoders(options, parts).values()
+    sizes = estimate(
+        options,
+        parts.family,
+        transformer,
+        shape_of_latents(parts.vae, options.largest_resolution),
+        alignments,
+        source.num_images or 0,
+        num_shards,
+        trained_in_encoders=sum(count(encoder, trained=True) for encoder in encoders),
+        has_posterior=has_posterior(parts.vae),
+    )
+    return options, parts, alignments, sizes
+
+
 def estimate(
     options: Options,
     family: Family,
@@ -96,14 +111,16 @@ def estimate(
     num_images: int,
     num_shards: int = 1,
     trained_in_encoders: int = 0,
+    has_posterior: bool = True,
 ) -> Estimate:
     """Works out a run from its transformer in training form, on the meta device or not.
 
     Args:
-        num_images: of the training split, for the latents cache: mean and deviation of each posterior in half precision, the
-            vision encoder's features, and both of the flipped images.
+        num_images: of the training split, for the latents cache: mean and standard deviation of each posterior, or the latents
+            of a VAE that has none, in half precision, the vision encoder's features, and both of the flipped images.
         num_shards: number of processes that each hold a part of weights, gradients, moments and EMA weights.
         trained_in_encoders: number of parameters that train in text encoders.
+        has_posterior: whether the VAE's latents are drawn from posteriors.
     """
     forward = throughput.OneForward(family, transformer.to("meta"), latent_shape)
     with torch.device("meta"):
@@ -125,7 +142,7 @@ def estimate(
     moments = optimization.state_bytes(options, trained, sum(m.numel() for m in family.matrices(transformer)))
     encoders = [a.method.encoder for a in alignments if "vision_features" in a.method.needs]
     area = sum((side / options.largest_resolution) ** 2 for side in options.resolution)
-    kept = int(2 * math.prod(latent_shape) * area)
+    kept = int((2 if has_posterior else 1) * math.prod(latent_shape) * area)
     kept += len(options.resolution) * sum(encoder.width * encoder.grid**2 for encoder in encoders)
     return Estimate(
         parameters=size,
