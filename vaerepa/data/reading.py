@@ -190,7 +190,10 @@ class SampleReader(IterableDataset):
             has_moments=[isinstance(content.values, np.ndarray) for content in contents.values()],
             skipped=[content.skipped for content in contents.values() if content.skipped],
             moments=torch.from_numpy(np.stack(moments)) if moments else None,
-            vision_features=torch.from_numpy(np.stack(features)) if features else None,
+            # fewer than moments while a method ends: a part that is then being read has features of its first rows alone
+            vision_features=torch.from_numpy(np.stack(features))
+            if features and len(features) == len(moments)
+            else None,
             pixel_values=torch.stack(pixels) if pixels else None,
             masks=torch.stack(masks) if masks else None,
         )
