@@ -77,7 +77,7 @@ LATENTS = (4, 32, 32)
 BATCH = 256
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.data", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--train_data_dir", help="Images and labels, as train_vaerepa.py takes them.")
@@ -90,11 +90,11 @@ def parse_args() -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="Rounds of each way.")
     add("--order", action="store_true", help="Show the order of a large sorted data set of each kind instead.")
     add("--rows", type=int, help="Show how a run begins on so many rows instead.")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    args = parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
     if args.order:
         show_order(args.num_workers)
         return
@@ -244,7 +244,7 @@ class NpyFiles(torch.utils.data.Dataset):
 
 def from_cache(cache: LatentsCache, num_workers: int) -> Iterator[torch.Tensor]:
     """Samples of a run with a complete cache."""
-    names = [str(i) for i in range(cache.num_rows)]  # never read
+    names = [str(i) for i in range(cache.num_places)]  # never read
     source = Source(MomentFiles(cache.folder, names, [0] * len(names)))
     return latents_of(source, num_workers, cache)
 

@@ -85,7 +85,7 @@ def build_step(model: str, with_head: bool, batch_size: int, device: str, precis
     blocks = aligned.transformer.transformer_blocks
     apply_switches(AccelerationOptions(compile=compiles), aligned.transformer, blocks, torch.device(device))
     objective = FlowMatching()
-    ema = EMA(aligned.transformer, (0.9999,))
+    ema = EMA(aligned.transformer, (0.9999,), heads=aligned.heads)
     optimizer = torch.optim.AdamW(aligned.parameters(), lr=1e-4, fused=True)
     latents, noise = torch.randn(2, batch_size, *LATENT_SHAPE, device=device)
     labels, drop = torch.randint(0, 1000, (batch_size,), device=device), torch.rand(batch_size, device=device) < 0.1
@@ -106,7 +106,7 @@ def build_step(model: str, with_head: bool, batch_size: int, device: str, precis
         optimizer.step()
         optimizer.zero_grad()
         with record_function("EMA"):
-            ema.update(aligned.transformer)
+            ema.update(aligned.transformer, aligned.heads)
 
     return Step(step, forward_flops(model, with_head))
 

@@ -14,6 +14,7 @@ import torch
 from datasets import Array3D, ClassLabel, Dataset, Features, Image, Value, load_dataset
 from diffusers import AutoencoderKL
 
+from benchmarks import data as data_benchmark
 from tests.conftest import read_metrics
 from tests.helpers_runs import EXACT, assert_same_end, rows_in
 from vaerepa.data import Preprocessing, latents_cache
@@ -333,3 +334,12 @@ def test_moments_and_samples_are_those_of_the_posterior(vae):
     torch.testing.assert_close(sampled, (posterior.mean + posterior.std * noise) * model.config.scaling_factor)
     assert agrees_in_bf16(model, pixels, tolerance=0.05)
     assert not agrees_in_bf16(model, pixels, tolerance=1e-6)
+
+
+def test_the_benchmark_of_the_data_reads_all_of_them(vae, capsys):
+    sizes = {"num_images": 96, "num_encoded": 16, "num_cached": 768, "resolution": 16, "num_workers": 1, "rounds": 1}
+    line = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
+    data_benchmark.main([*line, "--pretrained_vae_model_name_or_path", str(vae)])
+    rows = capsys.readouterr().out.strip().splitlines()[2:]
+    assert len(rows) == 9
+    assert all(float(row.split("|")[2]) > 0 for row in rows)

@@ -50,7 +50,6 @@ from vaerepa.files import digest_of
 logger = logging.getLogger(__name__)
 
 CONTENT_KEYS = ("blob_id", "ETag", "etag", "md5Hash", "content_md5")  # what file systems say of a remote file's content
-NUM_PROBED = 50  # samples of a tar by which its columns are known
 
 
 @dataclass(frozen=True)
