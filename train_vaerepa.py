@@ -32,10 +32,11 @@ from vaerepa import acceleration, checkpoints, checks, defaults, dry_run, past
 from vaerepa.alignment import AlignmentContext
 from vaerepa.class_images import generate_class_images
 from vaerepa.cli import write_config
-from vaerepa.command import command_to_go_on
+from vaerepa.command import command_again, command_to_go_on
 from vaerepa.data.images import quiet_pillow
+from vaerepa.ending import end
 from vaerepa.engine import Engine, build_engine, read_launcher
-from vaerepa.errors import CheckpointError, DataError, OptionError, TrainingError
+from vaerepa.errors import DataError
 from vaerepa.hub.access import take_token
 from vaerepa.hub.uploader import EXIT_CODE, NotPushedError, Uploader, uploading
 from vaerepa.layout import folder_of
@@ -43,11 +44,10 @@ from vaerepa.logs import by_noise_level, get_logger, set_up_logging
 from vaerepa.options import Options, parse_options
 from vaerepa.output_dir import find_checkpoint, locked_output_dir
 from vaerepa.precompute import precompute_latents
-from vaerepa.privacy import redact
 from vaerepa.processes import check_shared, on_main_process
 from vaerepa.randomness import draw_seed
-from vaerepa.stopping import StopRequest, is_lost_process
-from vaerepa.system import is_out_of_space, unbroken_output
+from vaerepa.stopping import StopRequest
+from vaerepa.system import unbroken_output
 from vaerepa.training.monitor import Monitor, announce
 from vaerepa.training.publishing import copy_to_root, publish
 from vaerepa.training.saver import Saver
@@ -65,38 +65,18 @@ atexit.register(gc.unfreeze)  # what is not collected at the end triton takes fo
 @unbroken_output()
 def main(arguments: list[str] | None = None) -> int:
     """Runs the trainer; user errors become one sentence and an exit code."""
+    options = None
     try:
         options = parse_options(arguments)
         train(options)
-    except (OptionError, DataError, TrainingError, CheckpointError) as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, OptionError):
-            print(f"\nerror: {redact(str(error)).strip().splitlines()[-1]}", file=sys.stderr)
-        return 2 if isinstance(error, OptionError) else 1
     except NotPushedError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return EXIT_CODE
-    except torch.OutOfMemoryError:
-        print(f"\nerror: out of GPU memory. {acceleration.next_memory_lever(options)}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if not is_out_of_space(error):
-            raise
-        print(
-            f"\nerror: {error.strerror}: {error.filename or options.output_dir}. Free some space there.",
-            file=sys.stderr,
-        )
-        return 1
-    except RuntimeError as error:
-        if not is_lost_process(error):
-            raise
-        print(
-            "\nerror: another process of this run has ended, or cannot be reached; see what it said.", file=sys.stderr
-        )
-        return 1
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\ninterrupted. Go on with\n    {command_to_go_on(Path(options.output_dir))}", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        output_dir = Path(options.output_dir if options else ".")
+        go_on = partial(command_to_go_on, output_dir) if options else command_again
+        free_memory = partial(acceleration.next_memory_lever, options)
+        return end(error, output_dir, lambda: f"Go on with\n    {go_on()}", free_memory)
     return 0
 
 
@@ -201,7 +181,7 @@ def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, upl
         micro_batches = setup.feed.training_batches(setup.numbers, first, last, stop.together)
         micro_batches = monitor.stopwatch.waiting_for(micro_batches)
         if state.step == 0:  # what cannot be plotted now could not be later
-            plot_grid(setup, state)
+            plot_grid(setup, state, monitor)
         while state.step < setup.max_train_steps:
             is_last = state.step + 1 == setup.max_train_steps
             logs_now = (state.step + 1) % options.logging_steps == 0 or is_last

@@ -1,6 +1,8 @@
 """Evaluation, as far as it needs no torch-fidelity: what is generated, statistics, the reference, refusals."""
 
+import errno
 import json
+import os
 import sys
 
 import mpmath
@@ -359,6 +361,17 @@ def test_an_npz_of_something_else_is_refused(accelerator, tmp_path, arrays, word
 def test_what_cannot_be_done_is_said_in_a_sentence(sample, capsys, options, words):
     sample(code=2, **options)
     assert words in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_in_a_sentence(sample, monkeypatch, capsys):
+    def refuse(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", refuse)
+    folder = sample(code=1)
+    assert f"error: {os.strerror(errno.ENOSPC)}: {folder}. Free some space there." in capsys.readouterr().err
+    monkeypatch.undo()
+    sample()  # goes on
 
 
 def test_other_settings_do_not_mix_with_the_images_that_are_there(sample, capsys):

@@ -1,5 +1,6 @@
 """Evaluation with torch-fidelity (requirements-evaluation.txt): the network, the metrics, a whole run, and in training."""
 
+import errno
 import importlib.util
 import io
 import json
@@ -333,6 +334,17 @@ def test_training_measures_every_so_many_steps(measured):
         assert part in card.text
     assert "was not measured" not in card.text
     assert not list(measured.glob("evaluation/*/images"))
+
+
+def test_a_full_disk_ends_an_evaluation_and_not_the_training(training, tmp_path, monkeypatch, caplog):
+    def refuse(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", refuse)
+    AcceleratorState._reset_state(True)
+    assert train_vaerepa.main(training(tmp_path)) == 0
+    assert (tmp_path / "run/checkpoint-4").is_dir()
+    assert "the evaluation could not be written" in caplog.text
 
 
 def test_text_to_image_training_measures_too(finetune, weights, tmp_path):

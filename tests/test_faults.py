@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from datasets import ClassLabel, Dataset, Features, Image
 
 from tests.conftest import ROOT, launcher, read_metrics
@@ -254,6 +255,16 @@ def test_a_full_disk_spares_the_training(train, monkeypatch, caplog):
     run = train(max_train_steps=3, validation_steps=1, num_validation_images=2)
     assert (run / "checkpoint-3").is_dir()
     assert "the sample grid could not be written" in caplog.text
+
+
+def test_a_tracker_that_fails_on_a_picture_spares_the_training(train, monkeypatch, caplog):
+    def fail(*arguments, **keywords):
+        raise ConnectionError("the tracker does not answer")
+
+    monkeypatch.setattr(TensorBoardTracker, "log_images", fail)
+    run = train(max_train_steps=2, num_validation_images=2, report_to="tensorboard")
+    assert (run / "checkpoint-2").is_dir()
+    assert "the tracker does not answer" in caplog.text
 
 
 @pytest.mark.slow

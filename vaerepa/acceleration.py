@@ -23,7 +23,7 @@ from vaerepa.errors import OptionError
 from vaerepa.logs import get_logger
 from vaerepa.optimization import OptimizerOptions
 from vaerepa.processes import check_launcher, has_gpu
-from vaerepa.system import num_cores, unless_out_of_space
+from vaerepa.system import num_cores, write_or_go_on
 from vaerepa.training.options import OutputOptions
 
 logger = get_logger(__name__)
@@ -116,7 +116,6 @@ def apply_switches(
     if options.enable_xformers_memory_efficient_attention:
         probe_xformers(device)
         transformer.enable_xformers_memory_efficient_attention()
-    if options.enable_xformers_memory_efficient_attention:
         logger.info("attention: xformers")
     else:
         idle = sys.modules.get("xformers")  # diffusers imports it
@@ -177,7 +176,7 @@ def profiling(options: MachineOptions, is_main_process: bool) -> Iterator[Callab
     folder = Path(options.output_dir, "profile")
 
     def write(profiler: torch.profiler.profile) -> None:
-        with unless_out_of_space("the profile"):
+        with write_or_go_on("the profile"):
             folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(folder / "trace.json"))
             table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)

@@ -33,6 +33,7 @@ from vaerepa.alignment import HeadGuidance
 from vaerepa.data import Prompts, Source, open_images
 from vaerepa.data.opening import take_at_random
 from vaerepa.data.prompts import choose_caption
+from vaerepa.ending import end
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.reference import read_images
 from vaerepa.evaluation.samples import (
@@ -53,7 +54,7 @@ from vaerepa.files import digest_of, digest_of_weights
 from vaerepa.layout import MANIFEST, STATE, all_checkpoints, step_of
 from vaerepa.logs import set_up_logging
 from vaerepa.output_dir import locked_output_dir
-from vaerepa.privacy import mark_local, public_name, redact
+from vaerepa.privacy import mark_local, public_name
 from vaerepa.processes import check_shared
 from vaerepa.system import num_cores
 from vaerepa.vae import decode, downsampling_factor, encode_moments, latent_channels, sample_latents
@@ -163,13 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
     set_up_logging()
     try:
         evaluate(args)
-    except OptionError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\nerror: {redact(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted. The same command goes on with the images that are there", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        go_on = "The same command goes on with the images that are there."
+        return end(error, args.output_dir, lambda: go_on, lambda: "Give a smaller --batch_size.")
     return 0
 
 
@@ -189,6 +186,8 @@ def evaluate(args: argparse.Namespace) -> None:
             reference = open_reference(args, with_captions=captioned and args.prompts is None)
         pipeline.to(accelerator.device)
         pipeline.vae.to(memory_format=torch.channels_last)  # its convolutions take a third less time
+        if accelerator.device.type == "cpu":
+            pipeline.vae.enable_slicing()  # and again a third less one by one, for activations stay in the caches
         precision = f"{pipeline.transformer.dtype}, mixed precision {accelerator.mixed_precision}".replace("torch.", "")
         opened = open_reconstructions if args.reconstructions else open_subject
         subject = opened(args, pipeline, family, reference)
@@ -469,7 +468,9 @@ def trained(folder: Path) -> str | None:
 
 
 def in_words(step: int, options: dict[str, Any]) -> str:
-    ema = f"EMA {options['ema_decay'][0]}" if options["use_ema"] else "no EMA"
+    decays = options["ema_decay"]
+    first = decays[0] if isinstance(decays, list) else decays  # runs of earlier versions had one
+    ema = f"EMA {first}" if options["use_ema"] else "no EMA"
     return f"{step} steps, {ema}"
 
 

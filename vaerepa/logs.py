@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.logging import MultiProcessAdapter
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from PIL import Image
 
 from vaerepa.files import replacing
 from vaerepa.layout import read_lines
@@ -183,14 +181,6 @@ class MetricsFile:
             kept = [line for line in kept if line["step"] < step or "train/loss" not in line]
         with replacing(self.path) as unfinished:
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-
-
-def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
-    """Logs a picture to the trackers that accept pictures; call it on the main process."""
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: np.asarray(picture.convert("RGB"))[None]}, step=step, **layout)
 
 
 def plot_curves(metrics: list[dict], path: Path) -> None:

@@ -27,12 +27,16 @@ IGNORED_FROM_LAUNCHER = {  # its neutral value, and what to use here
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Runs `action` on the main process; all processes get its result or its error. Every process must call it."""
+    """Runs `action` on the main process; all processes get its result or its error. Every process must call it.
+
+    Raises:
+        OptionError, CheckpointError, OSError: what `action` raises.
+    """
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome[0] = action()
-        except (OptionError, CheckpointError) as error:
+        except (OptionError, CheckpointError, OSError) as error:
             outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:

@@ -29,12 +29,12 @@ def is_out_of_space(error: OSError) -> bool:
 
 
 @contextlib.contextmanager
-def unless_out_of_space(what: str) -> Iterator[None]:
-    """Logs an error if `what` cannot be written, and goes on: only a checkpoint that cannot be saved ends a run."""
+def write_or_go_on(what: str) -> Iterator[None]:
+    """Logs an error if `what` cannot be written, and goes on without it: only a checkpoint that cannot be saved ends a run."""
     try:
         yield
     except OSError as error:
-        logger.error(f"{what} could not be written, training goes on: {error}")
+        logger.error(f"{what} could not be written; going on without: {error}")
 
 
 def lock_exclusively(file: IO) -> None:

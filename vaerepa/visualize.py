@@ -32,11 +32,11 @@ from vaerepa import objectives
 from vaerepa.alignment.taps import output_of
 from vaerepa.data import Source, open_images
 from vaerepa.data.images import cut, read_image, to_pixels
+from vaerepa.ending import end
 from vaerepa.errors import OptionError
 from vaerepa.families import Family
 from vaerepa.families.pretrained import load_pretrained
 from vaerepa.logs import set_up_logging
-from vaerepa.privacy import redact
 from vaerepa.randomness import draw_noise
 from vaerepa.sampling import grid_labels, labelled_grid
 from vaerepa.vae import decode, downsampling_factor, encode_moments, latent_channels, load_vae, sample_latents
@@ -85,9 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
     set_up_logging()
     try:
         visualize(args)
-    except OptionError as error:
-        print(f"\nerror: {redact(str(error))}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        fewer = "Give a smaller --num_images."
+        return end(error, args.output_dir, lambda: "The same command starts again.", lambda: fewer)
     return 0
 
 

@@ -16,6 +16,7 @@ from vaerepa.evaluation.metrics import MIN_SAMPLES, NAMES, compute_metrics, left
 from vaerepa.evaluation.reference import Reference, measure_source, open_npz
 from vaerepa.evaluation.samples import GenerateImages, generate_missing, read_pixels
 from vaerepa.files import replacing
+from vaerepa.processes import on_main_process
 
 REPORT = "evaluation.json"
 PACKAGES = ("torch-fidelity", "torch", "diffusers")
@@ -80,6 +81,9 @@ class Evaluator:
 
         Args:
             settings: what the images depend on; the report lists it.
+
+        Raises:
+            OSError: images or report cannot be written; all processes raise it.
         """
         accelerator = self.accelerator
         generate_missing(accelerator, folder, count, batch_size, generate)
@@ -95,9 +99,7 @@ class Evaluator:
             self.extractor.name,
             {name: version(name) for name in PACKAGES},
         )
-        if accelerator.is_main_process:
-            report.write(folder)
-        accelerator.wait_for_everyone()
+        on_main_process(accelerator, lambda: report.write(folder))
         return report
 
 

@@ -20,6 +20,7 @@ SPATIAL_LAYER = "Mixed_6d.branch1x1"  # `mixed_6/conv` of the TensorFlow graph
 SPATIAL_CHANNELS = 7  # of which ADM's sFID takes the first (`evaluator.py` of openai/guided-diffusion)
 TENSORFLOW_PARTS = {"conv.weight": ".weight", "bn.bias": ".beta", "running_mean": ".mean", "running_var": ".var"}
 BATCH_SIZE = 64
+ON_CPU = 4  # images at once: a fifth faster there than 16, for activations stay in the caches
 NEEDED = "pip install -r requirements-evaluation.txt"
 
 Features = dict[str, torch.Tensor]  # float32 on the CPU: pool (B, 2048), spatial (B, 2023), logits (B, 1008)
@@ -50,6 +51,10 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
         """Features of images, uint8 of shape (B, 3, H, W) and of any size."""
+        parts = [self._features(part) for part in images.split(ON_CPU if self.device.type == "cpu" else len(images))]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _features(self, images: torch.Tensor) -> Features:
         pool, *logits = self.network(images.to(self.device))
         spatial = self._spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # in TensorFlow's order
         features = {"pool": pool, "spatial": spatial} | ({"logits": logits[0]} if self.has_classes else {})

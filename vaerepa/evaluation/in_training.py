@@ -19,6 +19,7 @@ from vaerepa.evaluation.options import MeasuringOptions
 from vaerepa.evaluation.reference import MAX_KEPT
 from vaerepa.evaluation.samples import GenerateImages, images_of_labels, images_of_prompts
 from vaerepa.layout import step_of
+from vaerepa.processes import on_main_process
 
 FOLDER = "evaluation"  # in the output folder
 
@@ -56,19 +57,22 @@ class TrainingEvaluation:
         Args:
             weights: name of the evaluated weights, for example "EMA 0.9999".
             sampler: settings of what samples the images.
+
+        Raises:
+            OSError: images or report cannot be written; all processes raise it.
         """
         options, accelerator = self.options, self.evaluator.accelerator
         folder = Path(options.output_dir, FOLDER, f"step-{step}")
-        if accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # of this step before a restart
-            (folder / "images").mkdir(parents=True)
-        accelerator.wait_for_everyone()
+        on_main_process(accelerator, lambda: _make_empty(folder))
         settings = {"trained": f"{step} steps, {weights}", **sampler, **self._call(), "seed": options.seed}
         settings |= {**self.settings, "precision": f"mixed precision {accelerator.mixed_precision}"}
-        report = self.evaluator.evaluate(folder, options.num_eval_samples, options.train_batch_size, generate, settings)
-        if accelerator.is_main_process:
-            shutil.rmtree(folder / "images")
-        return report
+        try:
+            return self.evaluator.evaluate(
+                folder, options.num_eval_samples, options.train_batch_size, generate, settings
+            )
+        finally:
+            if accelerator.is_main_process:
+                shutil.rmtree(folder / "images", ignore_errors=True)
 
     def _call(self) -> dict[str, Any]:
         options = self.options
@@ -76,6 +80,11 @@ class TrainingEvaluation:
             "guidance_scale": options.eval_guidance_scale,
             "num_inference_steps": options.eval_num_inference_steps,
         }
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # an evaluation of this step, before a restart
+    (folder / "images").mkdir(parents=True)
 
 
 def newest_report(output_dir: Path, step: int) -> Report | None:

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
 
 from vaerepa.data import Preprocessing, Source
+from vaerepa.data.survey import writable_cache
 from vaerepa.errors import OptionError
 from vaerepa.evaluation.extractor import Extractor
 from vaerepa.evaluation.features import Measured, measure
 from vaerepa.evaluation.statistics import Statistics
 from vaerepa.files import digest_of, replacing
+from vaerepa.system import write_or_go_on
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def measure_source(
     source = source.repeated(1)
     about = about | {"images": source.storage.images, "num_images": len(source), "extractor": extractor.name}
     key = digest_of(json.dumps([about, _digest(source.members)]).encode(), size=8)
-    path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vaerepa-reference" / f"{key}.npz"
+    path = writable_cache(cache_dir) / "vaerepa-reference" / f"{key}.npz"
     if accelerator.gather(torch.tensor([path.is_file()], device=accelerator.device)).all():
         return read_statistics(path, extractor)
     images = read_images(source, about["resolution"], accelerator.process_index, accelerator.num_processes)
@@ -59,8 +60,9 @@ def measure_source(
         raise OptionError(f"the reference {about['dataset']} cannot be used: {error}") from error
     reference = Reference(measured, about)
     if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_statistics(path, reference)
+        with write_or_go_on("the statistics of the reference"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_statistics(path, reference)
     accelerator.wait_for_everyone()
     return reference
 

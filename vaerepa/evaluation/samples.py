@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
@@ -101,7 +102,11 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
 def generate_missing(
     accelerator: Accelerator, folder: Path, count: int, batch_size: int, generate: GenerateImages
 ) -> None:
-    """Generates those of the images 0 to `count` - 1 that are missing in the folder; all processes must call it."""
+    """Generates those of the images 0 to `count` - 1 that are missing in the folder; all processes must call it.
+
+    Raises:
+        OSError: an image cannot be written; all processes raise it.
+    """
     missing = [i for i in range(count) if not image_path(folder, i).exists()]
     accelerator.wait_for_everyone()  # until all have seen the same
     stride = batch_size * accelerator.num_processes
@@ -116,8 +121,15 @@ def generate_missing(
         own = together[accelerator.process_index :: accelerator.num_processes]
         with accelerator.autocast():
             images = generate(own or together[:1])  # all take part in each round: the weights may be sharded
-        for number, image in zip(own, images, strict=False):
-            _write_image(image_path(folder, number), image)
+        failure = None
+        try:
+            for number, image in zip(own, images, strict=False):
+                _write_image(image_path(folder, number), image)
+        except OSError as error:
+            failure = error
+        failures = list(filter(None, gather_object([failure])))
+        if failures:
+            raise failures[0]
         progress.update(len(together))
     progress.close()
     accelerator.wait_for_everyone()

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 
 from vaerepa import checks, past, throughput
@@ -171,6 +173,17 @@ class Monitor:
         try:
             accelerator.log({name: value for name, value in values.items() if value is not None}, step=self.state.step)
         except Exception as error:  # a tracker may be out of reach, or its disk full
+            self._drop_trackers(error)
+
+    def write_picture(self, name: str, picture: Image.Image) -> None:
+        """Gives a picture to the trackers that accept pictures."""
+        pixels = np.asarray(picture.convert("RGB"))[None]
+        try:
+            for tracker in self.setup.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({name: pixels}, step=self.state.step, **layout)
+        except Exception as error:  # as above
             self._drop_trackers(error)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from vaerepa.hub.push import tag_of
 from vaerepa.hub.uploader import Uploader
 from vaerepa.layout import HEADS, STATE, folder_of, step_of
 from vaerepa.logs import get_logger, plot_curves
-from vaerepa.system import unless_out_of_space
+from vaerepa.system import write_or_go_on
 from vaerepa.training.monitor import Monitor
 from vaerepa.training.setup import Setup
 from vaerepa.training.state import TrainingState
@@ -47,7 +47,7 @@ def copy_to_root(setup: Setup, state: TrainingState) -> None:
 def publish(setup: Setup, state: TrainingState, step: int, monitor: Monitor, uploader: Uploader | None) -> None:
     """Writes curves and model card of the checkpoint of a step and gives it to the uploader; call it on the main process."""
     name = uploader.repo_id if uploader else setup.output_dir.resolve().name
-    with unless_out_of_space("curves and model card"):
+    with write_or_go_on("curves and model card"):
         plot_curves(monitor.metrics.read(), setup.output_dir / "training_curves.png")
         facts = card_facts(setup, state, step, monitor)
         facts["tag"] = tag_of(step, setup.options.hub_revision) if uploader else None

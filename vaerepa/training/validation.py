@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 
 from vaerepa.data import Batch
 from vaerepa.evaluation import validation_loss
-from vaerepa.logs import get_logger, log_picture
+from vaerepa.logs import get_logger
 from vaerepa.sampling import MAX_COLUMNS
-from vaerepa.system import unless_out_of_space
+from vaerepa.system import write_or_go_on
 from vaerepa.training.monitor import Monitor
 from vaerepa.training.setup import Setup
 from vaerepa.training.state import TrainingState
@@ -22,11 +23,11 @@ def validate(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
     """Validation loss of each of the EMA weights, and a sample grid of the exported weights; every process must call it."""
     with _on_device(setup, state):
         measure_validation_loss(setup, state, monitor)
-    plot_grid(setup, state)
+    plot_grid(setup, state, monitor)
     setup.accelerator.wait_for_everyone()
 
 
-def plot_grid(setup: Setup, state: TrainingState) -> None:
+def plot_grid(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
     """Plots a sample grid of the exported weights into samples/ and to the trackers; every process must call it.
 
     The main process writes it; the others take part in generating it where they hold a part of the weights.
@@ -38,12 +39,12 @@ def plot_grid(setup: Setup, state: TrainingState) -> None:
     num_images = setup.options.num_validation_images
     if state.step == 0:  # one row: it only shows that generation works
         num_images = min(num_images, MAX_COLUMNS)
-    with unless_out_of_space("the sample grid"), _on_device(setup, state):
+    with write_or_go_on("the sample grid"), _on_device(setup, state):
         with setup.accelerator.autocast():
             head = state.guiding_head(state.exported_heads)
             grid = setup.conditioning.plot_grid(state.exported_transformer.eval(), head, num_images, path)
         if grid is not None and is_main_process:
-            log_picture(setup.accelerator, "samples", grid, state.step)
+            monitor.write_picture("samples", grid)
 
 
 def measure_validation_loss(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
@@ -57,11 +58,9 @@ def measure_validation_loss(setup: Setup, state: TrainingState, monitor: Monitor
     weights = {"raw": setup.transformer}
     if state.ema:
         weights = {f"ema_{decay}": ema_weights for decay, ema_weights in state.ema.transformers.items()}
-    for name, transformer in weights.items():
-        batches = setup.feed.validation_batches(source, count)
-        losses = validation_loss(
-            setup.accelerator, batches, lambda batch, model=transformer: _losses_of(setup, model, batch)
-        )
+    losses_of = {name: partial(_losses_of, setup, transformer) for name, transformer in weights.items()}
+    batches = setup.feed.validation_batches(source, count)
+    for name, losses in validation_loss(setup.accelerator, batches, losses_of).items():
         prefix = f"validation/{name}" if len(weights) > 1 else "validation"
         monitor.write({f"{prefix}/{key}": value for key, value in losses.items()})
         logger.info(f"step {state.step}: validation loss {losses['loss']:.5f} ({name})")
@@ -78,15 +77,15 @@ def _losses_of(setup: Setup, transformer: nn.Module, batch: Batch) -> tuple[torc
 
 def evaluate(setup: Setup, state: TrainingState, monitor: Monitor) -> None:
     """FID and other metrics of images that the exported weights generate; every process must call it."""
-    with _on_device(setup, state):
+    with write_or_go_on("the evaluation"), _on_device(setup, state):  # all processes go on alike
         head = state.guiding_head(state.exported_heads)
         transformer = state.exported_transformer.eval()
         generate, sampler = setup.conditioning.evaluation_images(transformer, head, setup.evaluation)
         weights = f"EMA {setup.options.ema_decay[0]}" if state.ema else "no EMA"
         report = setup.evaluation.run(state.step, generate, weights, sampler)
-    monitor.write({f"evaluation/{name}": value for name, value in report.metrics.items()})
-    for line in report.lines():
-        logger.info(f"step {state.step}: {line}")
+        monitor.write({f"evaluation/{name}": value for name, value in report.metrics.items()})
+        for line in report.lines():
+            logger.info(f"step {state.step}: {line}")
 
 
 @contextmanager
