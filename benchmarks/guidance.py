@@ -1,6 +1,7 @@
 """Evaluates the runs of a comparison, each under several ways of guidance: FID and more, time and arithmetic of sampling.
 
-    python -m benchmarks.guidance outputs/clothing --ways configs/clothing128/guidance.yaml --reference path/to/photos
+    python -m benchmarks.guidance outputs/clothing --ways configs/clothing128/guidance.yaml --reference path/to/photos \\
+        --results outputs/guidance_clothing
 
 The first argument is the --output_dir of benchmarks.compare. The YAML file has `samples`, options of vaerepa.evaluate for all
 ways, and `ways`: of each its row in the comparison, and further options. Of equal seed all ways start from equal noise and

@@ -95,9 +95,7 @@ _INSTEAD = {  # what to do in the place of several flags
         "upcast_before_saving upcast_vae vae_precision weight_dtype save_weight_dtype"
     ),
     "--mixed_precision is no, fp16 or bf16.": "do_fp8_training fp16 bf16",
-    "the base of a LoRA is kept in the precision of --mixed_precision, not quantised.": (
-        "bnb_quantization_config_path"
-    ),
+    "--base_precision quantises the base of a LoRA (nf4 or int8); it takes no file.": "bnb_quantization_config_path",
     "--cache_text_embeddings and --latents_cache keep text encoders and VAE out of the step; --offload_ema "
     "the EMA.": "offload enable_model_cpu_offload lowvram",
     "--lora_layers names the layers.": "lora_blocks lora_unet_blocks",
