@@ -13,7 +13,7 @@ from vaerepa import checkpoints
 from vaerepa.errors import OptionError
 from vaerepa.hub.push import LAST_CHECKPOINT
 from vaerepa.hub.reasons import why_unreadable
-from vaerepa.layout import MANIFEST, STATE, find_trainer_state, folder_of
+from vaerepa.layout import MANIFEST, STATE, find_trainer_state, folder_of, step_of
 
 PREFIX = "hub:"
 CHECKPOINT = re.compile(rf"({LAST_CHECKPOINT}|checkpoint-\d+)/{STATE}/{re.escape(MANIFEST)}")
@@ -62,7 +62,7 @@ def fetch_checkpoint(name: str, output_dir: Path, cache_dir: str | None) -> Path
 
 def _step(folder: str, files: list[str], where: dict[str, str | None], cache_dir: str | None) -> int:
     if folder != LAST_CHECKPOINT:
-        return int(folder.split("-")[-1])
+        return step_of(Path(folder))
     state = f"{folder}/{STATE}/"
     name = find_trainer_state(path.removeprefix(state) for path in files if path.startswith(state))
     path = hf_hub_download(**where, filename=f"{state}{name}", cache_dir=cache_dir)
