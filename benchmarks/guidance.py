@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     plot(reports, args.results / "fid.png")
     folders = {name: args.runs / "guidance" / file_name(name, args.seeds[0]) for name in ways}
     if all(folder.is_dir() for folder in folders.values()):
-        save_grid(folders, args.results / "pictures.png")
+        save_grid(folders, args.results / "pictures.jpg")
 
 
 def file_name(way: str, seed: int) -> str:
@@ -185,7 +185,7 @@ def save_grid(folders: dict[str, Path], path: Path) -> None:
         axis.imshow(strip)
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    figure.savefig(path, dpi=100, bbox_inches="tight", pil_kwargs={"quality": 85})
     pyplot.close(figure)
 
 

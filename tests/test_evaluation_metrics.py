@@ -394,7 +394,7 @@ def test_runs_are_compared_under_several_ways_of_guidance(train, data, weights, 
     table = capsys.readouterr().out
     for way in ways:
         assert re.search(rf"^\| {way} \| .*\({fid[f'{way}-0']:.1f}, {fid[f'{way}-1']:.1f}\)", table, re.MULTILINE)
-    assert (results / "pictures.png").is_file()
+    assert (results / "pictures.jpg").is_file()
     plotted = (results / "fid.png").stat().st_mtime_ns
     shutil.rmtree(runs)  # the results are enough for table and plot
     guidance.main(line)
