@@ -53,7 +53,9 @@ def test_a_run_adds_its_loss_and_the_card_says_so(train):
         loss, denoising, vae, dispersive = (line[name] for name in names)
         assert loss == pytest.approx(denoising + vae + 0.5 * dispersive, rel=1e-5)
         assert dispersive < 0
-    assert "pushed apart" in (run / "README.md").read_text()
+    card = (run / "README.md").read_text()
+    assert "aligns block 2 with the latents of the VAE" in card
+    assert "pushes the hidden states of different samples apart at block " in card
 
 
 @pytest.mark.parametrize(

@@ -152,13 +152,13 @@ def _load_arguments(options: Options, name: str, facts: dict[str, Any]) -> str:
 def describe_alignment(alignment: ScheduledMethod) -> dict[str, Any]:
     """Facts for the template on one alignment."""
     method = alignment.method
-    described = {
-        "name": alignment.name,
+    return {
         "title": method.title,
         "arxiv": method.citation.arxiv,
         "citation": method.citation,
+        "effect": plain(method.effect_at(alignment.block)),
+        "has_head": method.default_layers is not None,
     }
-    return described | {"block": alignment.block, "target": plain(method.target_name)}
 
 
 def plain(text: str) -> str:

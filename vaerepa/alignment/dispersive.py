@@ -58,6 +58,9 @@ class DispersiveAlignment(AlignmentMethod):
     def target_name(self) -> str:
         return "nothing: hidden states of different samples are pushed apart"
 
+    def effect_at(self, block: int) -> str:
+        return f"pushes the hidden states of different samples apart at block {block}"
+
     @staticmethod
     def default_blocks(num_layers: int) -> tuple[int, None]:
         """The paper's block, counted from 1: after a quarter of the depth."""

@@ -214,6 +214,10 @@ class AlignmentMethod(ABC):
     def target_name(self) -> str:
         """The target in words."""
 
+    def effect_at(self, block: int) -> str:
+        """What the method does to a block (counted from 1), in words that follow its name."""
+        return f"aligns block {block} with {self.target_name}"
+
     @abstractmethod
     def build_head(
         self, hidden_size: int, latent_channels: int, seed: int = 0, conditioning_width: int | None = None

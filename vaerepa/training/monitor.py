@@ -58,8 +58,7 @@ def announce(setup: Setup, state: TrainingState, checkpoint: Path | None, traine
     for alignment in state.alignments:
         until = f", {alignment.weight_schedule} to 0 at step {alignment.stop_step}" if alignment.stop_step else ""
         logger.info(
-            f"alignment `{alignment.name}` of block {alignment.block} with {alignment.method.target_name}, weight "
-            f"{alignment.weight}{until}"
+            f"`{alignment.name}` {alignment.method.effect_at(alignment.block)}, weight {alignment.weight}{until}"
         )
     shifts = " and ".join(f"{shift:.3g}" for _, shift in setup.numbers.timestep_shifts)
     logger.info(f"times t are {options.timestep_sampling}, shifted by {shifts}")
