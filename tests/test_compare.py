@@ -186,7 +186,7 @@ def test_a_failed_run_is_named(run_compare, monkeypatch, capsys):
     assert "none-0 has failed (exit code 1)" in capsys.readouterr().err
 
 
-SHIPPED = ["compare_digits.yaml", "clothing128/rows.yaml", "imagenet256/ablations.yaml"]
+SHIPPED = ["compare_digits.yaml", "clothing128/rows.yaml", "clothing128/convergence.yaml", "imagenet256/ablations.yaml"]
 SHIPPED += [f"tiny_imagenet64/{name}.yaml" for name in ("rows", "ablations", "gpu")]
 
 
