@@ -6,7 +6,7 @@ This file lies beside the weights of a stock DiTPipeline and is opt-in:
 
 Over DiTPipeline it takes label names directly, guides on an interval of t only (arXiv 2404.07724) and by the alignment head that
 lies beside the weights (arXiv 2512.24176), works with more than 1000 classes, integrates by Euler, Heun or the SDE of the paper's
-tables, keeps the state in float64, splits batches larger than memory and offers callbacks. It needs diffusers alone.
+tables, keeps the state in float64, splits batches larger than memory and offers callbacks. It needs torch and diffusers alone.
 """
 
 import difflib

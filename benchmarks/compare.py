@@ -266,7 +266,8 @@ def read_result(results: Path, options: Options) -> Run | None:
     changed = [name for name, value in now.items() if before.get(name) != value]
     if changed:
         raise OptionError(
-            f"{path} is of a finished run of another --{changed[0]}; take another --output_dir and --results, or remove it."
+            f"{path} is of a finished run of another --{changed[0]}; take another --output_dir and --results, or remove it "
+            f"and {COSTS}."
         )
     by_step = {name: {int(step): value for step, value in of.items()} for name, of in content.pop("metrics").items()}
     seconds = {int(step): value for step, value in content.pop("interval_seconds").items()}

@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="Names of ways; default: all.")
     parser.add_argument("--rounds", type=int, help="Count FLOPs, and time so many batches of each way, in turn.")
     args = parser.parse_args(arguments)
+    if args.only and args.rounds is not None:
+        parser.error("--rounds times all ways in turn: leave out --only")
     table = yaml.safe_load(args.ways.read_text(encoding="utf-8"))
     samples = table["samples"]
     ways = {name: way for name, way in table["ways"].items() if name in (args.only or table["ways"])}

@@ -5,9 +5,10 @@
 RUNS.json lists runs by `arguments`, the command line of `module`; `double` has one computed in double precision,
 `sharded` expects sharded weights in it, `far` names a folder of tars that it reads by URL, `elsewhere` names an
 option that gives the second process a folder that the first does not see, `stop` sends it SIGTERM after that step, `unread` lets
-it read no sample from that index on, and `nan` gives it a bad batch at that step.
+it read no sample from that index on, `unwritten` write no image of that number, and `nan` gives it a bad batch at that step.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ from vaerepa.data import SampleReader, encoding, opening
 from vaerepa.data.tars import open_tars
 from vaerepa.engine import parameters_of
 from vaerepa.errors import DataError
+from vaerepa.evaluation import samples
 from vaerepa.families import dit
 from vaerepa.training.state import TrainingState
 
@@ -61,9 +63,9 @@ def reading_from_afar(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def fault(kind: str, at: int) -> Iterator[None]:
-    """A signal after a step, data that cannot be read from a sample on, or latents of one step that are no numbers."""
+    """A signal after a step, data that cannot be read from a sample on, a disk that is full for an image, or bad latents."""
     end_alignments, read_sample = TrainingState.end_alignments, SampleReader._read_sample
-    sample_latents, batches = encoding.sample_latents, []
+    sample_latents, batches, write_image = encoding.sample_latents, [], samples._write_image
 
     def stop(state):  # after each step
         end_alignments(state)
@@ -75,6 +77,11 @@ def fault(kind: str, at: int) -> Iterator[None]:
             raise DataError("the disk is gone")
         return read_sample(reader, rows, sample_index)
 
+    def fill_disk(path, image):
+        if path.stem == f"{at:06d}":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_image(path, image)
+
     def spoil(*arguments):
         batches.append(arguments)
         is_bad = len(batches) == at + 3  # three batches measure the latents before the first step
@@ -84,6 +91,7 @@ def fault(kind: str, at: int) -> Iterator[None]:
         "nan": (encoding, "sample_latents", spoil),
         "stop": (TrainingState, "end_alignments", stop),
         "unread": (SampleReader, "_read_sample", refuse),
+        "unwritten": (samples, "_write_image", fill_disk),
     }[kind]
     with patch.object(target, name, replacement):
         yield
@@ -125,12 +133,12 @@ def main(runs: list[dict]) -> None:
         if run.get("elsewhere") and os.environ["RANK"] == "1":
             arguments[arguments.index(f"--{run['elsewhere']}") + 1] += "-elsewhere"
         AcceleratorState._reset_state(True)
-        faults = [(kind, run[kind]) for kind in ("stop", "unread", "nan") if kind in run and os.environ["RANK"] == "1"]
+        kinds = [kind for kind in ("stop", "unread", "unwritten", "nan") if kind in run and os.environ["RANK"] == "1"]
         with (
             double_precision() if run.get("double") else nullcontext(),
             expecting_shards() if run.get("sharded") else nullcontext(),
             reading_from_afar(Path(run["far"])) if run.get("far") else nullcontext(),
-            fault(*faults[0]) if faults else nullcontext(),
+            fault(kinds[0], run[kinds[0]]) if kinds else nullcontext(),
         ):
             code = importlib.import_module(run["module"]).main(arguments)
         assert code == run.get("code", 0), (code, run)

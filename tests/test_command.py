@@ -14,6 +14,8 @@ import yaml
 import train_vaerepa
 from tests.conftest import read_metrics
 from vaerepa import command
+from vaerepa.hub.access import take_token
+from vaerepa.options import Options
 from vaerepa.training.state import TrainingState
 
 
@@ -80,6 +82,15 @@ def test_an_interrupt_before_the_first_checkpoint_repeats_the_command(arguments,
     monkeypatch.setattr(train_vaerepa, "train", interrupt)
     assert train_vaerepa.main(line[1:]) == 130
     assert shlex.join(line) in capfd.readouterr().err
+
+
+def test_no_token_stands_in_the_command_to_go_on(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")  # which is set
+    line = ["train_vaerepa.py", "--hub-token", "secret-1", "--seed", "1", "--hub_token=secret-2", "--push_to_hub"]
+    monkeypatch.setattr(sys, "argv", line)
+    assert take_token(Options(hub_token="secret-2")).hub_token is None
+    assert os.environ["HF_TOKEN"] == "secret-2"
+    assert command.command_again().endswith("train_vaerepa.py --seed 1 --push_to_hub")
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from benchmarks import data as data_benchmark
 from tests.conftest import read_metrics
 from tests.helpers_runs import EXACT, assert_same_end, rows_in
 from vaerepa.data import Preprocessing, latents_cache
+from vaerepa.data.batch import Samples
 from vaerepa.data.latents_cache import CacheKey, LatentsCache
 from vaerepa.data.opening import open_sources
+from vaerepa.data.reading import join
 from vaerepa.errors import OptionError
 from vaerepa.files import digest_of_weights
 from vaerepa.vae import agrees_in_bf16, encode_moments, load_vae, sample_latents
@@ -343,3 +345,21 @@ def test_the_benchmark_of_the_data_reads_all_of_them(vae, capsys):
     rows = capsys.readouterr().out.strip().splitlines()[2:]
     assert len(rows) == 9
     assert all(float(row.split("|")[2]) > 0 for row in rows)
+
+
+def test_parts_with_and_without_vision_features_join_to_a_batch_without():
+    """As they are read while REPA ends."""
+
+    def part(index: int, vision_features: torch.Tensor | None) -> Samples:
+        moments = torch.full((1, 8, 2, 2), float(index))
+        label = torch.tensor([index])
+        arrays = {"moments": moments, "vision_features": vision_features, "pixel_values": None}
+        return Samples((4, 2, 2), [index], [index], [0], label, [None], [False], {}, [True], [], **arrays)
+
+    features = torch.ones(1, 3, 2, 2)
+    (whole,) = join([[part(1, features)], [part(0, features)]], False)
+    assert whole.moments[:, 0, 0, 0].tolist() == [0, 1]
+    assert len(whole.vision_features) == 2
+    (mixed,) = join([[part(1, None)], [part(0, features)]], False)
+    assert mixed.vision_features is None
+    assert torch.equal(mixed.moments, whole.moments)

@@ -39,6 +39,7 @@ def test_a_card_describes_the_run(train, data):
     assert "samples/step-0000004.png" in card.text
     assert "| validation loss |" in card.text
     assert "aligns block 2" in card.text
+    assert "Alignment helps an early block" in card.text
     assert str(data.parent) not in card.content
     assert "variance" not in card.text
     for grid in ("samples/step-0000004.png", "training_curves.png"):

@@ -117,7 +117,8 @@ def two_processes(line_of, tuning, rectangles, flow_pipeline, tmp_path_factory):
         (folder / f"fails-{rule}/.checkpoint-2.unfinished").touch()  # a file where the folder should be made
         options = {"checkpoint_failure": rule, "checkpointing_steps": 2, "max_train_steps": 6}
         first.append(training(f"fails-{rule}", **options, code=code))
-    first.append({"module": "vaerepa.evaluate", "arguments": sampling(flow_pipeline, folder / "samples", batch_size=3)})
+    generate = {"module": "vaerepa.evaluate", "arguments": sampling(flow_pipeline, folder / "samples", batch_size=3)}
+    first += [generate | {"unwritten": 7, "code": 1}, generate]
     whole = RESTARTS["plain"] | {"max_train_steps": STEPS, "resume_from_checkpoint": "latest"}
     first.append(training("stopped", **whole, stop=3))
     first.append(training("unread", **whole | {"dataloader_num_workers": 0}, unread=5 * 8, code=1))
@@ -138,7 +139,7 @@ def two_processes(line_of, tuning, rectangles, flow_pipeline, tmp_path_factory):
         sys.stderr.write(result.stderr)
         assert result.returncode == 0, result.stderr[-3000:]
         printed += result.stderr
-    assert printed.count(" x 2 processes x ") >= len(first) + len(then) - 2
+    assert printed.count(" x 2 processes x ") >= len(first) + len(then) - 3
     return folder, printed
 
 
@@ -219,13 +220,17 @@ def test_two_processes_agree_on_a_save_that_fails(two_processes):
     assert "Training goes on and tries again in 2 steps" in printed
 
 
-def test_two_processes_generate_what_one_generates(two_processes, flow_pipeline, tmp_path):
+def test_two_processes_generate_what_one_generates_where_one_was_stopped_by_a_full_disk(
+    two_processes, flow_pipeline, tmp_path
+):
     assert evaluate.main(sampling(flow_pipeline, tmp_path / "samples", batch_size=4)) == 0
     one, two = (
         np.stack([pixels.numpy() for _, pixels in read_pixels(folder, range(10))]).astype(int)
         for folder in (tmp_path / "samples", two_processes[0] / "samples")
     )
     assert np.abs(one - two).max() <= 1
+    full = f"No space left on device: {two_processes[0] / 'samples/images/000007.png'}"
+    assert two_processes[1].count(full) == 2  # the second process was refused a file, and both ended
 
 
 @pytest.mark.parametrize("name", ["not-shared", "cache-of-each-cache"])

@@ -24,13 +24,13 @@ def end(error: BaseException, output_dir: Path | str, go_on: Callable[[], str], 
     Raises:
         BaseException: the error itself, where it is a fault of the program: that has a traceback.
     """
-    is_first = os.environ.get("RANK", "0") == "0"  # what all processes find out is said by one
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # what all processes of a node find out is said by one
     if isinstance(error, KeyboardInterrupt):
         if is_first:
-            print(f"\ninterrupted. {go_on()}", file=sys.stderr)
+            print(f"\ninterrupted. {redact(go_on())}", file=sys.stderr)
         return 130
     if isinstance(error, OptionError | DataError | TrainingError | CheckpointError):
-        sentence = redact(str(error)).strip().splitlines()[-1]
+        sentence = " ".join(redact(str(error)).split())
     elif isinstance(error, torch.OutOfMemoryError):
         sentence = f"out of GPU memory. {free_memory()}"
     elif isinstance(error, OSError) and is_out_of_space(error):

@@ -34,7 +34,7 @@ from vaerepa.data import Prompts, Source, open_images
 from vaerepa.data.opening import take_at_random
 from vaerepa.data.prompts import choose_caption
 from vaerepa.ending import end
-from vaerepa.errors import OptionError
+from vaerepa.errors import DataError, OptionError
 from vaerepa.evaluation.reference import read_images
 from vaerepa.evaluation.samples import (
     NPZ,
@@ -250,7 +250,7 @@ def open_reconstructions(
         while len(found) < len(numbers):
             number, pixels = next(images, (None, None))
             if number is None:
-                raise OptionError(
+                raise DataError(
                     f"an image of --reference {args.reference} cannot be read; its log line above says why."
                 )
             if number in numbers:

@@ -153,6 +153,7 @@ def describe_alignment(alignment: ScheduledMethod) -> dict[str, Any]:
     """Facts for the template on one alignment."""
     method = alignment.method
     return {
+        "name": alignment.name,
         "title": method.title,
         "arxiv": method.citation.arxiv,
         "citation": method.citation,

@@ -2,13 +2,14 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from vaerepa.errors import CheckpointError, OptionError
 
@@ -42,6 +43,25 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+@contextmanager
+def failing_alike() -> Iterator[None]:
+    """A block in which each process reads and writes files of its own: if one fails, all raise its error after the block.
+
+    Every process must enter it, and none may wait for another in it.
+
+    Raises:
+        OSError: a process could not read or write.
+    """
+    failure = None
+    try:
+        yield
+    except OSError as error:
+        failure = error
+    failures = list(filter(None, gather_object([failure])))
+    if failures:
+        raise failures[0]
 
 
 def check_shared(folder: Path, accelerator: Accelerator) -> None:

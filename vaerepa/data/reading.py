@@ -329,7 +329,10 @@ def _join_samples(parts: list[Samples], pin_memory: bool) -> Samples:
         skipped=[row for part in parts for row in part.skipped],
         finished=[shard for part in parts for shard in part.finished],
         moments=tensors_of_some("moments", True),
-        vision_features=tensors_of_some("vision_features", True),
+        # while a method ends, some parts may have been read without
+        vision_features=None
+        if any(part.vision_features is None for part in parts if part.moments is not None)
+        else tensors_of_some("vision_features", True),
         pixel_values=tensors_of_some("pixel_values", False),
         masks=None if parts[0].masks is None else tensors([part.masks for part in parts], places),
     )

@@ -83,7 +83,7 @@ class Evaluator:
             settings: what the images depend on; the report lists it.
 
         Raises:
-            OSError: images or report cannot be written; all processes raise it.
+            OSError: images cannot be written or read, or the report not written; all processes raise it.
         """
         accelerator = self.accelerator
         generate_missing(accelerator, folder, count, batch_size, generate)

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from vaerepa.evaluation.extractor import Extractor, batches_of
 from vaerepa.evaluation.statistics import Statistics, Sums
+from vaerepa.processes import failing_alike
 
 KEPT = ("pool", "logits")  # KID, precision, recall and the Inception Score need the features of single images
 
@@ -45,18 +46,20 @@ def measure(
 
     Raises:
         ValueError: there are fewer than two images.
+        OSError: an image cannot be read; all processes raise it.
     """
     sums: dict[str, Sums] = {"pool": Sums(), "spatial": Sums()}
     kept: list[tuple[int, dict[str, torch.Tensor]]] = []
     progress = tqdm(total=count, desc="features", disable=not accelerator.is_local_main_process)
-    for numbers, pixels in batches_of(images):
-        features = extractor(pixels)
-        for name, own in sums.items():
-            own.add(features[name])
-        for place, number in enumerate(numbers):
-            if number % keep_every == 0:
-                kept.append((number, {name: features[name][place] for name in KEPT if name in features}))
-        progress.update(min(len(numbers) * accelerator.num_processes, count - progress.n))
+    with failing_alike():
+        for numbers, pixels in batches_of(images):
+            features = extractor(pixels)
+            for name, own in sums.items():
+                own.add(features[name])
+            for place, number in enumerate(numbers):
+                if number % keep_every == 0:
+                    kept.append((number, {name: features[name][place] for name in KEPT if name in features}))
+            progress.update(min(len(numbers) * accelerator.num_processes, count - progress.n))
     progress.close()
     statistics = {name: own.statistics() for name, own in sums.items()}
     total = sum(gather_object([sums["pool"].count]))

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from vaerepa.data import Prompts
 from vaerepa.data.images import to_pixels
 from vaerepa.errors import OptionError
 from vaerepa.files import replacing
+from vaerepa.processes import failing_alike, on_main_process
 from vaerepa.randomness import draw_permutation, draw_uniform, generator
 
 GenerateImages = Callable[[list[int]], list[Image.Image]]  # takes the numbers of images, returns the images
@@ -107,8 +107,9 @@ def generate_missing(
     Raises:
         OSError: an image cannot be written; all processes raise it.
     """
-    missing = [i for i in range(count) if not image_path(folder, i).exists()]
-    accelerator.wait_for_everyone()  # until all have seen the same
+    missing = on_main_process(  # for others may see an old state of a folder on the network
+        accelerator, lambda: [i for i in range(count) if not image_path(folder, i).exists()]
+    )
     stride = batch_size * accelerator.num_processes
     progress = tqdm(
         total=count,
@@ -121,15 +122,9 @@ def generate_missing(
         own = together[accelerator.process_index :: accelerator.num_processes]
         with accelerator.autocast():
             images = generate(own or together[:1])  # all take part in each round: the weights may be sharded
-        failure = None
-        try:
+        with failing_alike():
             for number, image in zip(own, images, strict=False):
                 _write_image(image_path(folder, number), image)
-        except OSError as error:
-            failure = error
-        failures = list(filter(None, gather_object([failure])))
-        if failures:
-            raise failures[0]
         progress.update(len(together))
     progress.close()
     accelerator.wait_for_everyone()
@@ -164,5 +159,8 @@ def write_npz(folder: Path, count: int) -> Path:
 
 
 def _write_image(path: Path, image: Image.Image) -> None:
-    with replacing(path) as unfinished:
-        image.save(unfinished, format="PNG")
+    try:
+        with replacing(path) as unfinished:
+            image.save(unfinished, format="PNG")
+    except OSError as error:  # of a full disk it does not name the file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
