@@ -369,7 +369,8 @@ def test_a_full_disk_is_said_in_a_sentence(sample, monkeypatch, capsys):
 
     monkeypatch.setattr(Image.Image, "save", refuse)
     folder = sample(code=1)
-    assert f"error: {os.strerror(errno.ENOSPC)}: {folder}. Free some space there." in capsys.readouterr().err
+    sentence = f"error: {os.strerror(errno.ENOSPC)}: {folder / 'images/000000.png'}. Free some space there."
+    assert sentence in capsys.readouterr().err
     monkeypatch.undo()
     sample()  # goes on
 
@@ -391,3 +392,21 @@ def test_training_checks_for_the_library_before_it_starts(train, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     train(code=2, eval_steps=2)
     assert "pip install -r requirements-evaluation.txt" in capsys.readouterr().err
+
+
+def test_classes_that_share_a_name_are_all_generated(dit_pipeline, tmp_path):
+    """Of ImageNet's, two are cranes."""
+    model = dit_pipeline(id2label={"0": "crane", "1": "crane", "2": "missile", "3": "projectile, missile"})
+    options = {"num_samples": 8, "num_inference_steps": 1, "label_sampling": "equal", "batch_size": 8}
+    line = {"pretrained_model_name_or_path": model, "output_dir": tmp_path / "samples", **options}
+    assert evaluate.main(command_line(line)) == 0
+    assert json.loads((tmp_path / "samples/settings.json").read_text())["classes"] == 4
+
+
+def test_images_that_were_guided_by_the_head_are_not_taken_for_others(train, tmp_path, capsys):
+    model = train(max_train_steps=1)
+    options = {"num_samples": 2, "num_inference_steps": 1, "sampler": "euler", "output_dir": tmp_path / "samples"}
+    line = {"pretrained_model_name_or_path": model, **options}
+    assert evaluate.main(command_line(line | {"head_guidance_scale": 0.5})) == 0
+    assert evaluate.main(command_line(line)) == 2
+    assert "head_guidance_scale was 0.5 and is None" in capsys.readouterr().err

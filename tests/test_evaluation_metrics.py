@@ -240,6 +240,10 @@ def test_reconstructions_of_the_reference_are_the_vaes(flow_pipeline, data, weig
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     made = np.stack([np.array(Image.open(path)) for path in sorted((tmp_path / "samples/images").iterdir())])
     assert np.abs(made.astype(int) - expected).max() <= 1
+    assert evaluate.main(command_line(options | {"num_samples": 20})) == 2  # others, under the same numbers
+    assert "chosen was 40 of 40 and is 20 of 40" in capsys.readouterr().err
+    assert evaluate.main(command_line(options | {"guidance_scale": 2.0, "output_dir": tmp_path / "more"})) == 2
+    assert "--guidance_scale has no effect" in capsys.readouterr().err
     assert evaluate.main(command_line(options | {"num_samples": 41, "output_dir": tmp_path / "more"})) == 2
     assert "the reference has 40 images" in capsys.readouterr().err
 

@@ -9,8 +9,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeli
 from safetensors.torch import load_file
 
 from tests import class_models, text_models
-from tests.helpers_runs import PRETRAINED
+from tests.helpers_runs import PRETRAINED, command_line
 from tests.helpers_stock import picture_in_grid
+from vaerepa import evaluate
 
 FROZEN = {"sd3_5": ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")}
 FROZEN |= dict.fromkeys(("pixart_alpha", "z_image", "flux2"), ("vae", "text_encoder"))
@@ -116,6 +117,9 @@ def test_stable_diffusion_3_trains_without_t5(cached, finetune, stock, without_t
     [picture] = stock.draw(tmp_path, (run, None), text_encoder_3=None, tokenizer_3=None)
     assert abs(picture - picture_in_grid(run, 4)).max() <= 1
     assert "text_encoder_3=None, tokenizer_3=None" in (run / "README.md").read_text()
+    (tmp_path / "prompts").write_text("a red cat")
+    line = {"pretrained_model_name_or_path": run, "prompts": tmp_path / "prompts", "output_dir": tmp_path / "samples"}
+    assert evaluate.main(command_line(line | {"num_samples": 1, "num_inference_steps": 1})) == 0
 
 
 def test_a_lora_of_stable_diffusion_3_trains_without_t5(finetune, stock, without_t5, tmp_path):

@@ -22,7 +22,7 @@ from vaerepa.ema import EMAOptions
 from vaerepa.errors import OptionError
 from vaerepa.logs import get_logger
 from vaerepa.optimization import OptimizerOptions
-from vaerepa.processes import check_launcher, has_gpu
+from vaerepa.processes import PATIENT, check_launcher, has_gpu
 from vaerepa.system import num_cores, write_or_go_on
 from vaerepa.training.options import OutputOptions
 
@@ -80,7 +80,10 @@ def build_accelerator(options: MachineOptions) -> Accelerator:
             project_config=ProjectConfiguration(
                 project_dir=options.output_dir, logging_dir=str(Path(options.output_dir, options.logging_dir))
             ),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                PATIENT,
+            ],
         )
     except (ValueError, ImportError) as error:
         raise OptionError(f"--mixed_precision cannot be had here: {error}") from error
@@ -161,8 +164,13 @@ def probe_xformers(device: torch.device) -> None:
 
 def next_memory_lever(options: MachineOptions) -> str:
     """Advice against a full GPU: the cheapest switch that is not yet on; if all are on, a smaller batch."""
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    cannot_be_had = {
+        "use_8bit_adam": is_sharded or options.optimizer != "adamw",
+        "offload_ema": is_sharded or not options.use_ema,
+    }
     for name, advice in MEMORY_LEVERS.items():
-        if not getattr(options, name) and not (name == "use_8bit_adam" and options.optimizer != "adamw"):
+        if not getattr(options, name) and not cannot_be_had.get(name):
             return advice
     return "Next lever: a smaller --train_batch_size, with --global_batch_size unchanged (more accumulation)."
 

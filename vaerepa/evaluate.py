@@ -49,13 +49,13 @@ from vaerepa.evaluation.samples import (
     write_npz,
 )
 from vaerepa.families import Family, TextFamily
-from vaerepa.families.pretrained import load_stock_pipeline
+from vaerepa.families.pretrained import load_class_names, load_stock_pipeline
 from vaerepa.files import digest_of, digest_of_weights
 from vaerepa.layout import MANIFEST, STATE, all_checkpoints, step_of
 from vaerepa.logs import set_up_logging
 from vaerepa.output_dir import locked_output_dir
 from vaerepa.privacy import mark_local, public_name
-from vaerepa.processes import check_shared
+from vaerepa.processes import PATIENT, check_shared
 from vaerepa.system import num_cores
 from vaerepa.vae import decode, downsampling_factor, encode_moments, latent_channels, sample_latents
 
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate(args: argparse.Namespace) -> None:
     """The story: check, open, generate, measure."""
     check_arguments(args)
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[PATIENT])
     if accelerator.device.type == "cpu":  # accelerate launch leaves one thread to each
         torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     folder = args.output_dir
@@ -241,6 +241,10 @@ def open_reconstructions(
         raise OptionError(
             f"--num_samples {args.num_samples}: the reference has {len(reference)} images to reconstruct."
         )
+    without_effect = ("sampler", "num_inference_steps", "guidance_scale", "guidance_interval", "head_guidance_scale")
+    for flag in (*without_effect, "label_sampling"):
+        if getattr(args, flag):
+            raise OptionError(f"--{flag} has no effect on --reconstructions: nothing is generated.")
     vae = pipeline.vae
     resolution = family.fixed_size(pipeline.transformer) * downsampling_factor(vae)
     images = read_images(take_at_random(reference, args.num_samples, args.seed), resolution)
@@ -258,9 +262,13 @@ def open_reconstructions(
         moments = encode_moments(vae, torch.stack(list(found.values())).to(vae.device))
         return decode(vae, sample_latents(vae, moments[:, : latent_channels(vae)], None))
 
-    return Subject(
-        generate, resolution, describe(args, pipeline) | {"sampler": "none: reconstructions of the reference"}
-    )
+    settings = describe(args, pipeline) | {
+        "sampler": "none: reconstructions of the reference",
+        "reference": public_name(args.reference),
+        "reference_images": reference.storage.images,
+        "chosen": f"{args.num_samples} of {len(reference)}",  # others where their numbers differ
+    }
+    return Subject(generate, resolution, settings)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -347,9 +355,10 @@ def open_classes(args: argparse.Namespace, pipeline: DiffusionPipeline, family: 
         if getattr(args, flag):
             raise OptionError(f"--{flag} goes with text-to-image pipelines; this one generates by class labels.")
     transformer, scheduler = pipeline.transformer, pipeline.scheduler
-    id2label = {number: name for name, number in pipeline.labels.items()}
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    id2label = load_class_names(args.pretrained_model_name_or_path, **where)
     scale = 1.0 if args.guidance_scale is None else args.guidance_scale
-    num_classes = len(id2label) or family.num_classes(transformer)
+    num_classes = max(id2label) + 1 if id2label else family.num_classes(transformer)
     settings = {"guidance_scale": scale}
     call: dict[str, Any] = {"guidance_scale": scale}
     if objectives.name_of(scheduler) == "flow_matching":
@@ -405,7 +414,7 @@ def open_texts(
     texts = read_prompts(args, reference)
     texts = [texts[place] for place in balanced(args.num_samples, len(texts), args.seed)]
     pipeline.set_progress_bar_config(disable=True)
-    length = args.max_sequence_length or family.max_sequence_length
+    length = args.max_sequence_length or family.sequence_length_of(type(pipeline))
     prompts = Prompts(family, pipeline, length, pipeline.device)
     own = inspect.signature(pipeline.__call__).parameters
     call = {

@@ -4,16 +4,21 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from vaerepa.errors import CheckpointError, OptionError
+from vaerepa.errors import CheckpointError, DataError, OptionError
+from vaerepa.stopping import PATIENCE
 
 logger = logging.getLogger(__name__)
+
+# NCCL's own ten minutes are less than a first download, or storage that is asked again, may take
+PATIENT = InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE))
 
 UNSUPPORTED_BY_LAUNCHER = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -47,17 +52,17 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
 
 @contextmanager
 def failing_alike() -> Iterator[None]:
-    """A block in which each process reads and writes files of its own: if one fails, all raise its error after the block.
+    """A block in which each process reads and writes data of its own: if one fails, all raise its error after the block.
 
     Every process must enter it, and none may wait for another in it.
 
     Raises:
-        OSError: a process could not read or write.
+        OSError, DataError: a process could not read or write.
     """
     failure = None
     try:
         yield
-    except OSError as error:
+    except (OSError, DataError) as error:
         failure = error
     failures = list(filter(None, gather_object([failure])))
     if failures:

@@ -29,7 +29,11 @@ class EvaluationOptions:
         "training images, measured once.",
         path="local",
     )
-    eval_guidance_scale: float = option(1.0, "Guidance scale of these images; 1 is none.", at_least=0)
+    eval_guidance_scale: float = option(
+        1.0,
+        "Guidance scale of these images; 1 is none (for Z-Image 0 is; FLUX.1-dev is conditioned on it).",
+        at_least=0,
+    )
     eval_num_inference_steps: int = option(50, "Sampling steps of these images.", above=0)
     inception_weights: str | None = option(
         None, "File of the FID Inception's weights. Default: torch-fidelity downloads its own.", path="local"

@@ -85,12 +85,12 @@ def open_npz(accelerator: Accelerator, extractor: Extractor, path: Path) -> Refe
         }
         if foreign and not extractor.is_published:
             raise OptionError(
-                f"--reference {path} holds statistics of the published Inception weights, and {extractor.name} are others; "
-                "take those (leave --inception_weights off), or images as the reference."
+                f"the reference {path} holds statistics of the published Inception weights, and {extractor.name} are others; "
+                "take those (leave --inception_weights off), or statistics of your own."
             )
         if not foreign and "arr_0" not in names:
             raise OptionError(
-                f"--reference {path}: expected mu and sigma, or images arr_0; it holds {', '.join(names)}."
+                f"the reference {path}: expected mu and sigma, or images arr_0; it holds {', '.join(names)}."
             )
         wrong = [
             k
@@ -98,11 +98,11 @@ def open_npz(accelerator: Accelerator, extractor: Extractor, path: Path) -> Refe
             if one.sigma.shape != (one.mu.numel(),) * 2 or one.mu.numel() != extractor.sizes[k]
         ]
         if wrong:
-            raise OptionError(f"--reference {path}: its {STATISTICS[wrong[0]][0]} is not of this extractor's size.")
+            raise OptionError(f"the reference {path}: its {STATISTICS[wrong[0]][0]} is not of this extractor's size.")
         pixels = arrays["arr_0"] if "arr_0" in names else np.empty((0,))
     if pixels.size and (pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8):
         raise OptionError(
-            f"--reference {path}: arr_0 must be uint8 of shape (N, H, W, 3), and is {pixels.dtype} {pixels.shape}."
+            f"the reference {path}: arr_0 must be uint8 of shape (N, H, W, 3), and is {pixels.dtype} {pixels.shape}."
         )
     measured = Measured(0, {})
     if pixels.size:
@@ -133,7 +133,7 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
     if made_by != extractor.name:
         raise OptionError(
             f"the statistics {path} were made by {made_by}, and the samples are measured by {extractor.name}: they cannot be "
-            "compared. Give the same --inception_weights, or the data set in their place."
+            "compared. Give the same --inception_weights, or statistics that were made with these."
         )
     return Reference(measured, about)
 

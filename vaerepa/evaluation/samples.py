@@ -82,7 +82,11 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
         (folder / "images").mkdir(parents=True, exist_ok=True)
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [f"{k} was {before.get(k)} and is {v}" for k, v in settings.items() if before.get(k) != v]
+            changed = [
+                f"{name} was {before.get(name)} and is {settings.get(name)}"
+                for name in dict.fromkeys([*settings, *before])
+                if before.get(name) != settings.get(name)
+            ]
             if changed:
                 raise OptionError(
                     f"--output_dir {folder} holds images that were generated with other settings: {'; '.join(changed)}. "

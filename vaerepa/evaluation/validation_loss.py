@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from vaerepa.data import Batch
+from vaerepa.processes import failing_alike
 
 LossOf = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 
@@ -24,11 +25,12 @@ def validation_loss(
         By name `loss`, the mean over the noise levels with equal weight, and the mean at each level as `loss/t=0.05` and so on.
     """
     levels: dict[str, dict[float, list[torch.Tensor]]] = {name: {} for name in losses_of}
-    for batch in batches:
-        for name, loss_of in losses_of.items():
-            losses, t = loss_of(batch)
-            for level, loss in zip(t.tolist(), losses.cpu().double(), strict=True):
-                levels[name].setdefault(round(level, 6), []).append(loss)
+    with failing_alike():
+        for batch in batches:
+            for name, loss_of in losses_of.items():
+                losses, t = loss_of(batch)
+                for level, loss in zip(t.tolist(), losses.cpu().double(), strict=True):
+                    levels[name].setdefault(round(level, 6), []).append(loss)
     return {name: _mean(accelerator, of_name) for name, of_name in levels.items()}
 
 

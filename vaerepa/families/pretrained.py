@@ -94,16 +94,25 @@ def load_text_encoders(name: str, family: Family, **where: str | None) -> Pretra
 
 
 def load_stock_pipeline(name: str, **where: str | None) -> tuple[DiffusionPipeline, Family]:
-    """Loads a whole pipeline as it is, and says of which family it is.
+    """Loads a whole pipeline as it is, without the text encoders that it never had, and says of which family it is.
 
     Raises:
         OptionError: nothing there, or a pipeline of no family.
     """
     family, index = find_family(name, ALL, **where)
+    left_out = dict.fromkeys(part for part in family.dispensable_components if _is_missing(index, part))
     try:
-        return family.pipeline_class(index["_class_name"]).from_pretrained(name, **where), family
+        return family.pipeline_class(index["_class_name"]).from_pretrained(name, **left_out, **where), family
     except UNREADABLE as error:
         raise OptionError(f"{name} cannot be loaded: {why_unreadable(name, error, EXPECTED)}") from error
+
+
+def load_class_names(name: str, **where: str | None) -> dict[int, str]:
+    """Names of a pipeline's classes by their numbers, empty where it has none.
+
+    `labels` of the stock pipeline has one class only of those that share a name, as some of ImageNet do.
+    """
+    return _class_names(load_index(FLAG, name, **where)) or {}
 
 
 def load_teacher(flag: str, name: str, family: Family, cache_dir: str | None) -> Pretrained:
