@@ -513,6 +513,11 @@ def test_text_encoders_that_cannot_train_are_refused(family, options, words, fin
     refused("--train_text_encoder", *words, start=partial(finetune, family), **options)
 
 
+@pytest.mark.parametrize("family", ["flux", "chroma", "flux2", "z_image"])
+def test_a_prediction_that_the_stock_pipeline_cannot_sample_is_refused(family, finetune, refused):
+    refused("--objective ddpm", "flow_matching", start=partial(finetune, family), rank=2, objective="ddpm")
+
+
 def test_a_lora_for_comfyui_has_the_alpha_of_each_layer(finetune, stock, pipelines, tmp_path):
     """FLUX.1's loader in diffusers reads them too."""
     options = {"rank": 2, "lora_alpha": 8, "lora_format": "comfyui", "learning_rate": 1e-2}

@@ -167,6 +167,8 @@ def build_objective(
         return objectives.FlowMatching(scheduler, options.precondition_outputs)
     if options.precondition_outputs:
         raise OptionError("--precondition_outputs weights the flow_matching objective; for ddpm see --snr_gamma.")
+    if family.generates_by_flow_only:
+        raise OptionError(f"--objective ddpm: {family.pipelines[0]} generates by flow_matching only; leave it out.")
     if not family.works_in_stock_pipeline(num_classes):
         raise OptionError(
             f"--objective ddpm is sampled by {family.pipelines[0]}, up to 1000 classes; the data set has {num_classes}."

@@ -29,6 +29,7 @@ class Flux(TextFamily):
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     trainable_encoders = ("text_encoder",)
     knows_shift = True
+    generates_by_flow_only = True
     max_sequence_length = 512  # of T5, whose padding is not masked
     takes_negative_prompts = False  # the embedded scale guides
     lora_layers = (

@@ -44,6 +44,7 @@ class Flux2(TextFamily):
     text_components = ("tokenizer", "text_encoder")
     latent_spaces = (WhitenedLatents(),)
     knows_shift = False  # its VAE has none
+    generates_by_flow_only = True
     max_sequence_length = 512
     lora_layers = (
         "to_k",

@@ -18,7 +18,7 @@ class PixArt(TextFamily):
     text_components = ("tokenizer", "text_encoder")
     knows_shift = False
     varies_in_length = True
-    max_sequence_length = 120  # Sigma was trained with 300
+    max_sequence_length = 120  # of Sigma 300
     lora_layers = ("to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
     # an empty negative prompt is the default, and cannot be given beside embeddings; generate at any size that is asked for
     call_options = {"prompt": None, "negative_prompt": None, "use_resolution_binning": False}  # noqa: RUF012

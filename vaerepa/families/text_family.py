@@ -1,5 +1,6 @@
 """TextFamily: the contract of models that are conditioned on captions, beyond `Family`."""
 
+import inspect
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
@@ -17,11 +18,16 @@ class TextFamily(Family):
 
     conditioning = "captions"
     normalizes_targets = True
-    max_sequence_length: ClassVar[int]  # the stock pipeline's default
+    max_sequence_length: ClassVar[int]  # the default of the first of the stock pipelines
     call_options: ClassVar[dict[str, Any]] = {"prompt": None}  # of the stock call, where prompts are encoded already
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the stock call: scale of classifier-free guidance
     takes_negative_prompts: ClassVar[bool] = True  # what that guidance leads away from
     trainable_encoders: ClassVar[tuple[str, ...]] = ()  # of CLIP, of which the stock pipeline loads a LoRA
+
+    @staticmethod
+    def sequence_length_of(pipeline_class: type[DiffusionPipeline]) -> int:
+        """Tokens of a prompt that a stock pipeline takes by default."""
+        return inspect.signature(pipeline_class.__call__).parameters["max_sequence_length"].default
 
     def with_guidance(self, scale: float) -> Self:
         """A family whose transformers are conditioned on this guidance scale in training.

@@ -17,6 +17,7 @@ class ZImage(TextFamily):
     pipelines = ("ZImagePipeline",)
     text_components = ("tokenizer", "text_encoder")
     knows_shift = True
+    generates_by_flow_only = True
     varies_in_length = True
     max_sequence_length = 512
     lora_layers = ("to_k", "to_q", "to_v", "to_out.0")

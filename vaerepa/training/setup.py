@@ -191,7 +191,7 @@ def build_conditioning(
         export = LoRAExport(type(pipeline), {TRANSFORMER: transformer, **encoders}, options)
     else:
         export = StockExport(output_dir, family, pipeline, {"vae": vae, **components.given.text_components})
-    length = options.max_sequence_length or family.max_sequence_length
+    length = options.max_sequence_length or family.sequence_length_of(type(pipeline))
     prompts = Prompts(family, pipeline, length, accelerator.device, encoders)
     factor = downsampling_factor(vae)
     image_size = (factor * latent_shape[1], factor * latent_shape[2])
