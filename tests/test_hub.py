@@ -292,7 +292,7 @@ def test_in_an_outage_the_newest_state_wins_and_none_is_removed_meanwhile(hub, r
     uploader.push(first)
     tend_until(uploader, lambda: uploader.waiting and not uploader.uploading)
     uploader.push(second)
-    purge(run, 1, spared=uploader.folders)
+    purge(run, 1, 3, spared=uploader.folders)
     assert second.exists()
     assert not first.exists()
     uploader.push(third)
@@ -315,6 +315,18 @@ def test_a_repository_deleted_meanwhile_is_named_at_the_end_with_the_command_tha
     assert result.returncode == 0, result.stderr
     assert result.stdout == "pushed checkpoint-3 to ann/model, tag step-3\n"
     assert set(hub.model("ann/model").tags) == {"step-3"}
+    card = hub.files("ann/model")["README.md"].decode()  # of a run without --push_to_hub: it named the folder
+    assert "model_name: ann/model" in card
+    assert "\n# ann/model\n" in card
+    assert 'from_pretrained("ann/model"' in card
+    assert run.name not in re.findall(r'from_pretrained\("(.*?)"', card)
+
+
+def test_a_branch_that_is_missing_is_not_taken_for_a_missing_repository(hub, run, uploader, caplog):
+    uploader = Uploader(run, "ann/model", "nowhere", "every_save")
+    uploader.push(all_checkpoints(run)[-1])
+    uploader.finish()
+    assert "there is no such branch" in caplog.text
 
 
 def test_an_upload_that_cannot_even_begin_hurts_nobody(run, uploader, caplog, monkeypatch):
@@ -482,7 +494,7 @@ def test_another_machine_goes_on_from_the_hub_to_the_bit(hub, train, push_anew, 
     one, other = tensors_of(whole, 6), tensors_of(tmp_path / "second", 6)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    assert read_metrics(whole, "train/loss")[3:] == read_metrics(tmp_path / "second", "train/loss")
+    assert read_metrics(whole, "train/loss") == read_metrics(tmp_path / "second", "train/loss")
 
     tuned = push_anew(
         processes=2,

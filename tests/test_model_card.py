@@ -1,17 +1,20 @@
 """The model card: parsed by huggingface_hub, true to the run, silent about this machine."""
 
 import ast
+import os
 import re
+import signal
 
 import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, read_metrics
 from tests.helpers_runs import PRETRAINED
 from vaerepa.alignment import ScheduledMethod, VAEAlignment
 from vaerepa.model_card import describe_alignment, write_card
 from vaerepa.options import Options
+from vaerepa.training.state import TrainingState
 
 # in part, from https://huggingface.co/docs/hub/repositories-licenses and huggingface.js, packages/tasks/src/pipelines.ts
 LICENSES = {
@@ -156,6 +159,41 @@ def test_a_fine_tuned_model_is_a_finetune_of_its_base_and_loads_by_itself(tmp_pa
     assert card.data.widget == [{"text": "Samples at step 4", "output": {"url": "samples/step-0000004.png"}}]
     assert "revision v1" in card.text
     assert not re.search(r"from_pretrained\([^)]*(revision|variant)", card.text)
+
+
+def test_a_card_shows_the_loss_of_its_own_weights_alone(train, monkeypatch):
+    """The run stops at step 3, where it was not validated."""
+    end_alignments = TrainingState.end_alignments  # called after each step
+
+    def stop_after_the_third(state):
+        end_alignments(state)
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "end_alignments", stop_after_the_third)
+        options = {"max_train_steps": 5, "validation_steps": 2, "num_validation_samples": 4, "num_validation_images": 2}
+        run = train(**options)
+    assert [line["step"] for line in read_metrics(run, "validation/loss")] == [2]
+    card = ModelCard.load(run / "README.md")
+    assert "for 3 steps" in card.text
+    assert "validation loss" not in card.text.lower()
+    assert not card.data.eval_results
+    assert card.data.widget == [{"text": "Samples at step 2", "output": {"url": "samples/step-0000002.png"}}]
+    train(**options, resume_from_checkpoint="latest")
+    assert ModelCard.load(run / "README.md").data.eval_results[0].metric_type == "loss"
+
+
+def test_the_code_of_a_card_loads_the_branch_that_was_pushed_to(tmp_path):
+    options = Options(
+        hub_revision="trial", validation_prompts=("a cat \U0001f600",), pretrained_model_name_or_path="ann/base"
+    )
+    lora = {"rank": 4, "pipeline_class": "FluxPipeline", "has_lora_loader": True, "task": "text-to-image"}
+    for facts, call in (({"works_in_stock": True}, "from_pretrained"), (lora, "load_lora_weights")):
+        write_card(tmp_path / "README.md", ROOT / "model_card_template.md", options, "me/model", facts)
+        text = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert re.search(rf'{call}\("me/model", revision="trial"', text)
+    assert 'prompt="a cat \U0001f600"' in text
 
 
 HOSTILE = ["a: b\n---\nlicense: mit", "'\"}{%- for -%}", "[x](javascript:alert(1))", "<script>alert(1)</script> | `x`"]

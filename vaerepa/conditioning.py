@@ -20,6 +20,7 @@ from vaerepa.evaluation import TrainingEvaluation
 from vaerepa.evaluation.options import MeasuringOptions
 from vaerepa.evaluation.samples import GenerateImages, balanced, choose_labels
 from vaerepa.families import Family
+from vaerepa.layout import step_of
 from vaerepa.model_card import CLASS_TASK, TEXT_TASK
 from vaerepa.training.options import GridOptions
 
@@ -156,7 +157,9 @@ class ClassLabels(Conditioning):
             "tags": ("class-conditional",),
             "tags_without_alignment": ("sit",),
             "left_out": (),
-            "pictures": [(f"Samples at step {step}", f"samples/{grids[-1].name}")] if grids else [],
+            "pictures": [
+                (f"Samples at step {step_of(Path(grid.stem))}", f"samples/{grid.name}") for grid in grids[-1:]
+            ],
             "classes": self.id2label.values(),
             "num_classes": len(self.id2label),
             "label": min(7, len(self.id2label) - 1),

@@ -192,9 +192,7 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
 
     panels = {
         "training loss": [name for name in _names(metrics) if name.endswith("denoising_loss")],
-        "validation loss": [
-            n for n in _names(metrics) if n.startswith("validation") and n.count("/") == 1 and "loss" in n
-        ],
+        "validation loss": [n for n in _names(metrics) if n.startswith("validation/") and n.endswith("/loss")],
         "alignment loss": [name for name in _names(metrics) if name.startswith("train/alignment_loss")],
     }
     panels = {title: names for title, names in panels.items() if names}

@@ -49,7 +49,7 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         metadata,
         template_path=str(template),
         title=plain(name),
-        name=json.dumps(name),
+        lora=_arguments(name, _revision(options)),
         classes=_class_list(facts.get("classes", ())),
         resolution=options.largest_resolution,
         dataset=plain(public_dataset(options)),
@@ -59,7 +59,7 @@ def write_card(path: Path, template: Path, options: Options, name: str, facts: d
         max_sequence_length=options.max_sequence_length,
         instance_prompts=_prompts_by_folder(options),
         prompts=[plain(prompt) for prompt in options.validation_prompts],
-        prompt=json.dumps((*options.validation_prompts, *(options.instance_prompt or ()), "a prompt")[0]),
+        prompt=quoted((*options.validation_prompts, *(options.instance_prompt or ()), "a prompt")[0]),
         negative_prompt=plain(options.negative_prompt),
         base_revision=plain(options.revision or "") if options.pretrained_model_name_or_path else "",
         load=_load_arguments(options, name, facts),
@@ -145,8 +145,26 @@ def _load_arguments(options: Options, name: str, facts: dict[str, Any]) -> str:
         name = public_name(base)
         where = {"revision": options.revision if _hub_names(base) else None, "variant": options.variant}
         arguments = {key: value for key, value in where.items() if value} | arguments
-    named = [f"{key}={'None' if value is None else json.dumps(value)}" for key, value in arguments.items()]
-    return ", ".join([json.dumps(name), *named, f"dtype={facts.get('dtype', 'torch.float32')}"])
+    else:
+        arguments = _revision(options) | arguments
+    return _arguments(name, arguments, f"dtype={facts.get('dtype', 'torch.float32')}")
+
+
+def _revision(options: Options) -> dict[str, str]:
+    """The branch that is pushed to, as an argument; none for the main one."""
+    return {"revision": options.hub_revision} if options.hub_revision not in (None, "main") else {}
+
+
+def _arguments(name: str, named: dict[str, str | None], *more: str) -> str:
+    """Arguments of a call in code."""
+    return ", ".join(
+        [quoted(name), *(f"{key}={'None' if v is None else quoted(v)}" for key, v in named.items()), *more]
+    )
+
+
+def quoted(text: str) -> str:
+    """A string in code."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def describe_alignment(alignment: ScheduledMethod) -> dict[str, Any]:

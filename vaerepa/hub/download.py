@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 
 from vaerepa import checkpoints
 from vaerepa.errors import OptionError
-from vaerepa.hub.push import LAST_CHECKPOINT
+from vaerepa.hub.push import LAST_CHECKPOINT, METRICS
 from vaerepa.hub.reasons import why_unreadable
 from vaerepa.layout import MANIFEST, STATE, find_trainer_state, folder_of, step_of
 
@@ -55,6 +55,10 @@ def fetch_checkpoint(name: str, output_dir: Path, cache_dir: str | None) -> Path
         raise OptionError(f"{flag}: {reason}") from error
     if damage := checkpoints.find_damage(unfinished / newest):
         raise OptionError(f"{flag}: {damage}; it is no whole checkpoint of this trainer.")
+    metrics = unfinished / newest / METRICS
+    if metrics.is_file():
+        kept = output_dir / METRICS
+        metrics.unlink() if kept.exists() else os.replace(metrics, kept)
     os.replace(unfinished / newest, final)
     shutil.rmtree(unfinished)
     return final

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
 from vaerepa.layout import (
@@ -32,7 +32,7 @@ from vaerepa.privacy import redact
 
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 NO_SUCH_ROUTE = (404, 405, 501)  # answers of a self-hosted Hub without this part of the API
-METRICS, EVENTS = "metrics.jsonl", "runs/events.out.tfevents.0.vaerepa"
+CARD, METRICS, EVENTS = "README.md", "metrics.jsonl", "runs/events.out.tfevents.0.vaerepa"
 LAST_CHECKPOINT = "last-checkpoint"
 
 
@@ -47,6 +47,8 @@ def push(output_dir: Path, checkpoint: Path, repo_id: str, revision: str | None,
     """
     api, step = HfApi(), step_of(checkpoint)
     files = published_files(output_dir, checkpoint, strategy)
+    if card := files.get(CARD):
+        files[CARD] = _card_of(card.decode(), repo_id).encode()
     # files in these folders that it does not have itself are deleted; all heads may be gone
     own_folders = (
         f"{HEADS}/",
@@ -82,7 +84,7 @@ def published_files(output_dir: Path, checkpoint: Path, strategy: str) -> dict[s
     files = {place: path for place, path in in_checkpoint.items() if not place.startswith(kept_back)}
     # read at once: the run goes on and will write them anew
     pictures = [*sorted((output_dir / "samples").rglob("*.png")), output_dir / "training_curves.png"]
-    for path in (output_dir / "README.md", *pictures):
+    for path in (output_dir / CARD, *pictures):
         if path.is_file():
             files[str(path.relative_to(output_dir))] = path.read_bytes()
     if events := metric_events(output_dir / METRICS):
@@ -93,7 +95,20 @@ def published_files(output_dir: Path, checkpoint: Path, strategy: str) -> dict[s
     if strategy in ("checkpoint", "all_checkpoints"):
         folder = LAST_CHECKPOINT if strategy == "checkpoint" else checkpoint.name
         files |= {f"{folder}/{place}": path for place, path in in_checkpoint.items()}
+        if (output_dir / METRICS).is_file():  # for the curves of who goes on from it
+            files[f"{folder}/{METRICS}"] = (output_dir / METRICS).read_bytes()
     return files
+
+
+def _card_of(card: str, repo_id: str) -> str:
+    """The card under the repository's name: that of a run without --push_to_hub names the run's folder."""
+    name = ModelCard(card, ignore_metadata_errors=True).data.get("model_name")
+    if name in (None, repo_id):
+        return card
+    quoted, named = (json.dumps(one, ensure_ascii=False) for one in (name, repo_id))
+    head, heading, text = card.partition("\n# ")
+    text = repo_id + "\n" + text.partition("\n")[2]
+    return head.replace(f"model_name: {name}", f"model_name: {repo_id}") + heading + text.replace(quoted, named)
 
 
 def metric_events(path: Path) -> bytes:
@@ -143,6 +158,8 @@ def what_went_wrong(error: Exception) -> str:
         429: "too many requests",
     }
     status = getattr(response, "status_code", None)
+    if isinstance(error, RevisionNotFoundError):
+        return "there is no such branch; `hf repos branch create` makes one"
     if status in meaning:
         return f"{meaning[status]} (status {status})"
     return redact(" ".join(str(error).split()) or type(error).__name__)[:300]

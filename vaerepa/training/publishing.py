@@ -70,7 +70,7 @@ def card_facts(setup: Setup, state: TrainingState, step: int, monitor: Monitor) 
         "grid": f"samples/{grids[-1].name}" if grids else None,
         "grid_step": step_of(Path(grids[-1].stem)) if grids else None,
         "curves": "training_curves.png" if (root / "training_curves.png").exists() else None,
-        "validation_loss": _last_validation_loss(setup, monitor),
+        "validation_loss": _validation_loss(setup, step, monitor),
         "report": newest_report(root, step),
         "is_flow": objectives.name_of(setup.objective.scheduler) == "flow_matching",
         "pipeline_class": setup.conditioning.pipeline_class.__name__,
@@ -85,8 +85,8 @@ def card_facts(setup: Setup, state: TrainingState, step: int, monitor: Monitor) 
     }
 
 
-def _last_validation_loss(setup: Setup, monitor: Monitor) -> float | None:
-    """Newest validation loss of the exported weights; None where there is none."""
+def _validation_loss(setup: Setup, step: int, monitor: Monitor) -> float | None:
+    """Validation loss of the weights that were exported at this step; None where there is none."""
     decays = setup.options.ema_decay if setup.options.use_ema else ()
     key = f"validation/ema_{decays[0]}/loss" if len(decays) > 1 else "validation/loss"
-    return next((line[key] for line in reversed(monitor.metrics.read()) if key in line), None)
+    return next((line[key] for line in monitor.metrics.read() if key in line and line["step"] == step), None)
