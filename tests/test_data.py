@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
 import torch
 from datasets import ClassLabel, Features, Image, Value
@@ -24,6 +25,7 @@ from vaerepa.data import (
     open_sources,
     read_micro_batches,
 )
+from vaerepa.data.digests import digest_images
 from vaerepa.errors import OptionError
 
 RESOLUTION = 16
@@ -84,6 +86,24 @@ def assert_same_samples(first: dict[int, dict], second: dict[int, dict]) -> None
 def three_epochs(source):
     """The samples that one process with no workers sees."""
     return samples_of(reader_of(source, last=EPOCHS * NUM_ROWS))
+
+
+def test_an_image_that_storage_does_not_give_is_no_damaged_one(source, monkeypatch):
+    def fail(image):
+        raise ConnectionError("the storage is gone")
+
+    monkeypatch.setattr("vaerepa.data.images._read_bytes", fail)
+    with pytest.raises(DataError, match="the storage is gone"):
+        samples_of(reader_of(source))
+
+
+def test_images_at_other_urls_have_another_digest():
+    def digest(commit: str) -> str:
+        paths = [f"hf://datasets/ann/pictures@{commit}/{number}.png" for number in range(3)]
+        images = [{"bytes": None, "path": path} for path in paths]
+        return digest_images(pa.chunked_array([pa.array(images, Image().pa_type)]))
+
+    assert digest("0" * 40) == digest("0" * 40) != digest("1" * 40)
 
 
 # ---- order

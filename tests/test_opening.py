@@ -68,6 +68,12 @@ def test_a_class_folder_may_have_any_name(tmp_path, name):
     assert classes(tmp_path) == dict(sorted({"car": 2, name: 3}.items()))
 
 
+def test_a_readme_that_is_no_card_makes_no_folder_unreadable(tmp_path):
+    write(tmp_path, "cat/1.png", "dog/1.png")
+    write(tmp_path, "README.md", content="---\ntitle: Dogs: a set\n---\n")
+    assert classes(tmp_path) == {"cat": 1, "dog": 1}
+
+
 @pytest.mark.parametrize("name", ["photos [v2]", "set?", "a*", "x::y"])
 @pytest.mark.parametrize("kind", ["images", "parquet", "tar"])
 def test_the_path_is_no_pattern(tmp_path, name, kind):

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vaerepa.data.files import is_local
 from vaerepa.files import digest_of
 
 MAX_SAMPLES, SAMPLED_BYTES = 1024, 2**26  # places whose bytes are seen, and how many bytes of all of them together
@@ -56,6 +57,8 @@ def digest_images(column: pa.ChunkedArray) -> str:
         if len(in_files):
             paths = pc.struct_field(column.slice(start, BATCH), "path").to_pylist()
             sizes[in_files] = [_file_size(paths[place]) for place in in_files]
+            # of images that are far away, the URLs alone are seen; those of the Hub name a commit
+            digest.update("\n".join(path for path in paths if path and not is_local(path)).encode())
         digest.update(sizes.tobytes())
     for place, limit in samples(len(column)):
         image = column[place].as_py() or {}

@@ -260,7 +260,7 @@ class Feed:
             options.center_crop or validates,
             options.random_flip and not validates,
             options.seed,
-            self.buckets,
+            self.buckets[-1:] if validates else self.buckets,
             options.masked_loss,
         )
         reader = SampleReader(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import yaml
 from datasets import ClassLabel, DatasetBuilder, DatasetDict, Features, Value, load_dataset_builder
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.features.features import Array3D
@@ -373,7 +374,7 @@ def _describes_itself(path: Path) -> bool:
     """Whether a README.md says, as on the Hub, which files and features make the data set."""
     try:
         card = RepoCard.load(path / "README.md", ignore_metadata_errors=True)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, yaml.YAMLError):  # a README of another kind
         return False
     return any(name in card.data.to_dict() for name in ("configs", "dataset_info"))
 

@@ -22,7 +22,7 @@ from vaerepa.data.source import all_captions
 from vaerepa.errors import OptionError
 from vaerepa.families import TextFamily
 from vaerepa.files import digest_of, digest_of_weights, replacing
-from vaerepa.processes import check_shared
+from vaerepa.processes import check_shared, on_main_process
 from vaerepa.randomness import draw_uniform
 
 logger = logging.getLogger(__name__)
@@ -94,8 +94,10 @@ class Prompts:
             OptionError: the folder cannot be written, or prompts are missing and not all processes see what the first one writes.
         """
         cache = EmbeddingsCache(folder / f"text-{self._key()}")
-        missing = sorted(prompt for prompt in set(prompts) if prompt not in cache)
-        if any(gather_object([bool(missing)])):
+        wanted = set(prompts)
+        # of one process: the next may see what another run has written meanwhile
+        missing = on_main_process(accelerator, lambda: sorted(prompt for prompt in wanted if prompt not in cache))
+        if any(gather_object([any(prompt not in cache for prompt in wanted)])):
             check_shared(cache.folder, accelerator)
         if missing and accelerator.is_main_process:
             logger.info(f"encoding {len(missing)} prompts into {cache.folder}")

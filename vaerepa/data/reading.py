@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from vaerepa.data import images
 from vaerepa.data.batch import Samples, Shape, SkippedRow
 from vaerepa.data.buckets import Sizes
+from vaerepa.data.files import is_passing
 from vaerepa.data.latents_cache import LatentsCache
 from vaerepa.data.numbers import Numbers
 from vaerepa.data.order import Reader, open_reader
@@ -213,6 +214,8 @@ class SampleReader(IterableDataset):
             except DataError:
                 raise
             except Exception as error:  # each format's decoder raises in its own way
+                if is_passing(error):  # of a storage that was asked for long: no fault of this image
+                    raise DataError(f"the data cannot be read: {error}") from error
                 # a replacement that fails too is counted at its own sample index
                 skipped = skipped or SkippedRow(row.index, self._place_of(row), str(error))
         in_a_row = self.source.at_most(MAX_REPLACEMENTS)
