@@ -372,9 +372,10 @@ def test_too_many_bad_images_stop_the_run(train, tmp_path, capfd):
     rows = {"image": [{"bytes": content, "path": None} for content in encoded], "label": [0, 1] * 32}
     (tmp_path / "bad/data").mkdir(parents=True)
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "bad/data/train-00000-of-00001.parquet")
-    options = {"dataset_name": tmp_path / "bad", "max_train_steps": 12, "checkpointing_steps": 2}
+    options = {"dataset_name": tmp_path / "bad", "max_train_steps": 12, "checkpointing_steps": 100}
     run = train(code=1, **options)
     assert "more than --max_bad_fraction 0.05" in capfd.readouterr().err
+    assert len(all_checkpoints(run)) == 1  # of the step that it came to
     train(**options, max_bad_fraction=1.0, resume_from_checkpoint="latest")
     counts = [line["train/skipped_images"] for line in read_metrics(run, "train/skipped_images")]
     assert counts == sorted(counts)  # the restart goes on counting

@@ -14,7 +14,7 @@ from vaerepa.data import Source, classes_in_batch
 from vaerepa.data.order import order_of
 from vaerepa.data.uncounted import UncountedSource
 from vaerepa.ema import fraction_of_initial
-from vaerepa.errors import TrainingError
+from vaerepa.errors import DataError, TrainingError
 from vaerepa.layout import all_checkpoints
 from vaerepa.logs import MetricsFile, get_logger
 from vaerepa.lora import NAMES
@@ -204,8 +204,8 @@ class Monitor:
         """Checks, after a log line, that training has not diverged and that enough images can be read, on every process alike.
 
         Raises:
-            TrainingError: gradients were not finite for --max_skipped_steps steps, or more images than --max_bad_fraction
-                are damaged.
+            TrainingError: gradients were not finite for --max_skipped_steps steps.
+            DataError: more images or shards than --max_bad_fraction are damaged.
         """
         state, options = self.state, self.setup.options
         if self.skipped_in_a_row >= options.max_skipped_steps:
@@ -217,13 +217,13 @@ class Monitor:
             )
         count, seen = self.skipped_images, state.step * options.global_batch_size
         if count >= checks.MIN_BAD_IMAGES and count > options.max_bad_fraction * seen:
-            raise TrainingError(
+            raise DataError(
                 f"{count} of {seen} images could not be read, more than --max_bad_fraction {options.max_bad_fraction}; the "
                 f"first: {self.setup.feed.first_skipped or 'named by another process'}. Mend the data, or raise it."
             )
         lost, shards = self.setup.feed.count_lost_shards()
         if lost > options.max_bad_fraction * shards:
-            raise TrainingError(
+            raise DataError(
                 f"{lost} of {shards} shards are gone or damaged, more than --max_bad_fraction {options.max_bad_fraction}; the "
                 "log names them. Mend the data, or raise it."
             )
