@@ -21,6 +21,7 @@ logging.getLogger("xformers").setLevel(logging.ERROR)  # or it warns as soon as 
 import atexit
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -36,7 +37,7 @@ from vaerepa.command import command_again, command_to_go_on
 from vaerepa.data.images import quiet_pillow
 from vaerepa.ending import end
 from vaerepa.engine import Engine, build_engine, read_launcher
-from vaerepa.errors import DataError
+from vaerepa.errors import DataError, OptionError
 from vaerepa.hub.access import take_token
 from vaerepa.hub.uploader import EXIT_CODE, NotPushedError, Uploader, uploading
 from vaerepa.layout import folder_of
@@ -94,6 +95,9 @@ def train(options: Options) -> None:
     options = defaults.resolve_batch_sizes(options, accelerator.num_processes)
     if options.dry_run:
         num_shards = accelerator.num_processes // sharding.num_replicas if sharding else 1
+        options = replace(
+            options, mixed_precision=accelerator.mixed_precision
+        )  # which its configuration may have decided
         on_main_process(accelerator, lambda: print(dry_run.describe(options, num_shards)))
         return
     if options.precompute_latents_only:
@@ -108,9 +112,9 @@ def train(options: Options) -> None:
             options = past.keep_defaults(trainer_state, options)
             past.check_options(trainer_state, options, checkpoint)
         with uploading(options, accelerator) as uploader, logging_redirect_tqdm():
-            run(options, build_engine(accelerator, sharding), checkpoint, trainer_state, uploader)
+            step = run(options, build_engine(accelerator, sharding), checkpoint, trainer_state, uploader)
         if accelerator.is_main_process:  # what an upload had kept
-            checkpoints.purge(output_dir, options.checkpoints_total_limit)
+            checkpoints.purge(output_dir, options.checkpoints_total_limit, step)
         if uploader and uploader.missing:
             raise NotPushedError(f"{uploader.missing.name} is whole in {output_dir}, but not on the Hub.")
 
@@ -121,18 +125,24 @@ def run(
     checkpoint: Path | None,
     trainer_state: dict,
     uploader: Uploader | None,
-) -> None:
-    """Trains in an output folder that belongs to this run, from the checkpoint on if there is one."""
+) -> int:
+    """Trains in an output folder that belongs to this run, from the checkpoint on if there is one; returns the last step."""
     # ---- build ---------------------------------------------------------------------------------------------------
     accelerator = engine.accelerator
     if options.with_prior_preservation:
         generate_class_images(options, accelerator)
     setup = build_setup(options, engine, trainer_state)
     state = TrainingState(setup, trainer_state.get("step", 0))
+    if checkpoint and checkpoint.parent != setup.output_dir and state.step >= setup.max_train_steps:
+        raise OptionError(
+            f"--resume_from_checkpoint {checkpoint} is of step {state.step}, and training ends at step "
+            f"{setup.max_train_steps}: give a larger --max_train_steps."
+        )
     if checkpoint:
         state.load(checkpoint, trainer_state)
     if accelerator.is_main_process:  # what is refused was refused, and left the folder as it was
-        setup.export.write_frozen_parts()
+        setup.export.write_frozen_parts(anew=checkpoint is None or checkpoint.parent != setup.output_dir)
+    setup.export.release_frozen_parts()
     prepare_prompts(setup)
     announce(setup, state, checkpoint, trainer_state)
     monitor = Monitor(setup, state)
@@ -153,7 +163,7 @@ def run(
             save_before_end(state, saver, error)
     if state.step < setup.max_train_steps:
         monitor.close()
-        return
+        return state.step
 
     # ---- the result, and the Hub ---------------------------------------------------------------------------------
     if validated_step != state.step:
@@ -167,6 +177,7 @@ def run(
         publish(setup, state, state.step, monitor, uploader)
         logger.info(f"done: {setup.output_dir} {setup.export.how_to_load}{setup.conditioning.load_with}")
     monitor.close()
+    return state.step
 
 
 def loop(setup: Setup, state: TrainingState, monitor: Monitor, saver: Saver, uploader: Uploader | None) -> int | None:

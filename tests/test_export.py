@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -15,6 +15,7 @@ from vaerepa import logs
 from vaerepa.families import Size
 from vaerepa.families.dit import DiT, new_transformer
 from vaerepa.objectives import NUM_TIMESTEPS, FlowMatching
+from vaerepa.sampling import grid_labels
 
 
 def test_a_process_without_our_code_samples_the_same_pictures(train, stock, tmp_path):
@@ -65,6 +66,17 @@ def test_the_vae_is_stored_once(train):
     assert len({file.stat().st_ino for file in files}) == 1
 
 
+def test_parts_that_a_dead_run_left_behind_are_written_anew(train, vae, tmp_path):
+    """It had another VAE, and left no checkpoint."""
+    (tmp_path / "run/vae").mkdir(parents=True)
+    (tmp_path / "run/vae/diffusion_pytorch_model.safetensors").write_bytes(b"another")
+    (tmp_path / "run/.vae.unfinished").mkdir()
+    run = train()
+    for folder in (run, run / "checkpoint-4"):
+        weights = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(weights[k], v) for k, v in AutoencoderKL.from_pretrained(vae).state_dict().items())
+
+
 def test_class_names_reach_both_pipelines(train):
     run = train()
     stock = DiffusionPipeline.from_pretrained(run)
@@ -106,6 +118,13 @@ def test_run_config_reproduces_the_run(train, tmp_path):
     one, other = (load_file(folder / "transformer/diffusion_pytorch_model.safetensors") for folder in (run, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert str(ROOT) not in (run / "run_config.yaml").read_text()
+
+
+@pytest.mark.parametrize(("images", "classes", "expected"), [(16, 3, 15), (16, 10, 10), (16, 16, 16), (4, 10, 4)])
+def test_a_grid_has_the_classes_equally_often(images, classes, expected):
+    labels = grid_labels(images, classes)
+    assert len(labels) == expected
+    assert len({labels.count(label) for label in set(labels)}) == 1
 
 
 def test_validation_writes_losses_grids_and_curves(train, monkeypatch):

@@ -139,6 +139,10 @@ def test_a_step_with_nan_is_skipped(train, tmp_path, monkeypatch, optimizer):
     assert all(tensor.isfinite().all() for tensor in states[-1].values())
 
 
+def test_a_warm_up_that_the_schedule_would_not_make_is_refused(refused):
+    refused("--lr_warmup_steps 3", "constant_with_warmup", lr_warmup_steps=3, lr_scheduler="constant")
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_dry_run_knows_the_size_of_a_checkpoint(train, capsys, optimizer):
     options = optimizer | {"hidden_size": 128, "max_train_steps": 1}

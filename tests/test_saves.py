@@ -156,6 +156,13 @@ train_vaerepa.main(sys.argv[2:])
 """
 
 
+def test_a_damaged_checkpoint_of_a_later_step_costs_no_whole_one(tmp_path):
+    for step in (500, 1000, 1037):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoints.purge(tmp_path, 1, step=1000)
+    assert [step_of(folder) for folder in checkpoints.all_checkpoints(tmp_path)] == [1000, 1037]
+
+
 @pytest.mark.slow
 def test_killed_while_a_save_is_written_it_goes_on_from_the_last_whole_one(train, arguments, tmp_path):
     options = {**EXACT, "logging_steps": 1, "max_train_steps": 8, "checkpointing_steps": 2}

@@ -20,7 +20,7 @@ from vaerepa import objectives, parts
 from vaerepa.engine import laid_out_like, local
 from vaerepa.errors import CheckpointError
 from vaerepa.files import crc_of_file
-from vaerepa.layout import MANIFEST, STATE, TRAINER_STATE, all_checkpoints, find_trainer_state, folder_of
+from vaerepa.layout import MANIFEST, STATE, TRAINER_STATE, all_checkpoints, find_trainer_state, folder_of, step_of
 from vaerepa.optimization import SHARED_NUMBERS
 
 PARTS = "parts"  # folder in state/ of what several processes wrote
@@ -80,9 +80,14 @@ def save_parts(
     write_parts(_unfinished_folder(output_dir, step) / STATE / PARTS)
 
 
-def purge(output_dir: Path, limit: int | None, spared: Collection[Path] = ()) -> None:
-    """Removes the oldest checkpoints until `limit` are left; one that cannot be removed, or is `spared`, is left."""
-    for folder in all_checkpoints(output_dir)[: -limit if limit else 0]:
+def purge(output_dir: Path, limit: int | None, step: int, spared: Collection[Path] = ()) -> None:
+    """Removes the oldest checkpoints until `limit` are left; one that cannot be removed, or is `spared`, is left.
+
+    Args:
+        step: of the newest; those of later steps were damaged when the run went on from an earlier one, and do not count.
+    """
+    whole = [folder for folder in all_checkpoints(output_dir) if step_of(folder) <= step]
+    for folder in whole[: -limit if limit else 0]:
         if folder in spared:
             continue
         # renamed first: a half-deleted folder must not look like a checkpoint

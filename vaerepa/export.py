@@ -27,8 +27,11 @@ class Export(ABC):
     tags: tuple[str, ...] = ()  # of the model card
 
     @abstractmethod
-    def write_frozen_parts(self) -> None:
-        """Writes what does not train, once, into the output folder; each checkpoint links it."""
+    def write_frozen_parts(self, anew: bool) -> None:
+        """Writes what does not train into the output folder, once or, for a new run, `anew`; each checkpoint links it."""
+
+    def release_frozen_parts(self) -> None:
+        """Forgets what does not train, so that text encoders may leave memory; every process must call it."""
 
     @abstractmethod
     def write(self, folder: Path, weights: Tensors) -> None:
@@ -71,11 +74,13 @@ class StockExport(Export):
         self.frozen_parts = {name: part for name, part in frozen_parts.items() if part is not None}
         self.pipeline_file = pipeline_file
 
-    def write_frozen_parts(self) -> None:
-        frozen.write(self.output_dir, self.frozen_parts)
+    def write_frozen_parts(self, anew: bool) -> None:
+        frozen.write(self.output_dir, self.frozen_parts, anew)
         if self.pipeline_file:
             shutil.copyfile(self.pipeline_file, self.output_dir / self.pipeline_file.name)
-        self.frozen_parts = dict.fromkeys(self.frozen_parts)  # text encoders may leave memory
+
+    def release_frozen_parts(self) -> None:
+        self.frozen_parts = dict.fromkeys(self.frozen_parts)
 
     def write(self, folder: Path, weights: Tensors) -> None:
         (folder / PIPELINE_INDEX).write_text(self.index, encoding="utf-8")
@@ -107,7 +112,7 @@ class LoRAExport(Export):
         self.how_to_load = f"is a {lora.NAMES[options.adapter]}; its README.md shows how to load it"
         self.tags = (*(("lora",) if options.adapter == "dora" else ()), options.adapter, LORA_TEMPLATE)
 
-    def write_frozen_parts(self) -> None:
+    def write_frozen_parts(self, anew: bool) -> None:
         """Writes nothing: the base model is not ours."""
 
     def write(self, folder: Path, weights: Tensors) -> None:

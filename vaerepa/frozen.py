@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +21,21 @@ DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F
 WEIGHTS = r"(model|pytorch_model|diffusion_pytorch_model){variant}(-\d+-of-\d+)?{late_variant}\.(safetensors|bin)"
 
 
-def write(output_dir: Path, parts: dict[str, Any]) -> None:
-    """Writes each part into the folder of its name, unless the folder exists; checkpoints link its files."""
+def write(output_dir: Path, parts: dict[str, Any], anew: bool) -> None:
+    """Writes each part into the folder of its name; checkpoints link its files.
+
+    Args:
+        anew: also where the folder exists: it may hold another part, of a run that left no checkpoint.
+    """
     for name, part in parts.items():
-        if part is None or (output_dir / name).exists():
+        final, unfinished = output_dir / name, output_dir / f".{name}.unfinished"
+        if part is None or (final.exists() and not anew):
             continue
-        unfinished = output_dir / f".{name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
         with _in_stored_dtypes(part):
             part.save_pretrained(unfinished)
-        os.replace(unfinished, output_dir / name)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(unfinished, final)
 
 
 def remember_dtypes(

@@ -73,6 +73,10 @@ def check_optimizer(options: OptimizerOptions, rank: int | None) -> None:
         OptionError: they contradict each other, or it is not.
     """
     name = options.optimizer
+    if options.lr_warmup_steps and options.lr_scheduler == "constant":
+        raise OptionError(
+            f"--lr_warmup_steps {options.lr_warmup_steps}: --lr_scheduler constant has no warm-up; take constant_with_warmup."
+        )
     if options.use_8bit_adam and name != "adamw":
         raise OptionError(f"--use_8bit_adam goes with --optimizer adamw, not with {name}.")
     if name == "muon" and rank:

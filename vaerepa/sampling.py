@@ -41,8 +41,9 @@ def sampler_name(pipeline: DiffusionPipeline) -> str:
 
 
 def grid_labels(num_images: int, num_classes: int) -> list[int]:
-    """Labels of a grid, spread over the classes; with ten classes or fewer each has a column of its own."""
+    """Labels of a grid, spread over the classes; with ten classes or fewer each has a column of its own, all equally long."""
     if num_images >= num_classes:
+        num_images -= num_images % num_classes if num_classes <= MAX_COLUMNS else 0
         return [i % num_classes for i in range(num_images)]
     return [i * num_classes // num_images for i in range(num_images)]
 

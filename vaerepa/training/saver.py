@@ -64,7 +64,7 @@ class Saver:
         self.settle()
         options, output_dir = self.state.setup.options, self.state.setup.output_dir
         write = self.state.snapshot()
-        self._step = self.state.step
+        self._step = step = self.state.step
         if write is None:
             return
         is_main_process = self.state.setup.accelerator.is_main_process
@@ -73,7 +73,7 @@ class Saver:
             write(self._given_up)
             if is_main_process:
                 spared = self.uploader.folders if self.uploader else ()
-                checkpoints.purge(output_dir, options.checkpoints_total_limit, spared)
+                checkpoints.purge(output_dir, options.checkpoints_total_limit, step, spared)
 
         self._written = self._thread.submit(save)
         if not options.async_save:
