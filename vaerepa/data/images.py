@@ -6,11 +6,12 @@ from contextlib import suppress
 from importlib import import_module
 from io import BytesIO
 
+import fsspec
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from vaerepa.data.files import open_file
+from vaerepa.data.files import patiently
 
 MAX_ENLARGED_PIXELS = 2**26  # an image that would be enlarged beyond this is cropped before
 UPRIGHT = {
@@ -76,7 +77,12 @@ def _read_bytes(image: dict | None) -> bytes:
         return content
     if path is None:
         raise ValueError("the row holds no image")
-    with open_file(path) as file:
+    return patiently(_read_file, path)
+
+
+def _read_file(path: str) -> bytes:
+    is_url = "://" in path  # fsspec would take other characters of a local path for its own
+    with fsspec.open(path, "rb") if is_url else open(path, "rb") as file:
         return file.read()
 
 
