@@ -95,9 +95,8 @@ def train(options: Options) -> None:
     options = defaults.resolve_batch_sizes(options, accelerator.num_processes)
     if options.dry_run:
         num_shards = accelerator.num_processes // sharding.num_replicas if sharding else 1
-        options = replace(
-            options, mixed_precision=accelerator.mixed_precision
-        )  # which its configuration may have decided
+        # accelerate's configuration may have decided it
+        options = replace(options, mixed_precision=accelerator.mixed_precision)
         on_main_process(accelerator, lambda: print(dry_run.describe(options, num_shards)))
         return
     if options.precompute_latents_only:
@@ -133,7 +132,8 @@ def run(
         generate_class_images(options, accelerator)
     setup = build_setup(options, engine, trainer_state)
     state = TrainingState(setup, trainer_state.get("step", 0))
-    if checkpoint and checkpoint.parent != setup.output_dir and state.step >= setup.max_train_steps:
+    is_elsewhere = checkpoint is not None and checkpoint.parent.resolve() != setup.output_dir.resolve()
+    if is_elsewhere and state.step >= setup.max_train_steps:
         raise OptionError(
             f"--resume_from_checkpoint {checkpoint} is of step {state.step}, and training ends at step "
             f"{setup.max_train_steps}: give a larger --max_train_steps."
@@ -141,7 +141,7 @@ def run(
     if checkpoint:
         state.load(checkpoint, trainer_state)
     if accelerator.is_main_process:  # what is refused was refused, and left the folder as it was
-        setup.export.write_frozen_parts(anew=checkpoint is None or checkpoint.parent != setup.output_dir)
+        setup.export.write_frozen_parts(anew=checkpoint is None or is_elsewhere)
     setup.export.release_frozen_parts()
     prepare_prompts(setup)
     announce(setup, state, checkpoint, trainer_state)

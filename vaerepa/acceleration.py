@@ -164,11 +164,7 @@ def probe_xformers(device: torch.device) -> None:
 
 def next_memory_lever(options: MachineOptions) -> str:
     """Advice against a full GPU: the cheapest switch that is not yet on; if all are on, a smaller batch."""
-    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
-    cannot_be_had = {
-        "use_8bit_adam": is_sharded or options.optimizer != "adamw",
-        "offload_ema": is_sharded or not options.use_ema,
-    }
+    cannot_be_had = {"use_8bit_adam": options.optimizer != "adamw", "offload_ema": not options.use_ema}
     for name, advice in MEMORY_LEVERS.items():
         if not getattr(options, name) and not cannot_be_had.get(name):
             return advice

@@ -71,9 +71,7 @@ class Family(ABC):
     latent_spaces: ClassVar[tuple[LatentSpace, ...]] = (KLLatents(), TinyLatents())  # one for each class of VAEs
     knows_shift: ClassVar[bool]  # whether the stock pipeline undoes the VAE's shift_factor
     keeps_scheduler: ClassVar[bool] = True  # whether the stock pipeline works with any scheduler of a fine-tuned flow
-    generates_by_flow_only: ClassVar[bool] = (
-        False  # whether the stock pipeline gives its scheduler the sigmas of a flow
-    )
+    generates_by_flow_only: ClassVar[bool] = False  # whether the stock pipeline gives its scheduler a flow's sigmas
     normalizes_targets: ClassVar[bool] = (
         False  # whether latents far from unit scale are normalised as alignment targets
     )

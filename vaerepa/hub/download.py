@@ -57,8 +57,10 @@ def fetch_checkpoint(name: str, output_dir: Path, cache_dir: str | None) -> Path
         raise OptionError(f"{flag}: {damage}; it is no whole checkpoint of this trainer.")
     metrics = unfinished / newest / METRICS
     if metrics.is_file():
-        kept = output_dir / METRICS
-        metrics.unlink() if kept.exists() else os.replace(metrics, kept)
+        if (output_dir / METRICS).exists():
+            metrics.unlink()
+        else:
+            os.replace(metrics, output_dir / METRICS)
     os.replace(unfinished / newest, final)
     shutil.rmtree(unfinished)
     return final
